@@ -1,0 +1,73 @@
+// What a kernel file needs from the compiler, under one name for both of its lives: nvcc builds it
+// for the GPU; g++ with -DCIEMA_EMULATOR builds the same source for the CPU (csrc/emulator, tests).
+// Kernel files include this header and no torch header, and use no CUDA feature not named here.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef CIEMA_EMULATOR
+
+#include "../emulator/device.h"
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// A block-shared array: CIEMA_SHARED(float, sums, [8][32]);
+#define CIEMA_SHARED(type, name, dims) __shared__ __align__(16) type name dims
+
+namespace ciema {
+
+// One 16-byte access; the address must be a multiple of 16.
+template <class V>
+__device__ __forceinline__ V load_vector(const void* address) {
+  static_assert(sizeof(V) == 16, "vector accesses are 16 bytes");
+  const uint4 bits = *static_cast<const uint4*>(address);
+  V value;
+  memcpy(&value, &bits, sizeof(V));
+  return value;
+}
+
+template <class V>
+__device__ __forceinline__ void store_vector(void* address, const V& value) {
+  static_assert(sizeof(V) == 16, "vector accesses are 16 bytes");
+  uint4 bits;
+  memcpy(&bits, &value, sizeof(V));
+  *static_cast<uint4*>(address) = bits;
+}
+
+}  // namespace ciema
+
+#endif  // CIEMA_EMULATOR
+
+namespace ciema {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) { return value; }
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) { return __float2half_rn(value); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// The 16 bytes of one vector access, as elements.
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  T element[kElements];
+};
+
+}  // namespace ciema

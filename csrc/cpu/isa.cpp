@@ -1,0 +1,62 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <vector>
+
+namespace ciema::cpu {
+namespace {
+
+std::vector<InstructionSet> find_available() {
+  std::vector<InstructionSet> found;
+#ifdef CIEMA_X86_SIMD
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512) found.push_back({"avx512", &kAvx512ChannelStatistics});
+  if (avx2) found.push_back({"avx2", &kAvx2ChannelStatistics});
+#endif
+  found.push_back({"portable", &kPortableChannelStatistics});
+  return found;
+}
+
+const std::vector<InstructionSet>& available() {
+  static const std::vector<InstructionSet> found = find_available();
+  return found;
+}
+
+struct Choice {
+  const InstructionSet* chosen = nullptr;
+  std::string error;
+};
+
+Choice choose() {
+  const char* forced = std::getenv("FUSED_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') return {&available().front(), ""};
+  for (const InstructionSet& one : available()) {
+    if (forced == std::string(one.name)) return {&one, ""};
+  }
+  return {nullptr, "FUSED_CPU_ISA='" + std::string(forced) +
+                       "': this CPU and build have only " + available_instruction_sets()};
+}
+
+}  // namespace
+
+const InstructionSet& chosen_instruction_set() {
+  static const Choice choice = choose();
+  if (choice.chosen == nullptr) throw std::runtime_error(choice.error);
+  return *choice.chosen;
+}
+
+std::string available_instruction_sets() {
+  std::string names;
+  for (const InstructionSet& one : available()) {
+    names += (names.empty() ? "" : ", ") + std::string(one.name);
+  }
+  return names;
+}
+
+}  // namespace ciema::cpu

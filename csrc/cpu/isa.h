@@ -1,0 +1,22 @@
+// The instruction set the CPU kernels use: the widest this CPU has, or FUSED_CPU_ISA's.
+#pragma once
+
+#include <string>
+
+#include "simd/channel_statistics.h"
+
+namespace ciema::cpu {
+
+struct InstructionSet {
+  const char* name;
+  const ChannelStatistics* channel_statistics;
+};
+
+// Chosen once, when first asked (FUSED_CPU_ISA is read then). Throws with the reason if the
+// variable asks for one that is unknown or that this CPU lacks.
+const InstructionSet& chosen_instruction_set();
+
+// Names this CPU can run, widest first, separated by commas.
+std::string available_instruction_sets();
+
+}  // namespace ciema::cpu

@@ -1,0 +1,14 @@
+// The CPU kernels under their schemas, which fused/backends/native.py defines.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/channel_interaction.h"
+
+STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
+  m.impl("channel_statistics", TORCH_BOX(&ciema::cpu::channel_statistics));
+  m.impl("channel_statistics_backward", TORCH_BOX(&ciema::cpu::channel_statistics_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ciema_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&ciema::cpu::cpu_isa));
+  m.impl("cpu_isa_available", TORCH_BOX(&ciema::cpu::cpu_isa_available));
+}

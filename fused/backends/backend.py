@@ -1,0 +1,35 @@
+"""What a backend is: a name, its kernels, and an honest answer to "can you run this?"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+class BackendError(RuntimeError):
+    """An explicitly requested backend is unknown or cannot run what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the ops.
+
+    Attributes:
+        name: as users write it in `backend=`.
+        kernels: op name, as `channel_interaction` or `channel_interaction_backward`, to the
+            function that runs it; arguments as in the op's schema, without `backend`.
+        can_run: (op name, the stage's main input) → None, or the reason why not, in words.
+    """
+
+    name: str
+    kernels: Mapping[str, Callable[..., object]]
+    can_run: Callable[[str, torch.Tensor], str | None]
+
+    def why_not(self, op: str, x: torch.Tensor) -> str | None:
+        """None if this backend can run `op` on `x`, else the reason."""
+        reason = self.can_run(op, x)
+        if reason is None and op not in self.kernels:
+            return f"no {self.name} kernel for {op}"
+        return reason

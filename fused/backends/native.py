@@ -1,0 +1,143 @@
+"""The compiled libraries `fused._cpu` and `fused._cuda`: their ops' schemas, loading, and plan.
+
+The schemas are defined here and the libraries only add implementations, so that a library that is
+missing or broken costs its backend and nothing else. The libraries hold no Python module: torch
+loads them, which needs neither Python headers at build time nor one build per Python.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .reference import channel_interaction
+
+PACKAGE = Path(__file__).resolve().parents[1]
+PLAN_FILE = PACKAGE / "build_plan.json"
+OLDEST_TORCH = (2, 10)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_PLANE = 2**31 - 1
+
+SCHEMAS = (
+    "channel_statistics(Tensor x) -> (Tensor mean, Tensor max, Tensor argmax)",
+    "channel_statistics_backward(Tensor grad_mean, Tensor grad_max, Tensor argmax, Tensor x)"
+    " -> Tensor grad_x",
+    "cpu_isa() -> str",
+    "cpu_isa_available() -> str",
+)
+
+_schemas = torch.library.Library("ciema_native", "DEF")
+for _schema in SCHEMAS:
+    _schemas.define(_schema)
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """A compiled library after the attempt to load it.
+
+    Attributes:
+        name: "cpu" or "cuda".
+        path: the file, or None if the installation has none.
+        error: None if it is loaded, else why not, in the loader's words where there are any.
+    """
+
+    name: str
+    path: Path | None
+    error: str | None
+
+
+def read_plan() -> dict[str, Any] | None:
+    """What the build did (see setup.py), or None when run from a tree that was never built."""
+    try:
+        plan: dict[str, Any] = json.loads(PLAN_FILE.read_text())
+    except (OSError, ValueError):
+        return None
+    return plan
+
+
+def is_truncated(path: Path) -> bool:
+    """Whether an ELF file ends before its section table, as after a copy on a full disk.
+
+    The loader would map it and die of SIGBUS, which no `except` can catch.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian
+        return False  # the loader refuses by itself what is no library
+    (start,) = struct.unpack_from("<Q", header, 0x28)
+    size, count = struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size < start + size * count
+
+
+def load(name: str) -> NativeLibrary:
+    """Load `fused._<name>`; never raises, the error is in the result."""
+    files = sorted(p for end in ("so", "pyd", "dll") for p in PACKAGE.glob(f"_{name}*.{end}"))
+    if not files:
+        plan = read_plan()
+        why = plan["skipped"].get(name) if plan else None
+        return NativeLibrary(name, None, f"fused._{name} is not built: {why or 'no build plan'}")
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
+        error = f"fused._{name} needs torch >= {needed}, this is {torch.__version__}"
+        return NativeLibrary(name, files[0], error)
+    try:
+        if is_truncated(files[0]):
+            raise OSError(f"{files[0]}: file is truncated")
+        torch.ops.load_library(str(files[0]))
+    except (OSError, RuntimeError) as error:
+        return NativeLibrary(name, files[0], f"fused._{name} does not load: {error}")
+    return NativeLibrary(name, files[0], None)
+
+
+def why_not(
+    library: NativeLibrary,
+    device: str,
+    kernels: Collection[str],
+    op: str,
+    x: torch.Tensor,
+) -> str | None:
+    """None if a native kernel of `device` can run `op` on `x` (B, C, H, W), else the reason."""
+    if library.error is not None:
+        return library.error
+    if op not in kernels:
+        return f"{op} has no {library.name} kernel yet"
+    if x.device.type != device:
+        return f"the input is on {x.device.type}, the {library.name} kernels run on {device}"
+    if x.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"{x.dtype} is not supported, the {library.name} kernels know {known}"
+    if x.dim() == 4 and x.shape[2] * x.shape[3] > LARGEST_PLANE:
+        return f"H*W = {x.shape[2] * x.shape[3]} is over {LARGEST_PLANE}"
+    return None
+
+
+def kernels() -> dict[str, Callable[..., object]]:
+    """The ops that the native libraries speed up, by name; the inputs' device picks the library.
+
+    Channel interaction is its own pass over x for the statistics; the product stays with the
+    library that torch calls for it.
+    """
+    statistics = kernel("channel_statistics")
+    backward = kernel("channel_statistics_backward")
+    return {
+        "channel_statistics": statistics,
+        "channel_statistics_backward": backward,
+        "channel_interaction": partial(channel_interaction.forward, statistics=statistics),
+        "channel_interaction_backward": partial(
+            channel_interaction.backward, statistics_backward=backward
+        ),
+    }
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """The native op of this name, dispatched by its inputs' device."""
+    op: Callable[..., Any] = getattr(torch.ops.ciema_native, name).default
+    return op

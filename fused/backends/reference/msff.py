@@ -1,0 +1,117 @@
+"""Multi-scale feature fusion (spec.md 1), by identity 5.1: convolve at native size, then resize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from ...contract import memory_format, product_dtype, statistics_dtype
+from . import normalisation
+from .products import convolve, convolve_input_backward, convolve_weight_backward
+
+_DIMS = (0, 2, 3)
+
+
+def target_size(features: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """The largest H and the largest W of the maps."""
+    return max(f.shape[2] for f in features), max(f.shape[3] for f in features)
+
+
+def _fused_product(features: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """W ∗ cat(resized maps), (B, C_out, H, W), in float32 or better."""
+    dtype = statistics_dtype(features[0].dtype)
+    size = target_size(features)
+    total: torch.Tensor | None = None
+    for feature, part in zip(features, _split(features, weight), strict=True):
+        z = convolve(feature, part).to(dtype)
+        if z.shape[2:] != torch.Size(size):
+            z = F.interpolate(z, size, mode="bilinear", align_corners=False)
+        total = z if total is None else total + z
+    assert total is not None  # the contract refuses an empty list
+    return total
+
+
+def _split(features: Sequence[torch.Tensor], weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return weight.split([f.shape[1] for f in features], 1)
+
+
+def _column(vector: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return vector.to(dtype)[None, :, None, None]
+
+
+def forward(
+    features: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor,
+    bn_bias: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """Return relu(BN(W ∗ cat)) (B, C_out, H, W), and the batch's mean and biased variance.
+
+    The statistics are (C_out,) in training and (0,) in evaluation.
+    """
+    dtype = statistics_dtype(features[0].dtype)
+    z = _fused_product(features, weight)
+    if training:
+        mean, var = normalisation.batch_statistics(z, _DIMS)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = _column(running_mean, dtype), _column(running_var, dtype)
+    y = normalisation.affine(z, mean, var, _column(bn_weight, dtype), _column(bn_bias, dtype), eps)
+    out = y.relu().to(features[0].dtype).contiguous(memory_format=memory_format(features[0]))
+    if not training:
+        return out, z.new_empty(0), z.new_empty(0)
+    return out, mean.flatten(), var.flatten()
+
+
+def backward(
+    grad_out: torch.Tensor,
+    features: Sequence[torch.Tensor],
+    batch_mean: torch.Tensor,
+    batch_var: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor,
+    bn_bias: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for the maps, W, γ and β; the product is recomputed from the small maps."""
+    dtype = statistics_dtype(features[0].dtype)
+    z = _fused_product(features, weight)
+    mean, var = (batch_mean, batch_var) if training else (running_mean, running_var)
+    assert mean is not None
+    assert var is not None
+    mean, var = _column(mean, dtype), _column(var, dtype)
+    gamma = _column(bn_weight, dtype)
+    n = normalisation.normalised(z, mean, var, eps)
+    grad = grad_out.to(dtype) * (torch.addcmul(_column(bn_bias, dtype), n, gamma) > 0)
+    grad_gamma, grad_beta = (grad * n).sum(_DIMS), grad.sum(_DIMS)
+    grad_z = normalisation.backward(grad, n, var, gamma, eps, _DIMS if training else None)
+
+    grad_features, grad_weights = [], []
+    size = list(target_size(features))
+    for feature, part in zip(features, _split(features, weight), strict=True):
+        native = grad_z
+        if list(feature.shape[2:]) != size:
+            native_size = [feature.shape[0], weight.shape[0], *feature.shape[2:]]
+            native = torch.ops.aten.upsample_bilinear2d_backward(
+                grad_z, size, native_size, False, None, None
+            )
+        native = native.to(product_dtype(feature))
+        grad_weights.append(convolve_weight_backward(native, feature, 1))
+        grad = convolve_input_backward(native, part).to(feature.dtype)
+        grad_features.append(grad.contiguous(memory_format=memory_format(feature)))
+    return (
+        grad_features,
+        torch.cat(grad_weights, 1).to(weight.dtype),
+        grad_gamma.to(bn_weight.dtype),
+        grad_beta.to(bn_bias.dtype),
+    )

@@ -1,0 +1,43 @@
+"""The running buffers of a batch norm, from the statistics that an op returned (spec.md 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def update_running_statistics(
+    norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int
+) -> None:
+    """Update `norm` as a sequence of n calls would, each with its own statistics.
+
+    `running ← (1−ρ)ⁿ·running + Σ_k ρ(1−ρ)^(n−k)·t_k`, or the cumulative average if the momentum ρ
+    is None; `num_batches_tracked += n`.
+
+    Args:
+        norm: its buffers change in place; without running buffers nothing happens.
+        mean: (n, C) means in the order of the calls, or (C,) for one call.
+        var: (n, C) or (C,) biased variances.
+        count: values a channel in each call; the variance enters unbiased.
+    """
+    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+        return
+    means = mean.reshape(-1, norm.num_features)
+    variances = var.reshape(-1, norm.num_features) * (count / (count - 1))
+    calls, dtype = means.shape[0], means.dtype
+    tracked = norm.num_batches_tracked
+    if norm.momentum is None:
+        assert tracked is not None
+        # Cumulative average: every call of all history weighs the same.
+        total = (tracked + calls).to(dtype)
+        keep = tracked.to(dtype) / total
+        weights = (1 / total).expand(calls)
+    else:
+        rho = norm.momentum
+        keep = means.new_tensor((1 - rho) ** calls)
+        weights = means.new_tensor([rho * (1 - rho) ** (calls - 1 - k) for k in range(calls)])
+    if tracked is not None:
+        tracked.add_(calls)
+    for running, values in ((norm.running_mean, means), (norm.running_var, variances)):
+        running.copy_(running.to(dtype) * keep + weights @ values)

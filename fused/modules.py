@@ -1,0 +1,319 @@
+"""FusedCIEMA and FusedMSFF: drop-in layers; parameters, keys and mode, but no maths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import backends, ops
+from .backends.reference.published import (
+    CHANNEL_INTERACTION_REDUCTION,
+    PublishedCIEMA,
+    PublishedMSFF,
+)
+from .batchnorm import update_running_statistics
+
+DEFAULT_FACTOR = 32
+
+
+def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        yield f"{prefix}{name}", child
+        yield from _leaves(child, f"{prefix}{name}.")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+_PLAIN = (
+    *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.Sigmoid, nn.Sequential),
+)
+
+
+class _FusedBlock(nn.Module):
+    """What both blocks share: the backend's name, and the test for children that need calling."""
+
+    backend: str | None
+    fused_stages: tuple[str, ...] = ()
+
+    def _set_backend(self, backend: str | None) -> None:
+        self.backend = None if backend is None else backends.check_name(backend)
+
+    def modular_reason(self) -> str | None:
+        """Why this block must call its children one by one; None if its parameters suffice."""
+        training: bool | None = None
+        for name, child in _leaves(self):
+            kind = type(child)
+            if kind not in _PLAIN and kind.__module__ != PublishedCIEMA.__module__:
+                return f"{name} is a {kind.__name__}"
+            if _has_hooks(child):
+                return f"{name} has hooks"
+            if kind is nn.GroupNorm and not child.affine:
+                return f"{name} has affine=False"
+            if kind is nn.BatchNorm2d:
+                if not child.affine:
+                    return f"{name} has affine=False"
+                if not child.track_running_stats or child.running_mean is None:
+                    return f"{name} has track_running_stats=False"
+                if training is not None and child.training != training:
+                    return "some batch norms are in training mode and others are not"
+                training = child.training
+        return None
+
+    def probe(self) -> torch.Tensor:
+        """A map of one pixel with the block's channels, dtype and device, for `explain`."""
+        raise TypeError(f"{type(self).__name__} does not define its input")
+
+    def _goes_modular(self) -> bool:
+        reason = self.modular_reason()
+        if reason is None:
+            return False
+        name = backends.requested(self.backend)
+        if name not in (backends.AUTO, "reference"):
+            raise backends.BackendError(
+                f"backend={name!r} cannot run {type(self).__name__}: {reason}, so its children "
+                "have to be called; use backend='auto' or 'reference'"
+            )
+        return True
+
+
+def _statistics(norm: Any, training: bool) -> tuple[Any, ...]:
+    """γ, β and, in evaluation, the running buffers; in training these must not be saved."""
+    if training:
+        return norm.weight, norm.bias, None, None
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+class FusedCIEMA(_FusedBlock, PublishedCIEMA):
+    """CIEMA (spec.md 2): drop-in for the published class, same keys, shapes and initialisation.
+
+    Input and output are (B, C, H, W), float32, float64, float16 or bfloat16, any strides; the
+    output keeps the input's memory format.
+
+    Args:
+        channels: C, at least 4.
+        factor: the number of groups G; must divide C.
+        reduction: r of the channel-interaction MLP.
+        bn_statistics: "sequential" as published, or "pooled", one set of statistics over groups
+            and branches (spec.md 3).
+        backend: "auto", "cuda", "cpu" or "reference"; None follows `fused.set_backend`.
+        device: of the parameters.
+        dtype: of the parameters.
+        groups: another name for `factor`.
+
+    Raises:
+        ValueError: an argument or an input is out of range; the message names it and its value.
+        BackendError: `backend` is unknown, or cannot run and was asked for.
+    """
+
+    fused_stages = (
+        *("channel_interaction", "coordinate_attention", "cross_spatial", "gated_fusion"),
+    )
+
+    def __init__(
+        self,
+        channels: int,
+        factor: int = DEFAULT_FACTOR,
+        reduction: int = CHANNEL_INTERACTION_REDUCTION,
+        bn_statistics: str = "sequential",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        groups: int | None = None,
+    ) -> None:
+        if groups is not None:
+            if factor not in (DEFAULT_FACTOR, groups):
+                raise ValueError(f"factor={factor} and groups={groups} differ, give one of them")
+            factor = groups
+        super().__init__(channels, factor, reduction, bn_statistics, device, dtype)
+        self._set_backend(backend)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, backend: str | None = None) -> FusedCIEMA:
+        """A block that takes over the children of a published-style CIEMA block.
+
+        Args:
+            module: any class with the published keys; it shares its parameters with the result.
+            backend: as in the constructor.
+
+        Raises:
+            ValueError: `module` is not a CIEMA block, or the older variant.
+        """
+        from .convert import ciema_from_module
+
+        return ciema_from_module(module, backend)
+
+    def probe(self) -> torch.Tensor:
+        """A map of one pixel with the block's channels, dtype and device, for `explain`."""
+        weight = self.final_fusion[0].get_parameter("weight")
+        return torch.empty(1, self.channels, 1, 1, dtype=weight.dtype, device=weight.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        self._check_channels(x)
+        if self._goes_modular():
+            return PublishedCIEMA.forward(self, x)
+        e = self._interact(x)
+        return self._fuse(e, self._cross(e, update=True))
+
+    def spatial_gate(self, x: torch.Tensor) -> torch.Tensor:
+        """The gate w (B, G, H, W) in (0, 1) that this block draws over x; no buffer changes."""
+        self._check_channels(x)
+        if self._goes_modular():
+            return self._spatial_gate(self.channel_interaction(x))
+        return self._cross(self._interact(x), update=False)
+
+    def _check_channels(self, x: torch.Tensor) -> None:
+        if isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[1] != self.channels:
+            raise ValueError(
+                f"FusedCIEMA: x has {x.shape[1]} channels, shape {tuple(x.shape)}; "
+                f"this block was built for channels={self.channels}"
+            )
+
+    def _interact(self, x: torch.Tensor) -> torch.Tensor:
+        stage = self.channel_interaction
+        weights = (stage.fc[0].weight, stage.fc[2].weight, stage.channel_interaction.weight)
+        e, *_ = ops.channel_interaction(x, *weights, backend=self.backend)
+        return e
+
+    def _cross(self, e: torch.Tensor, *, update: bool) -> torch.Tensor:
+        vectors = ops.coordinate_attention(
+            *(e, self.conv1x1.weight, self.conv1x1.bias, self.groups, self.gn.eps),
+            backend=self.backend,
+        )
+        net = self.cross_spatial_learning
+        attention: Any = net.spatial_attention[1]
+        reduce: Any = net.ms_reduce[1]
+        training: bool = attention.training
+        w, _, _, *statistics = ops.cross_spatial(
+            *(e, *vectors, self.gn.weight, self.gn.bias),
+            *(self.conv3x3.weight, self.conv3x3.bias, net.spatial_conv1.weight),
+            *(net.spatial_conv3.weight, net.spatial_conv5.weight),
+            *(net.spatial_attention[0].weight, *_statistics(attention, training)),
+            *(net.ms_reduce[0].weight, *_statistics(reduce, training)),
+            *(net.channel_feat.weight, net.alpha, self.groups, training, self.bn_statistics),
+            *(attention.eps, reduce.eps),
+            backend=self.backend,
+        )
+        if training and update:
+            count = e.shape[0] * e.shape[2] * e.shape[3]
+            if self.bn_statistics == "pooled":
+                count *= 2 * self.groups
+            update_running_statistics(attention, statistics[0], statistics[1], count)
+            update_running_statistics(reduce, statistics[2], statistics[3], count)
+        return w
+
+    def _fuse(self, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        squeeze, norm1, _, expand, norm2 = self.multi_scale_fusion
+        fusion, norm3, _ = self.final_fusion
+        norms: tuple[Any, ...] = (norm1, norm2, norm3)
+        training: bool = norm1.training
+        out, _, _, *statistics = ops.gated_fusion(
+            *(e, w, squeeze.weight, *_statistics(norm1, training)),
+            *(expand.weight, *_statistics(norm2, training)),
+            *(fusion.weight, *_statistics(norm3, training)),
+            *(training, norm1.eps, norm2.eps, norm3.eps),
+            self._needs_gradient(e),
+            backend=self.backend,
+        )
+        if training:
+            count = e.shape[0] * e.shape[2] * e.shape[3]
+            for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
+                update_running_statistics(norm, mean, var, count)
+        return out
+
+    def _needs_gradient(self, e: torch.Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return e.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def extra_repr(self) -> str:
+        """Constructor arguments."""
+        return (
+            f"channels={self.channels}, groups={self.groups}, reduction={self.reduction}, "
+            f"bn_statistics={self.bn_statistics!r}, backend={self.backend!r}"
+        )
+
+
+class FusedMSFF(_FusedBlock, PublishedMSFF):
+    """MSFF (spec.md 1): drop-in for the published class, same keys, shapes and initialisation.
+
+    Args:
+        stage_channels: C_i of each map.
+        out_channels: C_out, the largest C_i by default.
+        backend: as for FusedCIEMA.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    fused_stages = ("msff",)
+
+    def __init__(
+        self,
+        stage_channels: Sequence[int],
+        out_channels: int | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(stage_channels, out_channels, device, dtype)
+        self._set_backend(backend)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        stage_channels: Sequence[int] | None = None,
+        backend: str | None = None,
+    ) -> FusedMSFF:
+        """A block that takes over the children of a published-style MSFF block."""
+        from .convert import msff_from_module
+
+        return msff_from_module(module, stage_channels, backend)
+
+    def probe(self) -> torch.Tensor:
+        """A map of one pixel with the block's channels, dtype and device, for `explain`."""
+        weight = self.fusion_conv[0].get_parameter("weight")
+        return torch.empty(1, weight.shape[1], 1, 1, dtype=weight.dtype, device=weight.device)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
+        if isinstance(features, torch.Tensor):
+            raise TypeError("FusedMSFF: features must be a list of maps, got one tensor")
+        if self.stage_channels is not None:
+            got = [f.shape[1] if f.dim() > 1 else None for f in features]
+            if got != list(self.stage_channels):
+                raise ValueError(
+                    f"FusedMSFF: features have {got} channels, this block was built for "
+                    f"stage_channels={list(self.stage_channels)}"
+                )
+        if self._goes_modular():
+            return PublishedMSFF.forward(self, features)
+        conv: Any = self.fusion_conv[0]
+        norm: Any = self.fusion_conv[1]
+        training: bool = norm.training
+        out, mean, var = ops.msff(
+            *(list(features), conv.weight, *_statistics(norm, training), training, norm.eps),
+            backend=self.backend,
+        )
+        if training:
+            count = out.shape[0] * out.shape[2] * out.shape[3]
+            update_running_statistics(norm, mean, var, count)
+        return out
+
+    def extra_repr(self) -> str:
+        """Constructor arguments."""
+        return (
+            f"stage_channels={self.stage_channels}, out_channels={self.out_channels}, "
+            f"backend={self.backend!r}"
+        )

@@ -1,0 +1,238 @@
+"""How an op becomes a `torch.library` op: dispatch, fake, autograd, autocast, double backward.
+
+One `StageOp` a stage. Everything is bound by the names in its two schemas: an argument of the
+backward is the gradient of an output (`grad_<output>`), a tensor that `contract.SAVED` lists, a
+parameter, or a number of the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import backends
+from .contract import CHECKS, OUTPUTS, check_map, memory_format
+
+LIBRARY = torch.library.Library("ciema", "DEF")
+
+
+def _empty(x: torch.Tensor, spec: Any) -> torch.Tensor:
+    empty = x.new_empty(spec.shape, dtype=spec.dtype)
+    return empty.contiguous(memory_format=spec.memory_format) if empty.dim() == 4 else empty
+
+
+def _positional(op: Any) -> tuple[str, ...]:
+    return tuple(a.name for a in op._schema.arguments if not a.kwarg_only)
+
+
+def _unwrap(results: tuple[Any, ...]) -> Any:
+    return results[0] if len(results) == 1 else results
+
+
+class StageOp:
+    """A forward op and its backward op; call it as a function of the forward's arguments.
+
+    Attributes:
+        name: the op, `ciema::<name>`; its backward is `ciema::<name>_backward`.
+        maps: the inputs that are maps; autocast casts these and nothing else.
+        differentiable: the outputs that carry a gradient.
+        gradients: the inputs whose gradients the backward returns, in its order.
+        inputs: names of the forward's arguments, `backend` not counted.
+        outputs: names of its results.
+        backward_inputs: names of the backward's arguments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: str,
+        backward: str,
+        maps: tuple[str, ...],
+        differentiable: tuple[str, ...],
+        gradients: tuple[str, ...],
+    ) -> None:
+        """Define and register both ops; `forward` and `backward` are their schemas."""
+        self.name, self.maps = name, maps
+        self.differentiable, self.gradients = differentiable, gradients
+        tags = (torch.Tag.pt2_compliant_tag,)
+        LIBRARY.define(name + forward, tags=tags)
+        LIBRARY.define(f"{name}_backward{backward}", tags=tags)
+        self.op = getattr(torch.ops.ciema, name).default
+        self.backward_op = getattr(torch.ops.ciema, f"{name}_backward").default
+        self.inputs = _positional(self.op)
+        self.outputs = tuple(r.name for r in self.op._schema.returns)
+        self.backward_inputs = _positional(self.backward_op)
+        self._register()
+
+    # ------------------------------------------------------------------------------------- calls
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        """Run the stage; arguments as in the op's schema.
+
+        With `backend="reference"` this is plain PyTorch, differentiable any number of times.
+        """
+        for key, value in zip(self.inputs, args, strict=False):
+            if key in self.maps:
+                for one in value if isinstance(value, (list, tuple)) else (value,):
+                    check_map(self.name, key, one)  # what the dispatcher would refuse in its words
+        name = backends.requested(backend)
+        if name != "reference":
+            return self.op(*args, backend=name)
+        device = self._main(args).device.type
+        if torch.is_autocast_enabled(device):
+            args = self._cast(args, torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return self._plain(args)
+        return self._plain(args)
+
+    def _plain(self, args: Sequence[Any]) -> Any:
+        self._check(args)
+        return backends.REFERENCE.kernels[self.name](*args)
+
+    def _check(self, args: Sequence[Any]) -> None:
+        CHECKS[self.name](dict(zip(self.inputs, args, strict=True)))
+
+    def _main(self, args: Sequence[Any]) -> torch.Tensor:
+        value = args[self.inputs.index(self.maps[0])]
+        return value[0] if isinstance(value, (list, tuple)) else value
+
+    def _cast(self, args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+        """Maps to the autocast dtype; float64 stays, as torch's own autocast leaves it."""
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [cast(v) for v in value]
+            eligible = value.is_floating_point() and value.dtype != torch.float64
+            return value.to(dtype) if eligible else value
+
+        pairs = zip(self.inputs, args, strict=True)
+        return tuple(cast(value) if name in self.maps else value for name, value in pairs)
+
+    # ------------------------------------------------------------------------------ registration
+
+    def _register(self) -> None:
+        name, backward_name = f"ciema::{self.name}", f"ciema::{self.name}_backward"
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(self.name, self._run_forward, key)
+            LIBRARY.impl(f"{self.name}_backward", self._run_backward, key)
+            LIBRARY.impl(self.name, self._autocast(key), f"Autocast{key}")
+        torch.library.register_fake(name, self._fake_forward, lib=LIBRARY)
+        torch.library.register_fake(backward_name, self._fake_backward, lib=LIBRARY)
+        torch.library.register_autograd(
+            name, self._autograd_backward, setup_context=self._setup_context, lib=LIBRARY
+        )
+        torch.library.register_autograd(backward_name, self._double_backward, lib=LIBRARY)
+
+    def _run_forward(self, *args: Any, backend: str = "auto") -> Any:
+        self._check(args)
+        x = self._main(args)
+        kernel = backends.choose(self.name, x, backend).kernels[self.name]
+        with torch.autocast(x.device.type, enabled=False):
+            return kernel(*args)
+
+    def _run_backward(self, *args: Any, backend: str = "auto") -> Any:
+        named = dict(zip(self.backward_inputs, args, strict=True))
+        main = named[self.maps[0]]
+        x = main[0] if isinstance(main, (list, tuple)) else main
+        name = f"{self.name}_backward"
+        kernel: Callable[..., Any] = backends.choose(name, x, backend).kernels[name]
+        with torch.autocast(x.device.type, enabled=False):
+            results = kernel(*args)
+        if isinstance(results, torch.Tensor):
+            return results
+        pairs = zip(self.gradients, results, strict=True)
+        return tuple(r if key in self.maps else r.contiguous() for key, r in pairs)
+
+    def _autocast(self, key: str) -> Callable[..., Any]:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{key}"))
+        device = key.lower()
+
+        def run(*args: Any, backend: str = "auto") -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                cast = self._cast(args, torch.get_autocast_dtype(device))
+                return self.op(*cast, backend=backend)
+
+        return run
+
+    def _fake_forward(self, *args: Any, backend: str = "auto") -> Any:
+        self._check(args)
+        named = dict(zip(self.inputs, args, strict=True))
+        x = self._main(args)
+        return _unwrap(tuple(_empty(x, spec) for spec in OUTPUTS[self.name](named)))
+
+    def _fake_backward(self, *args: Any, backend: str = "auto") -> Any:
+        named = dict(zip(self.backward_inputs, args, strict=True))
+
+        def like(value: Any, is_map: bool) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [like(v, is_map) for v in value]
+            fmt = memory_format(value) if is_map else torch.contiguous_format
+            return torch.empty_like(value, memory_format=fmt)
+
+        return _unwrap(tuple(like(named[key], key in self.maps) for key in self.gradients))
+
+    # ---------------------------------------------------------------------------------- autograd
+
+    def _setup_context(
+        self, ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+    ) -> None:
+        outputs = output if isinstance(output, (list, tuple)) else (output,)
+        named = dict(zip(self.inputs, inputs, strict=True))
+        named |= dict(zip(self.outputs, outputs, strict=True))
+        if named.get("save") is False:
+            raise ValueError(f"{self.name}: save=False, but a gradient is asked for")
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(named[key] for key in self.outputs if key not in self.differentiable)
+        )
+        x = self._main(inputs)
+        # The choice of the forward's moment holds for the backward, whatever is set in between.
+        backend = keyword_only_inputs["backend"]
+        ctx.backend = backends.choose(f"{self.name}_backward", x, backend).name
+        ctx.absent = {
+            f"grad_{key}": (named[key].shape, named[key].dtype, named[key].device)
+            for key in self.differentiable
+        }
+        tensors: list[torch.Tensor | None] = []
+        ctx.layout = []
+        for key in self.backward_inputs:
+            if key in ctx.absent:
+                continue
+            value = named[key]
+            if isinstance(value, (list, tuple)):
+                ctx.layout.append((key, len(value)))
+                tensors.extend(value)
+            elif value is None or isinstance(value, torch.Tensor):
+                ctx.layout.append((key, None))
+                tensors.append(value)
+            else:
+                ctx.layout.append((key, (value,)))
+        ctx.save_for_backward(*tensors)
+
+    def _autograd_backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        given = {f"grad_{key}": grad for key, grad in zip(self.outputs, grads, strict=True)}
+        named: dict[str, Any] = {}
+        for key, (shape, dtype, device) in ctx.absent.items():
+            grad = given[key]
+            named[key] = torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+        saved = iter(ctx.saved_tensors)
+        for key, what in ctx.layout:
+            if isinstance(what, tuple):
+                named[key] = what[0]
+            elif what is None:
+                named[key] = next(saved)
+            else:
+                named[key] = [next(saved) for _ in range(what)]
+        args = [named[key] for key in self.backward_inputs]
+        results = self.backward_op(*args, backend=ctx.backend)
+        results = (results,) if isinstance(results, torch.Tensor) else results
+        by_name = dict(zip(self.gradients, results, strict=True))
+        return tuple(by_name.get(key) for key in self.inputs)
+
+    def _double_backward(self, ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"ciema::{self.name} cannot be differentiated twice; backend='reference' can "
+            "(FusedCIEMA(..., backend='reference') or fused.set_backend('reference'))"
+        )

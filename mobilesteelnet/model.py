@@ -1,0 +1,240 @@
+"""MobileSteelNet (spec.md 4): depthwise-separable backbone, MSFF, CIEMA, pooling, linear head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fused
+from fused.contract import STAGES, Cost, Problem, cost
+
+ATTENTIONS = ("ciema", "none")
+FUSIONS = ("msff", "none")
+ACTIVATIONS = (None, "relu")
+PAPER_INPUT_SIZE = 224
+STEM_CHANNELS = 32
+# (output channels, stride) of every block; the stages' last outputs go into MSFF.
+STAGE_BLOCKS: tuple[tuple[tuple[int, int], ...], ...] = (
+    ((64, 1), (128, 2), (128, 1)),
+    ((256, 1), (512, 2), (512, 1), (512, 1)),
+    ((512, 1), (512, 1), (1024, 2), (1024, 1)),
+)
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """`channels`·`width`, rounded to a multiple of 8 and at least 8; exact at width 1."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+def attention_groups(channels: int) -> int:
+    """32 groups as published where each keeps 4 channels, fewer for a narrow network."""
+    groups = 32
+    while groups > 1 and (channels % groups or channels // groups < 4):
+        groups //= 2
+    return groups
+
+
+class DepthwiseSeparable(nn.Module):
+    """3×3 depthwise, 1×1 pointwise, batch norm; published without any activation.
+
+    With `activation="relu"` batch norm and ReLU follow both convolutions, as in MobileNetV1.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, stride: int, activation: str | None
+    ) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(*(channels, channels, 3, stride, 1), groups=channels, bias=False)
+        self.depthwise_bn = nn.BatchNorm2d(channels) if activation else None
+        self.pointwise = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) → (B, C', H/stride, W/stride)."""
+        x = self.depthwise(x)
+        if self.depthwise_bn is not None:
+            return self.bn(self.pointwise(self.depthwise_bn(x).relu())).relu()
+        return self.bn(self.pointwise(x))
+
+
+class MobileSteelNet(nn.Module):
+    """Classifier of steel surface defects: images (B, in_channels, H, W) → logits (B, classes).
+
+    At `width=1` keys, shapes and outputs are those of the published network.
+
+    Args:
+        num_classes: size of the head.
+        in_channels: of the images.
+        attention: "ciema", or "none" for the paper's ablation (table 7).
+        fusion: "msff", or "none": the last stage alone goes on.
+        activation: None as published, or "relu" in the blocks.
+        bn_statistics: of CIEMA, "sequential" as published or "pooled" (spec.md 3).
+        backend: of the fused layers, None follows `fused.set_backend`.
+        width: multiplier of all channel counts.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it and its value.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 6,
+        in_channels: int = 3,
+        attention: str = "ciema",
+        fusion: str = "msff",
+        activation: str | None = None,
+        bn_statistics: str = "sequential",
+        backend: str | None = None,
+        width: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if value < 1:
+                raise ValueError(f"{name}={value}, expected at least 1")
+        if not 0 < width <= 8:
+            raise ValueError(f"width={width}, expected a number above 0, at most 8")
+        choices: dict[str, tuple[str | None, tuple[str | None, ...]]] = {
+            "attention": (attention, ATTENTIONS),
+            "fusion": (fusion, FUSIONS),
+            "activation": (activation, ACTIVATIONS),
+        }
+        for name, (choice, allowed) in choices.items():
+            if choice not in allowed:
+                raise ValueError(f"{name}={choice!r}, expected one of {allowed}")
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "attention": attention,
+            "fusion": fusion,
+            "activation": activation,
+            "bn_statistics": bn_statistics,
+            "backend": backend,
+            "width": width,
+        }
+        stem = scaled_channels(STEM_CHANNELS, width)
+        self.initial_conv = nn.Sequential(
+            nn.Conv2d(in_channels, stem, 3, 2, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU()
+        )
+        stages, channels, stage_channels = [], stem, []
+        for specification in STAGE_BLOCKS:
+            blocks = []
+            for published_channels, stride in specification:
+                out = scaled_channels(published_channels, width)
+                blocks.append(DepthwiseSeparable(channels, out, stride, activation))
+                channels = out
+            stages.append(nn.Sequential(*blocks))
+            stage_channels.append(channels)
+        self.stage1, self.stage2, self.stage3 = stages
+        self.msff = None
+        if fusion == "msff":
+            self.msff = fused.FusedMSFF(stage_channels, channels, backend=backend)
+        self.ciema = None
+        if attention == "ciema":
+            groups = attention_groups(channels)
+            self.ciema = fused.FusedCIEMA(
+                channels, groups, bn_statistics=bn_statistics, backend=backend
+            )
+        self.fc = nn.Linear(channels, num_classes)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MobileSteelNet:
+        """Build the network that `config`, another network's `.config`, describes."""
+        return cls(**config)
+
+    def backbone(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of the three stages."""
+        if images.dim() != 4 or images.shape[1] != self.config["in_channels"]:
+            raise ValueError(
+                f"MobileSteelNet: images have shape {tuple(images.shape)}, expected "
+                f"(B, {self.config['in_channels']}, H, W)"
+            )
+        stage1 = self.stage1(self.initial_conv(images))
+        stage2 = self.stage2(stage1)
+        return [stage1, stage2, self.stage3(stage2)]
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the attention sees: MSFF's output, or the last stage's."""
+        stages = self.backbone(images)
+        return stages[-1] if self.msff is None else self.msff(stages)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_channels, H, W) → logits (B, num_classes)."""
+        features = self.features(images)
+        if self.ciema is not None:
+            features = self.ciema(features)
+        return self.fc(features.mean((2, 3)))
+
+    def spatial_gate(self, images: torch.Tensor) -> torch.Tensor | None:
+        """The gate w (B, G, h, w) of CIEMA over the images; None without CIEMA."""
+        return None if self.ciema is None else self.ciema.spatial_gate(self.features(images))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, buffers not counted."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _costs(
+    model: MobileSteelNet, maps: list[torch.Tensor], published: bool
+) -> dict[str, dict[str, Cost]]:
+    """Costs of the fused stages, for stage outputs `maps`."""
+    target = maps[-1]
+    channels, (height, width) = target.shape[1], target.shape[2:]
+    stages: list[str] = []
+    if model.msff is not None:
+        height, width = max(m.shape[2] for m in maps), max(m.shape[3] for m in maps)
+        stages.append("msff")
+    if model.ciema is not None:
+        stages += [stage for stage in STAGES if stage != "msff"]
+    problem = Problem(
+        *(target.shape[0], channels, height, width),
+        groups=1 if model.ciema is None else model.ciema.groups,
+        reduction=1 if model.ciema is None else model.ciema.reduction,
+        features=tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps),
+    )
+    directions = ("forward", "backward")
+    return {
+        stage: {d: cost(stage, problem, direction=d, published=published) for d in directions}
+        for stage in stages
+    }
+
+
+def describe(model: MobileSteelNet, input_size: int = PAPER_INPUT_SIZE) -> dict[str, Any]:
+    """Parameters, FLOP, bytes and backends of one image of `input_size`² pixels.
+
+    FLOP are two a multiply-add; `published` counts the published form, `fused` what the stages
+    need with spec.md 5.1. Bytes are device-memory traffic of float32 maps.
+    """
+    twin = MobileSteelNet.from_config(model.config).to("meta").eval()
+    images = torch.empty(1, model.config["in_channels"], input_size, input_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        maps = twin.backbone(images)
+    backbone = counter.get_total_flops()
+    costs = _costs(twin, maps, published=False)
+    published = _costs(twin, maps, published=True)
+    rows: list[dict[str, Any]] = [
+        {
+            "stage": stage,
+            "published_flop": published[stage]["forward"].flop,
+            "flop": by["forward"].flop,
+            "bytes": by["forward"].bytes,
+            "backward_flop": by["backward"].flop,
+            "backward_bytes": by["backward"].bytes,
+            "saved_bytes": by["forward"].saved,
+        }
+        for stage, by in costs.items()
+    ]
+    has_blocks = model.msff is not None or model.ciema is not None
+    return {
+        "input_size": input_size,
+        "parameters": parameter_count(model),
+        "float32_bytes": sum(4 * t.numel() for t in model.state_dict().values()),
+        "backbone_flop": backbone,
+        "published_flop": backbone + sum(row["published_flop"] for row in rows),
+        "flop": backbone + sum(row["flop"] for row in rows),
+        "stages": rows,
+        "backends": str(fused.explain(model)) if has_blocks else "no fused blocks",
+    }

@@ -1,0 +1,271 @@
+"""How the native code is built. Metadata is in pyproject.toml.
+
+FUSED_BUILD=auto|cpu|cuda|none says what to build; auto (the default) builds what can be built here
+and says in the plan what it left out and why. TORCH_CUDA_ARCH_LIST names the CUDA architectures.
+Nothing is downloaded and no GPU is asked. Linux is tested; the Windows and macOS flags are not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
+
+MODES = ("auto", "cpu", "cuda", "none")
+# Compute capabilities built when TORCH_CUDA_ARCH_LIST is unset, as far as nvcc knows them. The last
+# one is also kept as PTX, for the GPUs to come.
+DEFAULT_CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+ROOT = Path(__file__).resolve().parent
+PLAN_FILE = "build_plan.json"
+PACKAGES = find_packages(include=["fused", "fused.*", "mobilesteelnet", "mobilesteelnet.*"])
+
+CPU_SOURCES = [
+    "csrc/register_cpu.cpp",
+    "csrc/cpu/channel_interaction.cpp",
+    "csrc/cpu/isa.cpp",
+    "csrc/cpu/simd/avx512.cpp",
+    "csrc/cpu/simd/avx2.cpp",
+    "csrc/cpu/simd/portable.cpp",
+]
+CUDA_SOURCES = ["csrc/register_cuda.cpp", "csrc/cuda/channel_interaction.cu"]
+HEADERS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("common", "cpu", "cuda")
+    for path in (ROOT / "csrc" / folder).rglob("*")
+    if path.suffix in (".h", ".cuh")
+)
+
+# The stable ABI of torch 2.10 is all that the code may use: one library for every later torch.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+
+
+@dataclass
+class Plan:
+    """What is built, for what, and what is left out and why; goes into the package as JSON."""
+
+    mode: str
+    torch: str | None = None
+    cpu: bool = False
+    cuda: bool = False
+    compiler: str | None = None
+    nvcc: str | None = None
+    cuda_architectures: list[str] = field(default_factory=list)
+    cuda_runtime: list[str] = field(default_factory=list)  # folders to link from; not packaged
+    skipped: dict[str, str] = field(default_factory=dict)
+    system: str = f"{platform.system()} {platform.machine()}"
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        out = [f"FUSED_BUILD={self.mode} on {self.system}, torch {self.torch or 'not asked'}"]
+        if self.cpu:
+            out.append(f"fused._cpu: built with {self.compiler}")
+        if self.cuda:
+            out.append(f"fused._cuda: built with {self.nvcc} for {self.cuda_architectures}")
+        out += [f"fused._{name}: not built, {why}" for name, why in self.skipped.items()]
+        return out
+
+
+def first_line(command: list[str]) -> tuple[bool, str]:
+    """Run a command; (it succeeded, the line of its output that tells most)."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return False, str(error)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower()] if done.returncode else lines
+    return done.returncode == 0, (telling or lines or ["no output"])[0].strip()
+
+
+def probe(compiler: list[str], suffix: str, flags: list[str]) -> str | None:
+    """None if the compiler takes a small C++20 source, else why not."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, f"probe{suffix}")
+        source.write_text("#include <span>\nint f(std::span<int> s) { return s.size() > 0; }\n")
+        output = str(Path(folder, "probe.o"))
+        good, line = first_line([*compiler, *flags, "-c", str(source), "-o", output])
+    return None if good else f"{' '.join(compiler)} cannot build C++20: {line}"
+
+
+def find_cpu_compiler() -> tuple[str | None, str]:
+    """(description of the C++ compiler, "") or (None, why there is none)."""
+    if sys.platform == "win32":
+        found = shutil.which("cl")
+        return (found, "") if found else (None, "cl is not on PATH (open a Visual Studio prompt)")
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    command = get_cxx_compiler().split()
+    if shutil.which(command[0]) is None:
+        return None, f"no C++ compiler: {command[0]!r} is not there (set CXX)"
+    why_not = probe(command, ".cpp", ["-std=c++20"])
+    return (None, why_not) if why_not else (first_line([*command, "--version"])[1], "")
+
+
+def cuda_runtime_folders(nvcc: Path) -> list[str]:
+    """Folders of nvcc's own toolkit that hold the CUDA runtime; nvcc may be a wrapper elsewhere."""
+    if sys.platform == "win32":
+        return [str(nvcc.parents[1] / "lib" / "x64")]
+    command = [str(nvcc), "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    home = Path(top[1].strip()).resolve() if top else nvcc.parents[1]
+    folders = [home / "lib64", home / "lib", *map(Path, re.findall(r'"-L([^"]+)"', told))]
+    return [str(folder) for folder in folders if (folder / "libcudart.so").exists()]
+
+
+def find_nvcc() -> tuple[Path | None, str]:
+    """(path of an nvcc that suits this torch, its release) or (None, why there is none)."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is built without CUDA"
+    name = "nvcc.exe" if sys.platform == "win32" else "nvcc"
+    nvcc = Path(CUDA_HOME, "bin", name) if CUDA_HOME else None
+    if nvcc is None or not nvcc.exists():
+        return None, f"nvcc not found (CUDA_HOME is {CUDA_HOME or 'unset'})"
+    told = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)\.(\d+)", told.stdout)
+    if release is None:
+        return None, f"{nvcc} does not tell its release"
+    if release[1] != torch.version.cuda.split(".")[0]:
+        wanted = torch.version.cuda
+        return None, f"{nvcc} is release {release[1]}.{release[2]}, torch is built for {wanted}"
+    if not cuda_runtime_folders(nvcc):
+        return None, f"the toolkit of {nvcc} has no libcudart to link with"
+    why_not = None if sys.platform == "win32" else probe([str(nvcc)], ".cu", ["-std=c++20"])
+    return (None, why_not) if why_not else (nvcc, f"{release[1]}.{release[2]}")
+
+
+def choose_architectures(nvcc: Path) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, or the part of the default list that this nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if asked == ["native"]:
+        raise SystemExit("TORCH_CUDA_ARCH_LIST=native would ask the GPU: name architectures")
+    if asked:
+        return asked
+    command = [str(nvcc), "--list-gpu-arch"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", told))
+    chosen = [one for one in DEFAULT_CUDA_ARCHITECTURES if one.replace(".", "") in known]
+    if not chosen:
+        raise SystemExit(f"{nvcc} knows none of {DEFAULT_CUDA_ARCHITECTURES}")
+    return [*chosen[:-1], f"{chosen[-1]}+PTX"]
+
+
+def make_plan() -> Plan:
+    """Read FUSED_BUILD and look around.
+
+    Raises:
+        SystemExit: FUSED_BUILD is unknown, or asks for what cannot be built here.
+    """
+    mode = os.environ.get("FUSED_BUILD", "") or "auto"
+    if mode not in MODES:
+        raise SystemExit(f"FUSED_BUILD={mode!r} is unknown, use one of {', '.join(MODES)}")
+    plan = Plan(mode)
+    if mode == "none":
+        plan.skipped = dict.fromkeys(("cpu", "cuda"), "FUSED_BUILD=none")
+        return plan
+    import torch
+
+    plan.torch = torch.__version__
+    plan.compiler, why_not = find_cpu_compiler()
+    plan.cpu = plan.compiler is not None
+    if not plan.cpu:
+        if mode != "auto":
+            raise SystemExit(f"FUSED_BUILD={mode}: {why_not}")
+        plan.skipped = dict.fromkeys(("cpu", "cuda"), why_not)
+        return plan
+    if mode == "cpu":
+        plan.skipped["cuda"] = "FUSED_BUILD=cpu"
+        return plan
+    nvcc, told = find_nvcc()
+    if nvcc is None:
+        if mode == "cuda":
+            raise SystemExit(f"FUSED_BUILD=cuda: {told}")
+        plan.skipped["cuda"] = told
+        return plan
+    plan.cuda, plan.nvcc = True, f"nvcc {told}"
+    plan.cuda_runtime = cuda_runtime_folders(nvcc)
+    plan.cuda_architectures = choose_architectures(nvcc)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.cuda_architectures)  # read by torch
+    return plan
+
+
+def compiler_flags() -> list[str]:
+    """Flags for C++ sources; never -march=native: the instruction set is chosen at run time."""
+    if sys.platform == "win32":
+        return ["/O2", "/std:c++20", *STABLE_ABI]
+    return ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *STABLE_ABI]
+
+
+def extensions(plan: Plan) -> list[Extension]:
+    """The extension modules of a plan."""
+    if not plan.cpu:
+        return []
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    cxx = compiler_flags()
+    common: dict[str, Any] = {"py_limited_api": True, "depends": HEADERS}
+    out = [CppExtension("fused._cpu", CPU_SOURCES, extra_compile_args={"cxx": cxx}, **common)]
+    if plan.cuda:
+        nvcc = ["-O3", "-std=c++20", "--threads=2", "-DUSE_CUDA", *STABLE_ABI]
+        flags = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}
+        cuda = CUDAExtension("fused._cuda", CUDA_SOURCES, extra_compile_args=flags, **common)
+        cuda.library_dirs += plan.cuda_runtime
+        out.append(cuda)
+    return out
+
+
+def commands(plan: Plan) -> dict[str, type]:
+    """The build commands, which leave the plan beside the code and nothing stale."""
+    facts = {name: value for name, value in asdict(plan).items() if name != "cuda_runtime"}
+    text = json.dumps(facts, indent=2) + "\n"
+
+    class BuildPython(build_py):
+        def run(self) -> None:
+            if not self.editable_mode:  # libraries and modules of an earlier plan must not stay
+                for package in ("fused", "mobilesteelnet"):
+                    shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+            super().run()
+            folder = ROOT / "fused" if self.editable_mode else Path(self.build_lib, "fused")
+            (folder / PLAN_FILE).write_text(text)
+
+    if not plan.cpu:
+        return {"build_py": BuildPython}
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildNative(BuildExtension):
+        def run(self) -> None:
+            super().run()
+            if self.inplace:
+                (ROOT / "fused" / PLAN_FILE).write_text(text)
+
+        def get_export_symbols(self, ext: Extension) -> list[str]:
+            """Nothing to export: torch loads the library, Python does not import it."""
+            return []
+
+    return {"build_py": BuildPython, "build_ext": BuildNative}
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    PLAN = make_plan()
+    print("\n".join(f"[fused] {line}" for line in PLAN.lines()), flush=True)
+    setup(
+        packages=PACKAGES,
+        package_data={"fused": ["py.typed"], "mobilesteelnet": ["py.typed", "*.html"]},
+        ext_modules=extensions(PLAN),
+        cmdclass=commands(PLAN),
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if PLAN.cpu else {},
+    )

@@ -1,0 +1,42 @@
+"""Shared ground of the tests: poisoned memory, fixed seeds, and where the shared data lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused import set_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_and_seeded() -> Iterator[None]:
+    """`torch.empty` gives NaN, the generators start anew, and no test leaves a backend behind."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+    set_backend(None)
+
+
+def shared_path(*parts: str) -> Path:
+    """A path below shared/; skips the test where it is absent, fails where CI promises it."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        if os.environ.get("REQUIRE_SHARED"):
+            pytest.fail(f"REQUIRE_SHARED is set, but shared/{'/'.join(parts)} is missing")
+        pytest.skip(f"shared/{'/'.join(parts)} is not beside the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def neu_det() -> Path:
+    """The zip of NEU-DET."""
+    return shared_path("data", "neu-det.zip")

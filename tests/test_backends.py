@@ -1,0 +1,142 @@
+"""The registry: precedence, refusals with reasons, no silent fallback, explain()."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+import fused
+from fused import BackendError, FusedCIEMA, backends
+from fused.backends import BACKENDS, Backend, choose, requested
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_precedence_call_module_default_auto() -> None:
+    assert requested(None) == "auto"
+    fused.set_backend("reference")
+    assert requested(None) == "reference"
+    assert requested("cpu") == "cpu"
+    fused.set_backend(None)
+    assert requested(None) == "auto"
+
+
+def test_environment_is_read_once_at_import() -> None:
+    code = (
+        "import os, fused; from fused.backends import requested;"
+        "os.environ['FUSED_BACKEND'] = 'cpu'; print(requested(None));"
+        "fused.set_backend('cpu'); print(requested(None))"
+    )
+    result = run_python(code, FUSED_BACKEND="reference")
+    assert result.stdout.split() == ["reference", "cpu"], result.stderr
+
+
+def test_unknown_environment_value_is_said_and_ignored() -> None:
+    code = "import fused; from fused.backends import requested; print(requested(None))"
+    result = run_python(code, FUSED_BACKEND="abacus")
+    assert result.stdout.split() == ["auto"]
+    assert "FUSED_BACKEND='abacus' is unknown" in result.stderr
+
+
+def test_unknown_names_are_refused() -> None:
+    for action in (
+        lambda: fused.set_backend("abacus"),
+        lambda: FusedCIEMA(16, 4, backend="abacus"),
+        lambda: choose("msff", torch.zeros(1, 4, 2, 2), "abacus"),
+    ):
+        with pytest.raises(BackendError, match=r"'abacus' is unknown, known are"):
+            action()
+
+
+def test_an_explicit_backend_that_cannot_run_raises_its_reason() -> None:
+    x = torch.zeros(1, 16, 4, 4)
+    with pytest.raises(BackendError, match="backend='cuda' cannot run channel_interaction: "):
+        FusedCIEMA(16, 4, backend="cuda").eval()(x)
+    fused.set_backend("cuda")
+    with pytest.raises(BackendError, match="backend='cuda'"):
+        FusedCIEMA(16, 4).eval()(x)
+    fused.set_backend(None)
+    # A module's own choice comes before the default.
+    fused.set_backend("cuda")
+    assert FusedCIEMA(16, 4, backend="reference").eval()(x).isfinite().all()
+
+
+def test_auto_takes_the_next_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lame = Backend("lame", {}, lambda op, x: "it limps")
+    monkeypatch.setattr(backends, "BACKENDS", {"lame": lame, **BACKENDS})
+    x = torch.zeros(1, 4, 2, 2)
+    with caplog.at_level(logging.INFO, logger="fused"):
+        assert choose("msff", x).name != "lame"
+        choose("msff", x)
+    assert [r.message for r in caplog.records if "lame" in r.message] == [
+        "auto: lame does not run msff: it limps"
+    ]
+
+
+def test_the_choice_of_the_forward_holds_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    kernels = {
+        name: (lambda *a, _n=name, _k=kernel: calls.append(_n) or _k(*a))
+        for name, kernel in BACKENDS["reference"].kernels.items()
+    }
+    spy = Backend("spy", kernels, lambda op, x: None)
+    monkeypatch.setattr(backends, "BACKENDS", {**BACKENDS, "spy": spy})
+    block = FusedCIEMA(16, 4, backend="spy")
+    out = block(torch.randn(2, 16, 4, 4))
+    fused.set_backend("reference")
+    block.backend = None
+    out.sum().backward()
+    stages = ["gated_fusion", "cross_spatial", "coordinate_attention", "channel_interaction"]
+    assert calls == [*reversed(stages), *(f"{s}_backward" for s in stages)]
+
+
+def test_explain_of_a_tensor_and_of_modules() -> None:
+    table = fused.explain(torch.zeros(1, 32, 4, 4))
+    assert set(table.chosen()) == {("", stage) for stage in fused.contract.STAGES}
+    assert all(line.reason for line in table.lines)
+    cuda = [line for line in table.lines if line.backend == "cuda"]
+    assert cuda
+    assert not any(line.runs for line in cuda) or torch.cuda.is_available()
+
+    model = nn.Sequential(nn.ReLU(), FusedCIEMA(16, 4, backend="reference"))
+    assert set(fused.explain(model).chosen().values()) == {"reference"}
+    assert "1.cross_spatial" in str(fused.explain(model))
+    with pytest.raises(ValueError, match="holds no FusedCIEMA"):
+        fused.explain(nn.ReLU())
+    with pytest.raises(TypeError, match="got int"):
+        fused.explain(3)
+
+
+def test_explain_tells_what_really_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: dict[str, str] = {}
+
+    def spied(backend: Backend) -> Backend:
+        def spy(name: str, kernel):
+            def run(*args):
+                ran[name] = backend.name
+                return kernel(*args)
+
+            return run
+
+        kernels = {name: spy(name, kernel) for name, kernel in backend.kernels.items()}
+        return Backend(backend.name, kernels, backend.can_run)
+
+    monkeypatch.setattr(backends, "BACKENDS", {n: spied(b) for n, b in BACKENDS.items()})
+    block = FusedCIEMA(16, 4).eval()
+    block(torch.randn(1, 16, 4, 4))
+    said = {stage: name for (_, stage), name in fused.explain(block).chosen().items()}
+    assert said == ran

@@ -1,0 +1,125 @@
+"""The published modules' numbers (shared/golden): outputs, gradients and buffers, both modes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHARED, shared_path
+from safetensors.torch import load_file
+from stage_cases import error, tolerance
+
+from fused import FusedCIEMA, FusedMSFF
+from fused.backends.reference.published import PublishedCIEMA, PublishedMSFF
+from mobilesteelnet.model import MobileSteelNet
+
+CASES: list[dict[str, Any]] = []
+if (SHARED / "golden" / "cases.json").exists():
+    CASES = json.loads((SHARED / "golden" / "cases.json").read_text())
+DTYPES = (torch.float64, torch.float32)
+
+
+def golden_weights() -> ModuleType:
+    path = shared_path("golden", "weights.py")
+    spec = importlib.util.spec_from_file_location("golden_weights", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(case: dict[str, Any], form: str) -> torch.nn.Module:
+    backend = {"backend": "reference"} if form == "reference" else {}
+    if case["kind"] == "net":
+        return MobileSteelNet(case["num_classes"], case["in_channels"], **backend)
+    if case["kind"] == "ciema":
+        kind: Any = PublishedCIEMA if form == "published" else FusedCIEMA
+        return kind(case["channels"], case["factor"], case["reduction"], **backend)
+    kind = PublishedMSFF if form == "published" else FusedMSFF
+    return kind(case["stage_channels"], case["out_channels"], **backend)
+
+
+def run(case: dict[str, Any], form: str, mode: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors that a golden file may hold, by their names there."""
+    weights = golden_weights()
+    module = build(case, form).to(dtype)
+    module.load_state_dict(weights.fill(module.state_dict(), case["seed"]), strict=True)
+    module.train(mode == "train")
+    inputs = [weights.draw(s, case["seed"] + 1 + i) for i, s in enumerate(case["inputs"])]
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    out = module(inputs if case["kind"] == "msff" else inputs[0])
+    out.backward(weights.draw(tuple(out.shape), case["grad_out_seed"]).to(dtype))
+    got = {f"{mode}.out": out.detach()}
+    got |= {f"{mode}.grad_in{i}": x.grad for i, x in enumerate(inputs)}
+    got |= {f"{mode}.grad.{key}": p.grad for key, p in module.named_parameters()}
+    if mode == "train":
+        got |= {f"train.after.{key}": b for key, b in module.named_buffers()}
+    return got
+
+
+def errors(case: dict[str, Any], got: dict[str, torch.Tensor], mode: str) -> dict[str, float]:
+    """Error of every tensor that the golden file holds for this mode; none may be missing."""
+    want = load_file(shared_path("golden", case["file"]))
+    found = {}
+    for key in want:
+        if not key.startswith(mode) or key.endswith("#norm"):
+            continue
+        name = key.removesuffix("#every97")
+        value = got[name]
+        if key == name:
+            found[name] = error(value.reshape(want[key].shape), want[key])
+        else:
+            norm = want[f"{name}#norm"].item()
+            sampled = error(value.flatten()[::97], want[key])
+            found[name] = max(sampled, abs(value.norm().item() - norm) / norm)
+    return found
+
+
+@pytest.mark.skipif(not CASES, reason="shared/golden is not beside the project")
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("form", ["auto", "reference", "published"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["file"].split(".")[0])
+def test_float64_matches(case: dict[str, Any], form: str, mode: str) -> None:
+    if case["kind"] == "net" and form == "published":
+        pytest.skip("the network holds fused layers; its published form is covered by its blocks")
+    found = errors(case, run(case, form, mode, torch.float64), mode)
+    assert found
+    worst = max(found, key=found.__getitem__)
+    assert found[worst] <= tolerance(torch.float64)[0], (worst, found[worst])
+
+
+@pytest.mark.skipif(not CASES, reason="shared/golden is not beside the project")
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c["kind"] != "net"], ids=lambda case: case["file"].split(".")[0]
+)
+def test_float32_blocks_match(case: dict[str, Any], mode: str) -> None:
+    out_tolerance, grad_tolerance = tolerance(torch.float32)
+    for name, value in errors(case, run(case, "auto", mode, torch.float32), mode).items():
+        limit = out_tolerance if name.endswith(".out") else grad_tolerance
+        assert value <= limit, (name, value)
+
+
+@pytest.mark.skipif(not CASES, reason="shared/golden is not beside the project")
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c["kind"] == "net"], ids=lambda case: case["file"].split(".")[0]
+)
+def test_float32_network_matches(
+    case: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm over a few pixels amplifies rounding in the backbone, in eager PyTorch alike."""
+    found = errors(case, run(case, "auto", mode, torch.float32), mode)
+    out_tolerance, grad_tolerance = tolerance(torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedCIEMA, "forward", PublishedCIEMA.forward)
+        patch.setattr(FusedMSFF, "forward", PublishedMSFF.forward)
+        eager = errors(case, run(case, "auto", mode, torch.float32), mode)
+    for name, value in found.items():
+        limit = out_tolerance if name.endswith(".out") else max(grad_tolerance, 2 * eager[name])
+        assert value <= limit, (name, value, eager[name])

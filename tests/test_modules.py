@@ -1,0 +1,388 @@
+"""FusedCIEMA and FusedMSFF as drop-ins: keys, exotic children, fuse, compile, export and DDP."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from stage_cases import error
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import fused
+from fused import BackendError, FusedCIEMA, FusedMSFF
+from fused.backends.reference.published import PublishedCIEMA, PublishedMSFF
+from mobilesteelnet.model import MobileSteelNet
+
+
+def pair(**arguments: object) -> tuple[PublishedCIEMA, FusedCIEMA]:
+    """A published and a fused block of the same weights."""
+    published = PublishedCIEMA(24, 4, 4, **arguments).double()
+    block = FusedCIEMA(24, 4, 4, **arguments).double()
+    block.load_state_dict(published.state_dict(), strict=True)
+    return published, block
+
+
+def same(block: nn.Module, published: nn.Module, x: torch.Tensor) -> None:
+    """Outputs, gradients and buffers of both agree, in training and then in evaluation."""
+    for training in (True, False):
+        block.train(training), published.train(training)
+        results = []
+        for module in (block, published):
+            module.zero_grad()
+            leaf = x.clone().requires_grad_()
+            out = module(leaf)
+            (
+                out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+            ).sum().backward()
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            results.append([out, leaf.grad, *grads, *module.state_dict().values()])
+        assert len(results[0]) == len(results[1])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got.double(), want.double(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "pooled"])
+def test_equals_the_published_form(statistics: str) -> None:
+    published, block = pair(bn_statistics=statistics)
+    assert block.modular_reason() is None
+    same(block, published, torch.randn(3, 24, 5, 6).double())
+    published.load_state_dict(block.state_dict(), strict=True)
+
+
+def test_same_seed_gives_the_same_initial_weights() -> None:
+    states = []
+    for kind in (PublishedCIEMA, FusedCIEMA):
+        torch.manual_seed(7)
+        states.append(kind(32, 4).state_dict())
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+
+
+def test_msff_equals_the_published_form() -> None:
+    published = PublishedMSFF([4, 6, 8], 5).double()
+    block = FusedMSFF([4, 6, 8], 5).double()
+    block.load_state_dict(published.state_dict(), strict=True)
+    maps = [torch.randn(2, c, s, t).double() for c, s, t in ((4, 9, 4), (6, 5, 7), (8, 2, 2))]
+    for training in (True, False):
+        block.train(training), published.train(training)
+        torch.testing.assert_close(block(maps), published(maps))
+    for a, b in zip(block.buffers(), published.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------------------- exotic children
+
+
+def _hook(block: nn.Module) -> None:
+    block.conv3x3.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def _parametrise(block: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(block.final_fusion[0])
+
+
+def _no_affine(block: nn.Module) -> None:
+    old = block.multi_scale_fusion[1]
+    block.multi_scale_fusion[1] = nn.BatchNorm2d(old.num_features, affine=False).double()
+
+
+def _no_tracking(block: nn.Module) -> None:
+    net = block.cross_spatial_learning
+    old = net.ms_reduce[1]
+    net.ms_reduce[1] = nn.BatchNorm2d(old.num_features, track_running_stats=False).double()
+
+
+def _hook_on_a_container(block: nn.Module) -> None:
+    block.cross_spatial_learning.register_forward_hook(lambda module, args, out: out + 1)
+
+
+EXOTIC: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "hook": (_hook, "conv3x3 has hooks"),
+    "container hook": (_hook_on_a_container, "cross_spatial_learning has hooks"),
+    "parametrisation": (_parametrise, r"final_fusion.0 is a Parametrized"),
+    "affine": (_no_affine, "multi_scale_fusion.1 has affine=False"),
+    "tracking": (_no_tracking, "ms_reduce.1 has track_running_stats=False"),
+}
+
+
+@pytest.mark.parametrize("exotic", EXOTIC)
+def test_exotic_children_are_called_and_explain_says_so(exotic: str) -> None:
+    change, reason = EXOTIC[exotic]
+    published, block = pair()
+    change(published), change(block)
+    block.load_state_dict(published.state_dict())
+    same(block, published, torch.randn(2, 24, 5, 4).double())
+    text = str(fused.explain(block))
+    assert "runs child by child, because" in text
+    with pytest.raises(BackendError, match=reason):
+        FusedCIEMA.forward(_with_backend(block, "cpu"), torch.randn(2, 24, 5, 4).double())
+
+
+def _with_backend(block: FusedCIEMA, backend: str) -> FusedCIEMA:
+    block = copy.deepcopy(block)
+    block.backend = backend
+    return block
+
+
+def test_hooks_fire_once_a_call_of_the_published_form() -> None:
+    block = FusedCIEMA(24, 4, 4)
+    calls: list[int] = []
+    block.cross_spatial_learning.channel_feat.register_forward_hook(lambda *a: calls.append(1))
+    block(torch.randn(2, 24, 4, 4))
+    assert len(calls) == 2 * 4
+
+
+def test_sync_batchnorm_children_are_called() -> None:
+    published, block = pair()
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(block)
+    assert "SyncBatchNorm" in block.modular_reason()
+    x = torch.randn(2, 24, 5, 4).double()
+    torch.testing.assert_close(block.eval()(x), published.eval()(x))
+
+
+def test_frozen_batch_norms_train_the_rest() -> None:
+    published, block = pair()
+    for module in (published, block):
+        module.train()
+        for child in module.modules():
+            if isinstance(child, nn.BatchNorm2d):
+                child.eval()
+    assert block.modular_reason() is None
+    x = torch.randn(2, 24, 5, 4).double()
+    torch.testing.assert_close(block(x), published(x))
+    block.final_fusion[1].train(), published.final_fusion[1].train()
+    assert "some batch norms are in training mode" in block.modular_reason()
+    torch.testing.assert_close(block(x), published(x))
+
+
+# ------------------------------------------------------------------------------------- fuse()
+
+
+class Foreign(nn.Module):
+    """A model that has published-style blocks under names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fusion = PublishedMSFF([3, 5], 24)
+        self.blocks = nn.ModuleList([PublishedCIEMA(24, 4, 4)])
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](self.fusion([x, y]))
+
+
+def test_fuse_replaces_blocks_and_keeps_parameters_and_keys() -> None:
+    model = Foreign().eval()
+    x, y = torch.randn(2, 3, 6, 6), torch.randn(2, 5, 3, 3)
+    want, keys = model(x, y), list(model.state_dict())
+    parameters = list(model.parameters())
+    assert fused.fuse(model) is model
+    assert isinstance(model.fusion, FusedMSFF)
+    assert isinstance(model.blocks[0], FusedCIEMA)
+    assert not model.blocks[0].training
+    assert sorted(map(id, model.parameters())) == sorted(map(id, parameters))
+    assert sorted(model.state_dict()) == sorted(keys)
+    assert error(model(x, y), want) < 1e-5
+    fused.fuse(model)  # a second time changes nothing
+    with pytest.raises(ValueError, match=r"\[3\] channels"):
+        model.fusion([x])
+
+
+def test_fuse_keeps_hooked_and_parametrised_leaves() -> None:
+    model = Foreign().double().eval()
+    _hook(model.blocks[0])
+    _parametrise(model.blocks[0])
+    x, y = torch.randn(2, 3, 6, 6).double(), torch.randn(2, 5, 3, 3).double()
+    want = model(x, y)
+    torch.testing.assert_close(fused.fuse(model)(x, y), want)
+
+
+def test_fuse_refuses_what_it_cannot_keep() -> None:
+    with pytest.raises(ValueError, match="Linear holds no CIEMA or MSFF"):
+        fused.fuse(nn.Linear(2, 2))
+    model = Foreign()
+    _hook_on_a_container(model.blocks[0])
+    with pytest.raises(ValueError, match="cross_spatial_learning has hooks"):
+        fused.fuse(model)
+    with pytest.raises(ValueError, match=r"no CIEMA block, lacks \["):
+        FusedCIEMA.from_module(nn.Linear(2, 2))
+
+
+def test_the_older_variant_is_refused_by_name() -> None:
+    model = Foreign()
+    model.blocks[0].cross_spatial_conv = nn.Conv2d(6, 6, 3)
+    with pytest.raises(ValueError, match="older variant of CIEMA"):
+        fused.fuse(model)
+
+
+def test_a_block_itself_can_be_fused() -> None:
+    block = fused.fuse(PublishedCIEMA(24, 4, 4, bn_statistics="pooled"), backend="reference")
+    assert isinstance(block, FusedCIEMA)
+    assert (block.groups, block.bn_statistics, block.backend) == (4, "pooled", "reference")
+    assert isinstance(fused.fuse(PublishedMSFF([2, 3])), FusedMSFF)
+
+
+# ------------------------------------------------------------------ what PyTorch does to modules
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_fullgraph_without_recompiles_over_batch_sizes(
+    training: bool, backend: str | None
+) -> None:
+    torch._dynamo.reset()
+    block = FusedCIEMA(16, 4, backend=backend).train(training)
+    eager = copy.deepcopy(block)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (3, 2, 5, 7):
+        x = torch.randn(batch, 16, 6, 5, requires_grad=training)
+        twin = x.detach().clone().requires_grad_(training)
+        got, want = compiled(x), eager(twin)
+        torch.testing.assert_close(got, want)
+        if training:
+            got.sum().backward(), want.sum().backward()
+            torch.testing.assert_close(x.grad, twin.grad, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+    for key, value in eager.state_dict().items():
+        torch.testing.assert_close(block.state_dict()[key], value, msg=key)
+
+
+def test_compile_of_the_network_with_inductor() -> None:
+    torch._dynamo.reset()
+    model = MobileSteelNet(4, width=0.125).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_export_with_a_dynamic_batch(backend: str | None) -> None:
+    model = MobileSteelNet(4, width=0.125, backend=backend).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        *(model, (torch.randn(2, 3, 64, 64),)), dynamic_shapes={"images": {0: batch}}
+    )
+    images = torch.randn(3, 3, 64, 64)
+    torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-5)
+    ops = {str(node.target) for node in program.graph.nodes}
+    assert any(name.startswith("ciema.") for name in ops) == (backend is None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_trains_with_float32_parameters(dtype: torch.dtype) -> None:
+    block = FusedCIEMA(24, 4, 4)
+    x = torch.randn(2, 24, 5, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        out = block(x)
+    assert out.dtype == dtype
+    out.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+    assert block.final_fusion[1].running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_whole_modules_in_another_dtype(dtype: torch.dtype) -> None:
+    block = FusedCIEMA(24, 4, 4, dtype=dtype)
+    out = block(torch.randn(2, 24, 5, 6, dtype=dtype))
+    out.sum().backward()
+    assert out.dtype == dtype
+    assert {p.grad.dtype for p in block.parameters()} == {dtype}
+
+
+def test_deepcopy_and_pickle() -> None:
+    block = FusedCIEMA(24, 4, 4, bn_statistics="pooled", backend="reference").eval()
+    x = torch.randn(2, 24, 5, 6)
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(twin(x), block(x))
+        assert repr(twin) == repr(block)
+        assert twin.final_fusion[0].weight is not block.final_fusion[0].weight
+    buffer = io.BytesIO()
+    torch.save(block.state_dict(), buffer)
+    buffer.seek(0)
+    block.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+
+
+def test_meta_device_construction_and_forward() -> None:
+    with torch.device("meta"):
+        block = FusedCIEMA(1024)
+    assert {p.device.type for p in block.parameters()} == {"meta"}
+    assert FusedCIEMA(64, device="meta").final_fusion[0].weight.is_meta
+    out = block(torch.empty(2, 1024, 7, 7, device="meta"))
+    assert out.shape == (2, 1024, 7, 7)
+    real = FusedCIEMA(64, 4, device="meta").to_empty(device="cpu")
+    real.load_state_dict(FusedCIEMA(64, 4).state_dict())
+    assert real.eval()(torch.randn(1, 64, 3, 3)).isfinite().all()
+
+
+def test_channels_last_in_and_out() -> None:
+    for block in (FusedCIEMA(24, 4, 4), FusedCIEMA(24, 4, 4, backend="reference")):
+        plain = torch.randn(2, 24, 5, 6)
+        x = plain.contiguous(memory_format=torch.channels_last).requires_grad_()
+        block = copy.deepcopy(block).to(memory_format=torch.channels_last)
+        out = block(x)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        out.sum().backward()
+        assert x.grad.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(block.eval()(x), block(plain), rtol=1e-4, atol=1e-5)
+    msff = FusedMSFF([4, 6])
+    maps = [torch.randn(2, 4, 6, 6), torch.randn(2, 6, 3, 3)]
+    maps = [m.contiguous(memory_format=torch.channels_last).requires_grad_() for m in maps]
+    out = msff(maps)
+    out.sum().backward()
+    for t in (out, *(m.grad for m in maps)):
+        assert t.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_activation_checkpointing() -> None:
+    block = FusedCIEMA(24, 4, 4)
+    twin = copy.deepcopy(block)
+    x = torch.randn(2, 24, 5, 6)
+    for module, run in ((block, block), (twin, lambda v: checkpoint(twin, v, use_reentrant=False))):
+        module.zero_grad()
+        run(x).square().sum().backward()
+    for a, b in zip(block.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_spatial_gate_leaves_buffers_alone() -> None:
+    block = FusedCIEMA(24, 4, 4)
+    before = copy.deepcopy(block.state_dict())
+    gate = block.spatial_gate(torch.randn(2, 24, 5, 6))
+    assert gate.shape == (2, 4, 5, 6)
+    assert bool((gate > 0).all())
+    assert bool((gate < 1).all())
+    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+
+
+def _train_in_a_process(rank: int, path: str, results: mp.SimpleQueue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    block = FusedCIEMA(16, 4)
+    model = nn.parallel.DistributedDataParallel(block)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(2):
+        optimiser.zero_grad()
+        model(torch.randn(2, 16, 4, 4, generator=generator)).square().mean().backward()
+        optimiser.step()
+    results.put((rank, [p.detach().double().sum().item() for p in block.parameters()]))
+    dist.destroy_process_group()
+
+
+def test_ddp_over_gloo_with_two_processes(tmp_path) -> None:
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    mp.spawn(_train_in_a_process, (str(tmp_path / "rendezvous"), results), nprocs=2)
+    sums = dict(results.get() for _ in range(2))
+    assert sums[0] == sums[1]

@@ -1,0 +1,163 @@
+"""What torch.library asks of an op: opcheck, gradcheck, fakes, autocast, double backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stage_cases import (
+    OPS,
+    Sizes,
+    arguments,
+    convert,
+    differentiable,
+    layout_of,
+    require_grad,
+)
+
+from fused.contract import OUTPUTS, SAVED, STAGES
+
+SIZES = Sizes(2, 8, 4, 3, 2)
+TRAINING = [
+    (op, training, form)
+    for op in OPS
+    for training, form in [(False, "sequential"), (True, "sequential"), (True, "pooled")]
+    if op in ("msff", "cross_spatial", "gated_fusion") or not training
+]
+
+
+def test_every_stage_is_an_op_and_says_what_it_saves() -> None:
+    assert [name for name in OPS if name in STAGES] == list(STAGES)
+    for name, op in OPS.items():
+        for saved in SAVED[name]:
+            assert saved in op.backward_inputs, (name, saved)
+            assert saved in (*op.inputs, *op.outputs), (name, saved)
+        # Nothing else of the size of a map is kept: the rest are parameters and numbers.
+        kept = {n for n in op.backward_inputs if n in op.outputs or n in op.maps}
+        assert kept <= set(SAVED[name]), name
+
+
+@pytest.mark.parametrize(("name", "training", "form"), TRAINING)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(name: str, training: bool, form: str, layout: str) -> None:
+    args = convert(name, arguments(name, SIZES, training, form), torch.float32, layout)
+    torch.library.opcheck(OPS[name].op, args, {"backend": "auto"})
+    require_grad(name, args)
+    torch.library.opcheck(OPS[name].op, args, {"backend": "auto"})
+
+
+@pytest.mark.parametrize(("name", "training", "form"), TRAINING)
+def test_opcheck_of_the_backward(name: str, training: bool, form: str) -> None:
+    args = convert(name, arguments(name, SIZES, training, form), torch.float32, "channels_last")
+    op = OPS[name]
+    outputs = op(*args)
+    named = dict(zip(op.inputs, args, strict=True)) | dict(zip(op.outputs, outputs, strict=True))
+    named |= {f"grad_{key}": torch.randn_like(named[key]) for key in op.differentiable}
+    backward_args = [named[key] for key in op.backward_inputs]
+    torch.library.opcheck(op.backward_op, backward_args, {"backend": "auto"})
+
+
+@pytest.mark.parametrize(("name", "training", "form"), TRAINING)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_gradcheck(name: str, training: bool, form: str, backend: str | None) -> None:
+    args = convert(name, arguments(name, SIZES, training, form), torch.float64, "contiguous")
+    leaves = require_grad(name, args)
+
+    def run(*values: torch.Tensor) -> list[torch.Tensor]:
+        it = iter(values)
+        given = []
+        for key, arg in zip(OPS[name].inputs, args, strict=True):
+            if key not in OPS[name].gradients:
+                given.append(arg)
+            elif isinstance(arg, list):
+                given.append([next(it) for _ in arg])
+            else:
+                given.append(next(it))
+        return differentiable(name, OPS[name](*given, backend=backend))
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_double_backward_is_refused_by_the_op_and_done_by_the_reference(name: str) -> None:
+    named = arguments(name, SIZES)
+    for backend in (None, "reference"):
+        args = convert(name, named, torch.float64, "contiguous")
+        leaves = require_grad(name, args)
+        results = differentiable(name, OPS[name](*args, backend=backend))
+        total = sum((r**2).sum() for r in results)
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        again = sum((g**2).sum() for g in first)
+        if backend is None:
+            with pytest.raises(RuntimeError, match="backend='reference'"):
+                again.backward()
+        else:
+            again.backward()
+            assert leaves[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_autocast_casts_maps_and_keeps_statistics(name: str, dtype: torch.dtype) -> None:
+    args = convert(name, arguments(name, SIZES), torch.float32, "contiguous")
+    low = convert(name, arguments(name, SIZES), dtype, "contiguous")
+    for backend in (None, "reference"):
+        with torch.autocast("cpu", dtype):
+            outputs = OPS[name](*args, backend=backend)
+        want = OPS[name](*low, backend=backend)
+        for got, expected in zip(outputs, want, strict=True):
+            assert got.dtype == expected.dtype
+            assert torch.equal(got, expected)
+    double = convert(name, arguments(name, SIZES), torch.float64, "contiguous")
+    with torch.autocast("cpu", dtype):
+        assert OPS[name](*double)[0].dtype == torch.float64
+
+
+def test_backward_under_autocast_stays_in_float32() -> None:
+    name = "cross_spatial"
+    args = convert(name, arguments(name, SIZES), torch.float32, "contiguous")
+    leaves = require_grad(name, args)
+    w = OPS[name](*args)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(w.sum(), leaves, retain_graph=True)
+    outside = torch.autograd.grad(w.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+@pytest.mark.parametrize(("name", "training", "form"), TRAINING)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_outputs_are_as_the_contract_says(
+    name: str, training: bool, form: str, layout: str
+) -> None:
+    args = convert(name, arguments(name, SIZES, training, form), torch.bfloat16, layout)
+    named = dict(zip(OPS[name].inputs, args, strict=True))
+    for spec, out in zip(OUTPUTS[name](named), OPS[name](*args), strict=True):
+        assert tuple(out.shape) == tuple(spec.shape)
+        assert out.dtype == spec.dtype
+        if out.dim() == 4:
+            assert out.is_contiguous(memory_format=spec.memory_format)
+        else:
+            assert out.is_contiguous()
+
+
+def test_a_gradient_without_saved_maps_is_refused() -> None:
+    name = "gated_fusion"
+    args = convert(name, arguments(name, SIZES), torch.float32, "contiguous")
+    args[OPS[name].inputs.index("save")] = False
+    OPS[name](*args)
+    require_grad(name, args)
+    with pytest.raises(ValueError, match="save=False"):
+        OPS[name](*args)
+
+
+def test_gradient_of_another_layout_than_the_output() -> None:
+    """Eager hands an NCHW gradient to a channels_last output."""
+    name = "gated_fusion"
+    results = []
+    for layout in ("contiguous", "channels_last"):
+        args = convert(name, arguments(name, SIZES), torch.float64, layout)
+        leaves = require_grad(name, args)
+        out = OPS[name](*args)[0]
+        grad = layout_of(torch.ones_like(out), "strided")
+        results.append(torch.autograd.grad(out, leaves, grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

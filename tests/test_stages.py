@@ -1,0 +1,142 @@
+"""Every op of every backend × dtype × layout × shape × mode against the float64 maths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stage_cases import (
+    AWKWARD,
+    LAYOUTS,
+    OPS,
+    Sizes,
+    arguments,
+    convert,
+    differentiable,
+    error,
+    layout_of,
+    require_grad,
+    tolerance,
+)
+
+from fused.backends import BACKENDS
+from fused.contract import memory_format
+
+MODES = [(False, "sequential"), (True, "sequential"), (True, "pooled")]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def modes(op: str) -> list[tuple[bool, str]]:
+    """Training modes that make a difference to an op."""
+    if op == "cross_spatial":
+        return MODES
+    return MODES[:2] if op in ("msff", "gated_fusion") else MODES[:1]
+
+
+def backends_for(op: str, dtype: torch.dtype) -> list[str]:
+    """The backends that can run an op on the CPU here; all must agree."""
+    x = torch.zeros(1, 4, 2, 2, dtype=dtype)
+    return [b.name for b in BACKENDS.values() if b.why_not(op, x) is None]
+
+
+def oracle(op: str, named: dict, grads: list[torch.Tensor] | None) -> tuple[list, list]:
+    """Float64 outputs, and gradients by PyTorch's own autograd through the plain maths."""
+    args = convert(op, named, torch.float64, "contiguous")
+    leaves = require_grad(op, args)
+    outputs = OPS[op](*args, backend="reference")
+    wanted = differentiable(op, outputs)
+    if grads is None:
+        return list(outputs), []
+    return list(outputs), list(torch.autograd.grad(wanted, leaves, grads))
+
+
+def rounded(op: str, named: dict, dtype: torch.dtype) -> dict:
+    """Maps rounded to `dtype`: the rounding of the input is not the op's error."""
+
+    def one(value: object) -> object:
+        if isinstance(value, list):
+            return [one(v) for v in value]
+        return value.to(dtype).double() if isinstance(value, torch.Tensor) else value
+
+    return {k: one(v) if k in OPS[op].maps else v for k, v in named.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_forward_and_gradients(op: str, dtype: torch.dtype, layout: str) -> None:
+    out_tolerance, grad_tolerance = tolerance(dtype)
+    for sizes in AWKWARD:
+        for training, bn_statistics in modes(op):
+            pixels = sizes.batch * sizes.height * sizes.width
+            if training and pixels == 1:
+                continue
+            named = rounded(op, arguments(op, sizes, training, bn_statistics), dtype)
+            reference, _ = oracle(op, named, None)
+            seeds = [torch.randn_like(o) for o in differentiable(op, reference)]
+            seeds = [g.to(dtype).double() for g in seeds]
+            reference, want = oracle(op, named, seeds)
+            for backend in backends_for(op, dtype):
+                where = f"{op} {backend} {sizes} training={training} {bn_statistics}"
+                args = convert(op, named, dtype, layout)
+                leaves = require_grad(op, args)
+                outputs = OPS[op](*args, backend=None if backend == "reference" else backend)
+                for name, got, wanted in zip(OPS[op].outputs, outputs, reference, strict=True):
+                    assert error(got, wanted) <= out_tolerance, f"{where}: {name}"
+                results = differentiable(op, outputs)
+                upstream = [g.to(o.dtype) for g, o in zip(seeds, results, strict=True)]
+                upstream = [layout_of(g, layout) if g.dim() == 4 else g for g in upstream]
+                gradients = torch.autograd.grad(results, leaves, upstream)
+                for leaf, got, wanted in zip(leaves, gradients, want, strict=True):
+                    assert got.dtype == leaf.dtype
+                    shape = tuple(leaf.shape)
+                    assert error(got, wanted) <= grad_tolerance, f"{where}: grad {shape}"
+                    if leaf.dim() == 4 and leaf is leaves[0]:
+                        assert memory_format(got) == memory_format(leaf), where
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_runs_give_the_same_bits(op: str) -> None:
+    sizes = Sizes(2, 64, 11, 9, 4)
+    runs = []
+    for _ in range(2):
+        args = convert(op, arguments(op, sizes, True), torch.float32, "contiguous")
+        leaves = require_grad(op, args)
+        outputs = OPS[op](*args)
+        results = differentiable(op, outputs)
+        runs.append([*outputs, *torch.autograd.grad(results, leaves, results)])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_is_at_most_twice_that_of_eager_pytorch(dtype: torch.dtype) -> None:
+    from fused import FusedCIEMA
+    from fused.backends.reference.published import PublishedCIEMA
+
+    torch.manual_seed(3)
+    x = torch.randn(2, 64, 15, 13).to(dtype)
+    want_module = PublishedCIEMA(64, 4).double()
+    want = want_module(x.double())
+    fused = FusedCIEMA(64, 4).to(dtype)
+    eager = PublishedCIEMA(64, 4).to(dtype)
+    fused.load_state_dict(want_module.state_dict())
+    eager.load_state_dict(want_module.state_dict())
+    want = want_module.eval()(x.double())
+    fused.eval(), eager.eval()
+    ours, theirs = error(fused(x), want), error(eager(x), want)
+    assert ours <= tolerance(dtype)[0]
+    assert ours <= 2 * theirs, (ours, theirs)
+
+
+def test_nan_and_infinity_propagate_as_in_eager() -> None:
+    from fused import FusedCIEMA
+    from fused.backends.reference.published import PublishedCIEMA
+
+    published = PublishedCIEMA(16, 2).eval()
+    block = FusedCIEMA(16, 2).eval()
+    block.load_state_dict(published.state_dict())
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(2, 16, 5, 5)
+        x[0, 3, 2, 2] = value
+        assert torch.equal(block(x).isnan(), published(x).isnan()), value
+        assert block(x)[1].isfinite().all()
