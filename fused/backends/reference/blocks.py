@@ -11,6 +11,9 @@ import torch
 BLOCK_BYTES = 1024 * 1024
 
 
+_ALL = slice(None)  # not slice(0, batch): that would bind a traced graph to one batch size
+
+
 class Block(NamedTuple):
     """Samples and groups that are worked on together."""
 
@@ -31,13 +34,13 @@ def blocks(
     """
     batch = x.shape[0]
     if whole or x.device.type != "cpu" or torch.compiler.is_compiling():
-        yield Block(slice(0, batch), slice(0, groups))
+        yield Block(_ALL, slice(0, groups))
         return
     one_group = x[0].numel() * x.element_size() // groups
     if whole_batch or batch * x[0].numel() * x.element_size() <= BLOCK_BYTES:
         step = max(1, min(groups, BLOCK_BYTES // max(one_group * batch, 1)))
         for start in range(0, groups, step):
-            yield Block(slice(0, batch), slice(start, min(start + step, groups)))
+            yield Block(_ALL, slice(start, min(start + step, groups)))
         return
     step = max(1, min(groups, BLOCK_BYTES // max(one_group, 1)))
     for sample in range(batch):
@@ -52,7 +55,7 @@ def grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 def assemble(parts: list[tuple[Block, torch.Tensor]]) -> torch.Tensor:
     """Join what `blocks` split: tensors (samples, groups or channels, ...), in order of blocks."""
-    rows: dict[int, list[torch.Tensor]] = {}
+    rows: dict[int | None, list[torch.Tensor]] = {}
     for block, part in parts:
         rows.setdefault(block.samples.start, []).append(part)
     joined = [row[0] if len(row) == 1 else torch.cat(row, 1) for row in rows.values()]

@@ -1,0 +1,89 @@
+// Buffers and shared arrays with their shadow: for every element who touched it last, and when.
+//
+// Order between two accesses exists when the same thread made both, when a block barrier lies
+// between them, or when __syncwarp does; shuffles and votes order no memory, and nothing orders two
+// blocks of one launch. Atomics race with plain accesses, not with each other.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "site.h"
+
+namespace emulator {
+
+enum class Role { kInput, kOutput, kInOut, kShared };
+enum class Kind { kRead, kWrite, kAtomic };
+
+struct Access {
+  int32_t thread = -1;  // linear in the block; -1: none yet
+  int32_t block = -1;
+  uint32_t epoch = 0;       // block barriers passed
+  uint32_t warp_clock = 0;  // the thread's own clock, moved by __syncwarp
+  bool atomic = false;
+  uint32_t site = 0;  // index into Memory::sites_
+};
+
+struct Cell {
+  Access write;        // the latest
+  Access other_write;  // before an atomic by one thread: the latest atomic by another
+  Access read;         // the latest
+  Access other_read;   // a read by another block, else another warp, else another lane
+  bool initialised = false;
+  bool inside = true;  // false: storage between the elements of a strided tensor
+};
+
+struct Region {
+  uintptr_t begin = 0;
+  uintptr_t end = 0;
+  std::string name;
+  Role role = Role::kInput;
+  size_t element_bytes = 1;  // one cell to an element
+  std::vector<Cell> cells;
+  std::unique_ptr<unsigned char[]> storage;  // with red zones on both sides
+};
+
+class Memory {
+ public:
+  static constexpr size_t kRedZone = 4096;
+  // Cells of shared memory; narrower shared accesses are refused by name.
+  static constexpr size_t kSharedElementBytes = 2;
+
+  // A buffer whose address is `address_modulo_256` modulo 256, filled with 0xFF (a NaN pattern).
+  Region& allocate(const std::string& name, size_t bytes, size_t element_bytes, Role role,
+                   size_t address_modulo_256);
+  Region* find(uintptr_t address);
+  std::list<Region>& regions() { return regions_; }
+  void release_all();
+  void release_shared();
+  // A new launch comes after all earlier accesses; what is initialised stays so.
+  void forget_accesses();
+  // Reports the elements of outputs that no launch has written.
+  void check_outputs();
+
+  // Called for every access of the kernel. `vector` demands that the address be a multiple of
+  // `bytes`, as one machine access does; block copies of the compiler don't.
+  void access(uintptr_t address, size_t bytes, Kind kind, const Site& site, bool vector);
+
+ private:
+  uint32_t intern(const Site& site);
+  bool is_host_constant(uintptr_t address) const;
+  void outside(uintptr_t address, size_t bytes, Kind kind, const Site& site);
+  void check_cell(Region& region, size_t index, Kind kind, const Access& now, const Site& site);
+  void report_race(const Region& region, size_t index, const Access& earlier, const char* what,
+                   const Site& site);
+
+  std::list<Region> regions_;
+  Region* last_found_ = nullptr;
+  std::vector<Site> sites_{Site{}};
+  Site last_site_;
+  uint32_t last_site_index_ = 0;
+};
+
+Memory& memory();
+
+}  // namespace emulator

@@ -1,0 +1,63 @@
+// Counters of memory traffic, by warp request as the hardware forms them.
+//
+// The n-th execution of one place in the source by the lanes of a warp is one request. A global
+// request costs the 32-byte sectors that it touches; a shared request costs wavefronts: 32 banks of
+// 4 bytes, 8-byte accesses by half warps, 16-byte ones by quarter warps.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "memory.h"
+
+namespace emulator {
+
+struct SiteTraffic {
+  Site site;
+  bool shared = false;
+  Kind kind = Kind::kRead;
+  size_t bytes_per_lane = 0;
+  int64_t requests = 0;
+  int64_t bytes = 0;
+  int64_t units = 0;        // sectors, or wavefronts of shared memory
+  int64_t ideal_units = 0;  // what the same lanes and bytes need at best
+};
+
+class Traffic {
+ public:
+  void record(uintptr_t address, size_t bytes, Kind kind, bool shared, const Site& site,
+              uint32_t site_index);
+  void end_block();  // completes the requests of the block
+  void clear();
+  std::map<std::string, int64_t> totals() const;
+  std::vector<SiteTraffic> sites() const;
+  void count(const std::string& event) { ++events_[event]; }
+
+ private:
+  struct Request {
+    std::array<uintptr_t, 32> address{};
+    uint32_t lanes = 0;
+  };
+  struct Group {  // one warp at one place: its lanes' requests in order of execution
+    std::vector<Request> requests;
+    std::array<uint32_t, 32> executed{};
+  };
+  using Place = std::pair<uint32_t, uint32_t>;  // site index; bytes, kind and space packed
+  using Key = std::pair<Place, uint32_t>;       // and the warp
+
+  void complete(SiteTraffic& total, const Request& request) const;
+
+  std::map<Key, Group> open_;
+  std::map<Place, SiteTraffic> by_place_;
+  std::map<std::string, int64_t> events_;
+};
+
+Traffic& traffic();
+
+}  // namespace emulator

@@ -1,0 +1,211 @@
+"""The stratified split into training, validation and test pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from .pictures import DataError
+
+if TYPE_CHECKING:
+    from .data import PictureSet
+
+SIDES = ("train", "val", "test")
+"""The sides of a split, in the order of `fractions`."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indexes of a picture set, each on one side, ascending.
+
+    Attributes:
+        train: indexes to learn from.
+        val: indexes for early stopping and choice of the checkpoint.
+        test: indexes to report on.
+        fractions: the shares that were asked for.
+        seed: the seed it was drawn with.
+    """
+
+    train: list[int]
+    val: list[int]
+    test: list[int]
+    fractions: tuple[float, float, float] = field(default=(0.05, 0.05, 0.90))
+    seed: int = 42
+
+    def to_dict(self, pictures: PictureSet) -> dict[str, Any]:
+        """A JSON-able form that names the pictures, for the record of a run."""
+        return {
+            "seed": self.seed,
+            "fractions": list(self.fractions),
+            **{side: [pictures.items[i].name for i in getattr(self, side)] for side in SIDES},
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], pictures: PictureSet) -> Split:
+        """Finds the pictures of a recorded split again.
+
+        Raises:
+            DataError: a picture of the record is missing from the set, or is in it twice.
+        """
+        index = {picture.name: i for i, picture in enumerate(pictures.items)}
+        sides: dict[str, list[int]] = {}
+        seen: set[str] = set()
+        for side in SIDES:
+            names = record.get(side)
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise DataError(f"the recorded split has no list of names {side!r}")
+            missing = [name for name in names if name not in index]
+            if missing:
+                raise DataError(
+                    f"{len(missing)} pictures of the recorded split are missing from "
+                    f"{str(pictures.path)!r}, the first is {missing[0]!r}"
+                )
+            for name in names:
+                if name in seen:
+                    raise DataError(f"the recorded split has {name!r} twice")
+                seen.add(name)
+            sides[side] = sorted(index[name] for name in names)
+        fractions = _checked_fractions(record.get("fractions", (0.05, 0.05, 0.90)))
+        return cls(**sides, fractions=fractions, seed=_checked_seed(record.get("seed", 42)))
+
+
+def stratified_split(
+    pictures: PictureSet,
+    fractions: Sequence[float] = (0.05, 0.05, 0.90),
+    seed: int = 42,
+) -> Split:
+    """Divides every class by the same fractions; exact duplicates stay on one side.
+
+    The counts of a class are its fractions by largest remainder (300 pictures at 5/5/90 % give
+    15/15/270), unless groups of duplicates leave no such choice. The draw depends on the seed, the
+    class names and the file names only: not on the machine, the order of the files or whether the
+    set is a folder or a zip.
+
+    Args:
+        pictures: a labelled set.
+        fractions: shares of training, validation and test; they sum to 1, the first is above 0.
+        seed: any whole number.
+
+    Returns:
+        The indexes of each side, ascending.
+
+    Raises:
+        DataError: fractions that make no sense, or a class with too few pictures for them.
+    """
+    shares = _checked_fractions(fractions)
+    _checked_seed(seed)
+    labels = pictures.labels
+    capacity = []
+    for label, name in enumerate(pictures.classes):
+        count = labels.count(label)
+        quota = _largest_remainder(count, shares)
+        if any(share > 0 and amount == 0 for share, amount in zip(shares, quota, strict=True)):
+            raise DataError(
+                f"class {name!r} has {count} pictures, too few for fractions={shares}: "
+                f"at least {_fewest(shares)} are needed"
+            )
+        capacity.append(list(quota))
+
+    drawn = sorted(range(len(labels)), key=lambda i: _draw(pictures, i, seed))
+    side_of = _place_duplicates(pictures, drawn, capacity, seed)
+    for i in drawn:
+        if i not in side_of:
+            room = capacity[labels[i]]
+            side = next((s for s in range(3) if room[s] > 0), room.index(max(room)))
+            side_of[i] = side
+            room[side] -= 1
+    _check_no_side_empty(pictures, side_of, shares)
+    train, val, test = ([i for i in range(len(labels)) if side_of[i] == s] for s in range(3))
+    return Split(train, val, test, shares, seed)
+
+
+def _place_duplicates(
+    pictures: PictureSet, drawn: list[int], capacity: list[list[int]], seed: int
+) -> dict[int, int]:
+    """Puts every group of duplicates on one side, within the capacities where it can be."""
+    side_of: dict[int, int] = {}
+    label_of = pictures.labels
+    rank = {i: r for r, i in enumerate(drawn)}
+    groups = [sorted(group, key=rank.__getitem__) for group in pictures.duplicate_groups()]
+    for group in sorted(groups, key=lambda g: (-len(g), rank[g[0]])):
+        labels = [label_of[i] for i in group]
+        room = [min(capacity[c][s] - labels.count(c) for c in labels) for s in range(3)]
+        fitting = [s for s in range(3) if room[s] >= 0]
+        if fitting:
+            # Drawn in proportion to the room, so that duplicates gather on no side in particular.
+            weights = [room[s] + len(group) for s in fitting]
+            point = int.from_bytes(_draw(pictures, group[0], seed)[0][-8:], "big")
+            point = point * sum(weights) >> 64
+            side = next(s for k, s in enumerate(fitting) if point < sum(weights[: k + 1]))
+        else:
+            side = room.index(max(room))
+        for i, c in zip(group, labels, strict=True):
+            side_of[i] = side
+            capacity[c][side] -= 1
+    return side_of
+
+
+def _check_no_side_empty(
+    pictures: PictureSet, side_of: Mapping[int, int], shares: Sequence[float]
+) -> None:
+    labels = pictures.labels
+    filled = {(labels[i], side) for i, side in side_of.items()}
+    for label, name in enumerate(pictures.classes):
+        for side, share in enumerate(shares):
+            if share > 0 and (label, side) not in filled:
+                raise DataError(
+                    f"class {name!r} has too few different pictures for fractions={tuple(shares)}: "
+                    f"duplicates stay together and none is left for {SIDES[side]}"
+                )
+
+
+def _draw(pictures: PictureSet, i: int, seed: int) -> tuple[bytes, str]:
+    """Sort key of a picture: a hash, so that it is the same on every machine and layout."""
+    picture = pictures.items[i]
+    base = picture.name.rpartition("/")[2]
+    text = f"{seed}\n{pictures.class_of(i)}\n{base}"
+    return hashlib.sha256(text.encode("utf-8")).digest(), picture.name
+
+
+def _checked_seed(seed: object) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise DataError(f"seed={seed!r} must be a whole number")
+    return seed
+
+
+def _checked_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
+    try:
+        values = tuple(float(value) for value in fractions)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"fractions={fractions!r} must hold three numbers") from error
+    if len(values) != 3:
+        raise DataError(f"fractions={fractions!r} must hold three shares: train, val, test")
+    if not all(0 <= value <= 1 for value in values) or abs(sum(values) - 1) > 1e-6:
+        raise DataError(f"fractions={fractions!r} must lie in [0, 1] and sum to 1")
+    if values[0] == 0:
+        raise DataError(f"fractions={fractions!r} leave nothing to train on")
+    return values
+
+
+def _largest_remainder(count: int, shares: Sequence[float]) -> list[int]:
+    decimal = [Fraction(share).limit_denominator(10**6) for share in shares]
+    exact = [count * share / sum(decimal) for share in decimal]
+    quota = [int(amount) for amount in exact]
+    by_remainder = sorted(range(3), key=lambda s: (quota[s] - exact[s], s))
+    for s in by_remainder[: count - sum(quota)]:
+        quota[s] += 1
+    return quota
+
+
+def _fewest(shares: Sequence[float]) -> int:
+    """The fewest pictures of a class from which on every wanted side gets one."""
+    count = 1 + int(1 / min(share for share in shares if share > 0))
+    while count > 1 and all(
+        amount > 0 or share == 0
+        for amount, share in zip(_largest_remainder(count - 1, shares), shares, strict=True)
+    ):
+        count -= 1
+    return count

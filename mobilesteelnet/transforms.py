@@ -1,0 +1,132 @@
+"""The picture transforms of the paper's protocol, from PIL pictures to normalised tensors.
+
+Training follows the published recipe on torchvision (extra `[train]`); evaluation needs Pillow,
+numpy and torch only, so that a deployed model does not carry torchvision along.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .pictures import Image, to_rgb
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of the red, green and blue channel over ImageNet, pixels in [0, 1]."""
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviation of the three channels over ImageNet, pixels in [0, 1]."""
+
+Transform = Callable[[Image.Image], torch.Tensor]
+"""A picture in, a normalised float32 tensor (3, size, size) out."""
+
+_RESIZE_PER_CROP = 256 / 224
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resizes to size x size (bilinear, antialiased), scales to [0, 1] and normalises.
+
+    Attributes:
+        size: side of the square result in pixels.
+        mean: value taken from each channel, pixels in [0, 1].
+        std: divisor of each channel.
+    """
+
+    size: int = 224
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        _check_arguments(self.size, self.mean, self.std)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """A picture of any mode and size -> float32 (3, size, size)."""
+        resized = to_rgb(image).resize((self.size, self.size), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).to(torch.float32).div_(255)
+        mean = torch.tensor(self.mean).view(3, 1, 1)
+        std = torch.tensor(self.std).view(3, 1, 1)
+        return pixels.sub_(mean).div_(std).contiguous()
+
+
+def eval_transform(
+    size: int = 224,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> EvalTransform:
+    """The transform of evaluation and prediction; see `EvalTransform`.
+
+    Raises:
+        ValueError: size below 1, or normalisation that is not three finite numbers (std above 0).
+    """
+    return EvalTransform(size, _three("mean", mean), _three("std", std))
+
+
+def train_transform(
+    size: int = 224,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Transform:
+    """The augmenting transform of the published training recipe.
+
+    Resize to 256 x 256, random crop of 224 x 224, horizontal flip (p 0.5), rotation by up to 15
+    degrees, colour jitter (brightness, contrast and saturation 0.2, hue 0.1), random affine
+    (translation 0.1, scale 0.9 to 1.1), normalisation; at another `size` the resize keeps its
+    proportion to the crop. Randomness comes from torch's global generator.
+
+    Args:
+        size: side of the square result in pixels.
+        mean: value taken from each channel, pixels in [0, 1].
+        std: divisor of each channel.
+
+    Returns:
+        A picklable `torchvision.transforms.v2.Compose`: picture -> float32 (3, size, size).
+
+    Raises:
+        ImportError: torchvision is not installed.
+        ValueError: as `eval_transform`.
+    """
+    try:
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise ImportError(
+            'the training transform needs torchvision: pip install "mobilesteelnet[train]"'
+        ) from error
+    mean, std = _three("mean", mean), _three("std", std)
+    _check_arguments(size, mean, std)
+    resize = max(size, round(size * _RESIZE_PER_CROP))
+    return v2.Compose(
+        [
+            v2.Resize((resize, resize)),
+            v2.RandomCrop(size),
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomRotation(15),
+            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
+            v2.RandomAffine(degrees=0, translate=(0.1, 0.1), scale=(0.9, 1.1)),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(mean), list(std)),
+        ]
+    )
+
+
+def _three(argument: str, values: Sequence[float]) -> tuple[float, float, float]:
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) != 3:
+        raise ValueError(f"{argument}={values!r} must hold three numbers, one a colour channel")
+    return numbers
+
+
+def _check_arguments(size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1")
+    if not all(math.isfinite(value) for value in mean):
+        raise ValueError(f"mean={mean!r} must hold finite numbers")
+    if not all(math.isfinite(value) and value > 0 for value in std):
+        raise ValueError(f"std={std!r} must hold finite numbers above 0")

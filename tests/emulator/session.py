@@ -1,0 +1,143 @@
+"""One emulated device: buffers, launches, and what the checkers and counters say afterwards."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+ORDERS = ("forward", "reverse", "shuffled", "interleaved")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a session found.
+
+    Attributes:
+        findings: ``"kind: text"`` for each kind and place, with the number of occurrences.
+        totals: counters: ``{global,shared}_{read,write,atomic}_{bytes,requests,units,ideal_units}``
+            (a unit is a 32-byte sector of global memory or a wavefront of shared memory, ideal is
+            what the same bytes need at best), ``launches``, ``barriers``, ``warp_operations``;
+            events that did not occur have no entry.
+        sites: the same counters for each place in the kernel.
+    """
+
+    findings: list[str]
+    totals: dict[str, int]
+    sites: list[dict[str, Any]]
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of the findings, as ``{"race"}``."""
+        return {finding.split(":")[0] for finding in self.findings}
+
+
+class Session:
+    """A fresh device in one build of the emulator; one at a time for each build.
+
+    Args:
+        module: from ``build``.
+        order: in which threads and blocks run, one of ``ORDERS``.
+        seed: of the order ``shuffled``.
+    """
+
+    def __init__(self, module: ModuleType, order: str = "forward", seed: int = 0) -> None:
+        self._module = module
+        self._results: list[tuple[int, torch.Tensor]] = []
+        module.configure(order, seed)
+
+    def input(self, name: str, data: torch.Tensor | np.ndarray) -> int:
+        """The device address of a read-only copy of ``data``."""
+        return self._allocate(name, data, "input")
+
+    def output(self, name: str, data: torch.Tensor | np.ndarray) -> int:
+        """The address of uninitialised memory (NaNs), copied to ``data`` by ``finish``."""
+        return self._allocate(name, data, "output")
+
+    def inout(self, name: str, data: torch.Tensor | np.ndarray) -> int:
+        """The address of a copy of ``data``, copied back by ``finish``."""
+        return self._allocate(name, data, "inout")
+
+    def launch(self, entry: str, **arguments: int) -> None:
+        """Runs an entry of the kernel file with addresses and integers by name."""
+        self._module.launch(entry, {name: int(value) for name, value in arguments.items()})
+
+    def finish(self) -> Report:
+        """Copies outputs back, frees the device's memory and reports."""
+        for address, tensor in self._results:
+            span, inside = _span(tensor)
+            stored = np.frombuffer(self._module.read(address), np.uint8).copy()
+            device = torch.from_numpy(stored).view(tensor.dtype)
+            span[inside] = device[inside]
+        self._results.clear()
+        raw, sites = self._module.findings(), self._module.sites()
+        names = _source_lines(self._module.__file__ or "", [text for _, text, _ in raw], sites)
+        findings = [
+            f"{kind}: {_named(text, names)}" + (f" [{count} times]" if count > 1 else "")
+            for kind, text, count in raw
+        ]
+        sites = [{**site, "site": _named(site["site"], names)} for site in sites]
+        totals = dict(self._module.totals())
+        self._module.configure("forward", 0)
+        return Report(findings, totals, sites)
+
+    def _allocate(self, name: str, data: torch.Tensor | np.ndarray, role: str) -> int:
+        tensor = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}; the emulator takes CPU tensors")
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: nothing to allocate")
+        span, inside = _span(tensor)
+        content = span.clone().view(torch.uint8).numpy().tobytes()
+        address = self._module.allocate(
+            name,
+            b"\xff" * len(content) if role == "output" else content,
+            inside.to(torch.uint8).numpy().tobytes(),
+            tensor.element_size(),
+            role,
+            # As if the storage came from the GPU's allocator, which aligns to 256 bytes and more.
+            tensor.storage_offset() * tensor.element_size() % 256,
+        )
+        if role != "input":
+            self._results.append((address, tensor))
+        return int(address)
+
+
+def _span(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The storage from a tensor's first to its last element, and which of it is the tensor's."""
+    tensor = tensor.detach()
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    span = torch.as_strided(tensor, (last + 1,), (1,), tensor.storage_offset())
+    inside = torch.zeros(last + 1, dtype=torch.bool)
+    torch.as_strided(inside, tensor.shape, tensor.stride()).fill_(True)
+    return span, inside
+
+
+def _source_lines(library: str, texts: list[str], sites: list[dict[str, Any]]) -> dict[str, str]:
+    """``{"@0x1f3a": "kernel.cuh:42"}`` for all offsets in the texts."""
+    everything = " ".join([*texts, *(site["site"] for site in sites)])
+    offsets = sorted(set(re.findall(r"@(0x[0-9a-f]+)", everything)))
+    if not offsets:
+        return {}
+    command = ["addr2line", "-a", "-i", "-e", library, *offsets]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names: dict[str, str] = {}
+    offset = ""
+    for line in output.splitlines():
+        if line.startswith("0x"):
+            offset = f"@{int(line, 16):#x}"
+            continue
+        file, _, number = line.partition(":")
+        # The first frame that is not the emulator's own: inlined callees come before callers.
+        if not re.search(r"csrc/emulator/[^/]+$", file) and not file.startswith("/usr"):
+            names.setdefault(offset, f"{file.rpartition('/')[2]}:{number.split(' ')[0]}")
+    return names
+
+
+def _named(text: str, names: dict[str, str]) -> str:
+    return re.sub(r"@0x[0-9a-f]+", lambda match: names.get(match[0], match[0]), text)

@@ -1,0 +1,193 @@
+"""The compiled CUDA kernels stay within benchmarks/gpu_budgets.toml, and the check can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_budgets() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("budgets", ROOT / "benchmarks" / "budgets.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["budgets"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+budgets = load_budgets()
+NVCC = budgets.find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+USAGE = budgets.Usage(
+    source="stage",
+    kernel="kernel<float, 1>",
+    architecture=80,
+    threads=256,
+    registers=40,
+    shared_bytes=96,
+    spill_bytes=0,
+    stack_bytes=0,
+    occupancy=75,
+    limiter="registers",
+)
+
+
+def stored(*usages: budgets.Usage) -> dict:
+    return budgets.tomllib.loads(budgets.as_toml(usages, "Compiler: none."))
+
+
+def test_what_was_written_is_met() -> None:
+    other = replace(USAGE, kernel="other_kernel", architecture=90)
+    assert budgets.past_budget([USAGE, other], stored(USAGE, other)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"registers": 41}, "registers 41 > 40"),
+        ({"shared_bytes": 97}, "shared_bytes 97 > 96"),
+        ({"spill_bytes": 4}, "spill_bytes 4 > 0"),
+        ({"stack_bytes": 8}, "stack_bytes 8 > 0"),
+        ({"occupancy": 62}, "occupancy 62 % < 75 %, limited by registers"),
+        ({"architecture": 90}, "on sm_90 has no budget"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_more_than_the_budget_is_told(change: dict, complaint: str) -> None:
+    (told,) = budgets.past_budget([replace(USAGE, **change)], stored(USAGE))
+    assert complaint in told
+
+
+def test_a_budget_without_a_kernel_is_told() -> None:
+    (told,) = budgets.past_budget([], stored(USAGE))
+    assert "is not built any more" in told
+
+
+def test_stored_budgets_allow_no_spill() -> None:
+    everything = budgets.tomllib.loads(budgets.BUDGETS.read_text())
+    assert everything
+    for kernels in everything.values():
+        for kernel, by_architecture in kernels.items():
+            assert set(by_architecture) == {f"sm_{a}" for a in budgets.ARCHITECTURES}, kernel
+            assert all(row["spill_bytes"] == 0 for row in by_architecture.values()), kernel
+
+
+@needs_nvcc
+def test_every_kernel_is_within_its_budget() -> None:
+    usages = budgets.measure_all(NVCC)
+    assert budgets.past_budget(usages, budgets.tomllib.loads(budgets.BUDGETS.read_text())) == []
+
+
+@needs_nvcc
+def test_spills_and_shared_memory_are_read(tmp_path: Path) -> None:
+    source = tmp_path / "greedy.cu"
+    source.write_text(
+        """
+        __global__ void __launch_bounds__(1024, 2) greedy(const float* x, float* out) {
+          __shared__ float tile[1024];
+          float value[64];
+          for (int i = 0; i < 64; ++i) value[i] = x[threadIdx.x + i * 1024];
+          tile[threadIdx.x] = value[0];
+          __syncthreads();
+          for (int round = 0; round < 64; ++round)
+            for (int i = 0; i < 64; ++i) value[i] = value[i] * value[(i + round) % 64] + tile[i];
+          for (int i = 0; i < 64; ++i) out[threadIdx.x + i * 1024] = value[i];
+        }
+        """
+    )
+    (usage,) = budgets.measure(NVCC, source, 80)
+    assert usage.kernel == "greedy"
+    assert usage.threads == 1024
+    assert usage.registers <= 32  # 2 blocks of 1024 threads share 65536
+    assert usage.shared_bytes == 4096
+    assert usage.spill_bytes + usage.stack_bytes > 0
+    assert usage.occupancy == 100
+
+
+@needs_nvcc
+def test_a_kernel_that_does_not_compile_gives_the_compilers_words(tmp_path: Path) -> None:
+    source = tmp_path / "wrong.cu"
+    source.write_text("__global__ void wrong() { return 1 }")
+    with pytest.raises(RuntimeError, match="expected"):
+        budgets.measure(NVCC, source, 80)
+
+
+@needs_nvcc
+def test_occupancy_is_that_of_cuda_occupancy_h(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    cases = [
+        (
+            draw.choice(budgets.ARCHITECTURES),
+            draw.randrange(1, 1025),
+            draw.randrange(16, 129),
+            draw.randrange(0, 49152),
+        )
+        for _ in range(300)
+    ]
+    source = tmp_path / "occupancy.cpp"
+    source.write_text(OCCUPANCY)
+    program = tmp_path / "occupancy"
+    subprocess.run([NVCC, str(source), "-cudart", "none", "-o", str(program)], check=True)
+    lines = []
+    for architecture, *case in cases:
+        limits = budgets.MULTIPROCESSORS[architecture]
+        numbers = (architecture, *case, limits.threads, limits.shared_bytes, limits.blocks)
+        lines.append(" ".join(map(str, numbers)))
+    run = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True)
+    expected = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
+    assert len(expected) == len(cases)
+    names = {1: "warps", 2: "registers", 4: "shared memory", 8: "blocks"}
+    for case, (blocks, limiters) in zip(cases, expected, strict=True):
+        wanted = (blocks, {name for bit, name in names.items() if limiters & bit})
+        found, reasons = budgets.occupancy(*case)
+        assert (found, set(reasons)) == wanted, case
+
+
+OCCUPANCY = """
+#include <cuda_occupancy.h>
+#include <cstdio>
+int main() {
+  int arch, threads, registers, shared, max_threads, max_shared, max_blocks;
+  while (std::scanf("%d %d %d %d %d %d %d", &arch, &threads, &registers, &shared, &max_threads,
+                    &max_shared, &max_blocks) == 7) {
+    cudaOccDeviceProp device;
+    device.computeMajor = arch / 10;
+    device.computeMinor = arch % 10;
+    device.maxThreadsPerBlock = 1024;
+    device.maxThreadsPerMultiprocessor = max_threads;
+    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+    device.warpSize = 32;
+    device.sharedMemPerBlock = 49152;
+    device.sharedMemPerMultiprocessor = max_shared;
+    device.sharedMemPerBlockOptin = max_shared - 1024;
+    device.reservedSharedMemPerBlock = 1024;
+    device.numSms = 1;
+    cudaOccFuncAttributes kernel;
+    kernel.maxThreadsPerBlock = 1024;
+    kernel.numRegs = registers;
+    kernel.sharedSizeBytes = shared;
+    kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
+    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    kernel.maxDynamicSharedSizeBytes = 0;
+    kernel.numBlockBarriers = 1;
+    cudaOccDeviceState state;
+    state.cacheConfig = CACHE_PREFER_NONE;
+    state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
+    cudaOccResult result;
+    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, 0))
+      return 1;
+    std::printf("%d %d\\n", result.activeBlocksPerMultiprocessor, (int)result.limitingFactors);
+  }
+}
+"""
