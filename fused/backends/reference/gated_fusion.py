@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ...contract import memory_format, product_dtype, statistics_dtype
@@ -21,17 +23,58 @@ def _spread(w: torch.Tensor, channels: int) -> torch.Tensor:
     return w.repeat_interleave(channels // w.shape[1], 1)
 
 
-def _statistics(
+class _Norm(NamedTuple):
+    """One batch norm with the statistics it uses, all (1, C, 1, 1)."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+    @staticmethod
+    def of(
+        statistics: tuple[torch.Tensor | None, torch.Tensor | None],
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> _Norm:
+        """From vectors (C,); the contract refuses evaluation without running statistics."""
+        mean, var = statistics
+        assert mean is not None
+        assert var is not None
+        mean, var = _column(mean, dtype), _column(var, dtype)
+        return _Norm(mean, var, _column(weight, dtype), _column(bias, dtype), eps)
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        """Normalise z in the statistics' dtype."""
+        return normalisation.affine(z.to(self.mean.dtype), *self)
+
+    def backward(
+        self, grad: torch.Tensor, z: torch.Tensor, training: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients for z, γ and β."""
+        n = normalisation.normalised(z.to(grad.dtype), self.mean, self.var, self.eps)
+        dims = _DIMS if training else None
+        grad_z = normalisation.backward(grad, n, self.var, self.weight, self.eps, dims)
+        return grad_z, (grad * n).sum(_DIMS), grad.sum(_DIMS)
+
+
+def _norm(
     z: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    running: tuple[torch.Tensor | None, torch.Tensor | None],
+    eps: float,
     training: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if training:
-        return normalisation.batch_statistics(z, _DIMS)
-    assert running_mean is not None
-    assert running_var is not None
-    return _column(running_mean, z.dtype), _column(running_var, z.dtype)
+) -> _Norm:
+    """A norm over z: of its own statistics in training, of the running ones in evaluation."""
+    dtype = statistics_dtype(z.dtype)
+    if not training:
+        return _Norm.of(running, weight, bias, eps, dtype)
+    mean, var = normalisation.batch_statistics(z.to(dtype), _DIMS)
+    return _Norm(mean, var, _column(weight, dtype), _column(bias, dtype), eps)
 
 
 def forward(
@@ -67,48 +110,27 @@ def forward(
     gate = _spread(w, channels).to(dtype)
     s = (e * gate).to(product)
     hidden = convolve(s, squeeze_weight)
-    mean1, var1 = _statistics(hidden.to(dtype), running_mean1, running_var1, training)
-    column1 = _column(bn1_weight, dtype), _column(bn1_bias, dtype)
-    r = normalisation.affine(hidden.to(dtype), mean1, var1, *column1, eps1).relu().to(product)
-    expanded = convolve(r, expand_weight).to(dtype)
-    mean2, var2 = _statistics(expanded, running_mean2, running_var2, training)
-    column2 = _column(bn2_weight, dtype), _column(bn2_bias, dtype)
-    m = normalisation.affine(expanded, mean2, var2, *column2, eps2).to(product)
+    running = (running_mean1, running_var1)
+    norm1 = _norm(hidden, bn1_weight, bn1_bias, running, eps1, training)
+    expanded = convolve(norm1(hidden).relu().to(product), expand_weight)
+    running = (running_mean2, running_var2)
+    norm2 = _norm(expanded, bn2_weight, bn2_bias, running, eps2, training)
     of_s, of_m = fusion_weight.split(channels, 1)
-    logits = convolve(s, of_s) + convolve(m, of_m)
-    mean3, var3 = _statistics(logits.to(dtype), running_mean3, running_var3, training)
-    column3 = _column(bn3_weight, dtype), _column(bn3_bias, dtype)
-    phi = normalisation.affine(logits.to(dtype), mean3, var3, *column3, eps3).sigmoid()
+    logits = convolve(s, of_s) + convolve(norm2(expanded).to(product), of_m)
+    running = (running_mean3, running_var3)
+    norm3 = _norm(logits, bn3_weight, bn3_bias, running, eps3, training)
     # Identity 5.2: out = e ⊙ (w + φ (1 − w)).
-    out = (e * torch.addcmul(gate, phi, 1 - gate)).to(e.dtype)
+    out = (e * torch.addcmul(gate, norm3(logits).sigmoid(), 1 - gate)).to(e.dtype)
 
     empty = e.new_empty(0)
     kept = [empty, torch.empty_like(empty)]
     if save:
         fmt = memory_format(e)
         kept = [z.to(e.dtype).contiguous(memory_format=fmt) for z in (hidden, logits)]
-    statistics = [s.flatten() for s in (mean1, var1, mean2, var2, mean3, var3)]
+    statistics = [v.flatten() for norm in (norm1, norm2, norm3) for v in (norm.mean, norm.var)]
     if not training:
         statistics = [empty.new_empty(0, dtype=dtype) for _ in statistics]
     return (out.contiguous(memory_format=memory_format(e)), *kept, *statistics)
-
-
-def _normalisation_backward(
-    grad: torch.Tensor,
-    z: torch.Tensor,
-    statistics: tuple[torch.Tensor | None, torch.Tensor | None],
-    weight: torch.Tensor,
-    eps: float,
-    training: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients for z, γ and β of a batch norm over channels."""
-    assert statistics[0] is not None
-    assert statistics[1] is not None
-    mean, var = _column(statistics[0], grad.dtype), _column(statistics[1], grad.dtype)
-    n = normalisation.normalised(z.to(grad.dtype), mean, var, eps)
-    gamma = _column(weight, grad.dtype)
-    grad_z = normalisation.backward(grad, n, var, gamma, eps, _DIMS if training else None)
-    return grad_z, (grad * n).sum(_DIMS).to(weight.dtype), grad.sum(_DIMS).to(weight.dtype)
 
 
 def backward(
@@ -148,40 +170,31 @@ def backward(
     statistics1 = (mean1, var1) if training else (running_mean1, running_var1)
     statistics2 = (mean2, var2) if training else (running_mean2, running_var2)
     statistics3 = (mean3, var3) if training else (running_mean3, running_var3)
+    norm1 = _Norm.of(statistics1, bn1_weight, bn1_bias, eps1, dtype)
+    norm2 = _Norm.of(statistics2, bn2_weight, bn2_bias, eps2, dtype)
+    norm3 = _Norm.of(statistics3, bn3_weight, bn3_bias, eps3, dtype)
     gate, values, grad = _spread(w, channels).to(dtype), e.to(dtype), grad_out.to(dtype)
     s = (values * gate).to(product)
-
-    def affine(z, statistics, weight, bias, eps):  # type: ignore[no-untyped-def]
-        mean, var = (_column(v, dtype) for v in statistics)
-        columns = _column(weight, dtype), _column(bias, dtype)
-        return normalisation.affine(z.to(dtype), mean, var, *columns, eps)
-
-    r = affine(hidden, statistics1, bn1_weight, bn1_bias, eps1).relu().to(product)
+    r = norm1(hidden).relu().to(product)
     expanded = convolve(r, expand_weight).to(dtype)
-    m = affine(expanded, statistics2, bn2_weight, bn2_bias, eps2).to(product)
-    phi = affine(gate_logits, statistics3, bn3_weight, bn3_bias, eps3).sigmoid()
+    m = norm2(expanded).to(product)
+    phi = norm3(gate_logits).sigmoid()
 
     through = grad * values
     grad_e = grad * torch.addcmul(gate, phi, 1 - gate)
     grad_gate = through * (1 - phi)
     grad_phi = through * (1 - gate) * phi * (1 - phi)
-    grad_logits, grad_bn3_weight, grad_bn3_bias = _normalisation_backward(
-        grad_phi, gate_logits, statistics3, bn3_weight, eps3, training
-    )
+    grad_logits, grad_bn3_weight, grad_bn3_bias = norm3.backward(grad_phi, gate_logits, training)
     grad_logits = grad_logits.to(product)
     grad_fusion = torch.cat([convolve_weight_backward(grad_logits, z, 1) for z in (s, m)], 1)
     of_s, of_m = fusion_weight.split(channels, 1)
     grad_s = convolve_input_backward(grad_logits, of_s).to(dtype)
     grad_m = convolve_input_backward(grad_logits, of_m).to(dtype)
-    grad_expanded, grad_bn2_weight, grad_bn2_bias = _normalisation_backward(
-        grad_m, expanded, statistics2, bn2_weight, eps2, training
-    )
+    grad_expanded, grad_bn2_weight, grad_bn2_bias = norm2.backward(grad_m, expanded, training)
     grad_expanded = grad_expanded.to(product)
     grad_expand = convolve_weight_backward(grad_expanded, r, 1)
     grad_r = convolve_input_backward(grad_expanded, expand_weight).to(dtype) * (r > 0)
-    grad_hidden, grad_bn1_weight, grad_bn1_bias = _normalisation_backward(
-        grad_r, hidden, statistics1, bn1_weight, eps1, training
-    )
+    grad_hidden, grad_bn1_weight, grad_bn1_bias = norm1.backward(grad_r, hidden, training)
     grad_hidden = grad_hidden.to(product)
     grad_squeeze = convolve_weight_backward(grad_hidden, s, 1)
     grad_s = grad_s + convolve_input_backward(grad_hidden, squeeze_weight)
@@ -192,9 +205,9 @@ def backward(
         grad_e.to(e.dtype).contiguous(memory_format=memory_format(e)),
         grad_w.to(w.dtype).contiguous(memory_format=memory_format(w)),
         grad_squeeze.to(squeeze_weight.dtype),
-        *(grad_bn1_weight, grad_bn1_bias.to(bn1_bias.dtype)),
+        *(grad_bn1_weight.to(bn1_weight.dtype), grad_bn1_bias.to(bn1_bias.dtype)),
         grad_expand.to(expand_weight.dtype),
-        *(grad_bn2_weight, grad_bn2_bias.to(bn2_bias.dtype)),
+        *(grad_bn2_weight.to(bn2_weight.dtype), grad_bn2_bias.to(bn2_bias.dtype)),
         grad_fusion.to(fusion_weight.dtype),
-        *(grad_bn3_weight, grad_bn3_bias.to(bn3_bias.dtype)),
+        *(grad_bn3_weight.to(bn3_weight.dtype), grad_bn3_bias.to(bn3_bias.dtype)),
     )
