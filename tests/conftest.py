@@ -34,9 +34,3 @@ def shared_path(*parts: str) -> Path:
             pytest.fail(f"REQUIRE_SHARED is set, but shared/{'/'.join(parts)} is missing")
         pytest.skip(f"shared/{'/'.join(parts)} is not beside the project")
     return path
-
-
-@pytest.fixture(scope="session")
-def neu_det() -> Path:
-    """The zip of NEU-DET."""
-    return shared_path("data", "neu-det.zip")

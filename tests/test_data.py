@@ -26,7 +26,6 @@ from mobilesteelnet.data import (
     eval_transform,
     natural_key,
     scan,
-    stratified_split,
 )
 from mobilesteelnet.pictures import PictureError, decode
 
@@ -491,51 +490,3 @@ def test_scan_of_a_damaged_zip_gives_a_set_or_data_error(tmp_path_factory, data)
     except DataError:
         return
     assert len(pictures.items) + len(pictures.bad) > 0
-
-
-# The real thing ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def neu_det():
-    if not SHARED_ZIP.is_file():
-        pytest.skip("the NEU-DET zip is not beside the project")
-    return scan(SHARED_ZIP, on_bad_file="fatal")
-
-
-def test_neu_det_is_read_whole(neu_det):
-    assert neu_det.classes == [
-        "crazing",
-        "inclusion",
-        "patches",
-        "pitted_surface",
-        "rolled-in_scale",
-        "scratches",
-    ]
-    assert [neu_det.labels.count(label) for label in range(6)] == [300] * 6
-    assert {(p.width, p.height) for p in neu_det.items} == {(200, 200)}
-    (group,) = duplicate_groups(neu_det)
-    assert [neu_det.items[i].name for i in group] == [
-        "patches/patches_101.jpg",
-        "patches/patches_105.jpg",
-    ]
-
-
-def test_neu_det_gives_the_four_contrasts_of_the_paper(neu_det):
-    rows = {row["class"]: row for row in contrast_table(neu_det)}
-    assert rows["patches"]["max"] == pytest.approx(74.21, abs=0.006)
-    assert rows["inclusion"]["min"] == pytest.approx(5.97, abs=0.006)
-    assert rows["crazing"]["max"] == pytest.approx(51.54, abs=0.006)
-    assert rows["scratches"]["max"] == pytest.approx(49.02, abs=0.006)
-
-
-def test_neu_det_splits_as_the_paper(neu_det):
-    split = stratified_split(neu_det)
-    sides = (split.train, split.val, split.test)
-    assert [len(side) for side in sides] == [90, 90, 1620]
-    for side, each in zip(sides, (15, 15, 270), strict=True):
-        assert [sum(neu_det.labels[i] == label for i in side) for label in range(6)] == [each] * 6
-    for seed in range(20):
-        split = stratified_split(neu_det, seed=seed)
-        pair = set(duplicate_groups(neu_det)[0])
-        assert any(pair <= set(side) for side in (split.train, split.val, split.test))

@@ -117,15 +117,3 @@ def test_unlabelled_sets_are_refused(mixed, tmp_path):
     ):
         with pytest.raises(DataError, match="without labels"):
             action()
-
-
-def test_neu_det_has_one_pair_and_the_figures_of_table_3():
-    if not SHARED_ZIP.is_file():
-        pytest.skip("the NEU-DET zip is not beside the project")
-    report = check(scan(SHARED_ZIP))
-    assert report.ok
-    assert report.sizes == {"200 x 200": 1800}
-    assert report.duplicates == [["patches/patches_101.jpg", "patches/patches_105.jpg"]]
-    text = shown(report)
-    for figure in ("74.21", "5.97", "51.54", "49.02"):
-        assert figure in text

@@ -1,0 +1,1 @@
+"""Timings of every stage, of CIEMA and of the network, and the GPU kernels' budgets."""

@@ -1,0 +1,111 @@
+"""Options, the grid of cases, and the machine's description in the JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import pytest
+import torch
+
+from fused.backends import cpu, native
+
+from .measure import case_of
+from .providers import PROVIDERS, SLOW_PROVIDERS, Provider
+from .stages import MODES, SHAPES, Case
+
+CHOICES = {
+    "tiny": ("tiny",),
+    "small": ("small",),
+    "paper": ("paper",),
+    "all": ("small", "paper", "paper-batch4", "paper-batch8"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mobilesteelnet benchmarks")
+    group.addoption(
+        "--shapes",
+        default="paper",
+        choices=list(CHOICES),
+        help="small: 112x112 pictures and a quarter of the channels; paper (default): 224x224, "
+        "batch 1; all: both, and paper at batch 8 forward and batch 4 training; tiny: a smoke test",
+    )
+    group.addoption(
+        "--threads", type=int, default=torch.get_num_threads(), help="of every provider"
+    )
+    group.addoption(
+        "--seconds", type=float, default=1.0, help="timed seconds a benchmark, 3 to 50 rounds"
+    )
+    group.addoption(
+        "--slow-providers",
+        action="store_true",
+        help=f"also {', '.join(sorted(SLOW_PROVIDERS))}: minutes of compiling each",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    threads = config.getoption("--threads")
+    if threads < 1:
+        raise pytest.UsageError(f"--threads={threads}, expected at least 1")
+    if config.getoption("--seconds") <= 0:
+        raise pytest.UsageError(f"--seconds={config.getoption('--seconds')}, expected above 0")
+    torch.set_num_threads(threads)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    slow = metafunc.config.getoption("--slow-providers")
+    cells = [
+        pytest.param(shape, provider, mode, id=f"{shape}-{provider.name}-{mode}")
+        for shape in CHOICES[metafunc.config.getoption("--shapes")]
+        for training in (False, True)
+        for provider in PROVIDERS
+        if slow or provider.name not in SLOW_PROVIDERS
+        for mode in MODES
+        if mode in SHAPES[shape].modes and (mode != "forward") == training
+    ]
+    metafunc.parametrize(("shape", "provider", "mode"), cells)
+
+
+@pytest.fixture
+def case(
+    request: pytest.FixtureRequest, shape: str, provider: Provider, mode: str, benchmark: Any
+) -> Case:
+    """The case of the test file's SUBJECT; skips with the reason where the provider cannot run."""
+    found = case_of(request.module.SUBJECT, shape)
+    reason = provider.why_not(found, mode)
+    if reason is not None:
+        pytest.skip(f"{provider.name}: {reason}")
+    benchmark.group = f"{found.subject} {found.size} {mode}"
+    return found
+
+
+@pytest.fixture
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Keyword arguments of `measure.run`."""
+    config = request.config
+    return {"threads": config.getoption("--threads"), "seconds": config.getoption("--seconds")}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    """What the figures depend on besides the processor, which pytest-benchmark describes itself."""
+    machine_info["threads"] = config.getoption("--threads")
+    machine_info["cores"] = os.cpu_count()
+    machine_info["load_average"] = os.getloadavg() if hasattr(os, "getloadavg") else None
+    machine_info["platform"] = platform.platform()
+    machine_info["torch_capability"] = torch.backends.cpu.get_cpu_capability()
+    isa = None if cpu.LIBRARY.error is not None else native.kernel("cpu_isa")()
+    machine_info["fused_cpu_isa"] = isa or str(cpu.LIBRARY.error)
+    names = ("torch", "onnxruntime", "openvino", "onnx", "numpy")
+    machine_info["versions"] = {name: _version(name) for name in names}

@@ -1,0 +1,150 @@
+"""``python -m benchmarks.table result.json``: pytest-benchmark's JSON as Markdown tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+# (subject, size, mode): one row.
+Row = tuple[str, str, str]
+
+
+def records(result: dict[str, Any]) -> list[Record]:
+    """One record a benchmark: its extra_info, and `ms`, the median.
+
+    Raises:
+        ValueError: the JSON is not from these benchmarks.
+    """
+    out = []
+    for entry in result.get("benchmarks", ()):
+        facts = entry.get("extra_info", {})
+        if "subject" not in facts:
+            raise ValueError(f"{entry.get('name')}: not one of these benchmarks")
+        out.append(facts | {"ms": 1e3 * entry["stats"]["median"]})
+    if not out:
+        raise ValueError("the file holds no benchmarks: all failed their gate, or none were run")
+    return out
+
+
+def is_alternative(provider: str) -> bool:
+    """Whether a provider is what the fused backends are held against: all but these."""
+    return not provider.startswith("fused-")
+
+
+def _grid(found: Sequence[Record]) -> tuple[dict[Row, dict[str, Record]], list[str]]:
+    rows: dict[Row, dict[str, Record]] = {}
+    providers: list[str] = []
+    for record in found:
+        row = (record["subject"], record["size"], record["mode"])
+        rows.setdefault(row, {})[record["provider"]] = record
+        if record["provider"] not in providers:
+            providers.append(record["provider"])
+    return rows, providers
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _table(found: Sequence[Record], cell: Callable[[Record, dict[str, Record]], str]) -> str:
+    grid, providers = _grid(found)
+    body = [
+        [*row, *(cell(cells[p], cells) if p in cells else "–" for p in providers)]
+        for row, cells in grid.items()
+    ]
+    return _markdown(["subject", "size", "mode", *providers], body)
+
+
+def best_alternative(cells: dict[str, Record]) -> str | None:
+    """The quickest provider of a row that is not a fused one."""
+    names = [name for name in cells if is_alternative(name)]
+    return min(names, key=lambda name: cells[name]["ms"]) if names else None
+
+
+def _time(record: Record, cells: dict[str, Record]) -> str:
+    text = f"{record['ms']:.3g}" if record["ms"] < 100 else f"{record['ms']:.0f}"
+    best = best_alternative(cells)
+    if best is None:
+        return text
+    text += f" ({cells[best]['ms'] / record['ms']:.2f}×)"
+    return f"**{text}**" if record["provider"] == best else text
+
+
+def _megabytes(key: str) -> Callable[[Record, dict[str, Record]], str]:
+    def cell(record: Record, cells: dict[str, Record]) -> str:
+        return "–" if record[key] is None else f"{record[key] / 1e6:.1f}"
+
+    return cell
+
+
+def _rate(record: Record, cells: dict[str, Record]) -> str:
+    return f"{record['flop'] / record['ms'] / 1e6:.1f}"
+
+
+def machine(result: dict[str, Any]) -> str:
+    """A line on what the figures were taken on."""
+    info = result.get("machine_info", {})
+    versions = info.get("versions", {})
+    parts = [
+        info.get("cpu", {}).get("brand_raw") or info.get("processor") or "unknown processor",
+        f"{info.get('cores')} cores, {info.get('threads')} threads",
+        f"torch kernels {info.get('torch_capability')}, fused.cpu {info.get('fused_cpu_isa')}",
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        f"Python {info.get('python_version')}",
+        str(result.get("datetime", ""))[:19],
+    ]
+    load = info.get("load_average")
+    if load:
+        parts.append(f"load average at the end {load[0]:.1f}")
+    return "; ".join(parts)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole report."""
+    found = records(result)
+    sections = [
+        machine(result),
+        "## Time\n\nMedian ms a call, and how many times quicker than the best alternative "
+        "(bold: all but `fused-*` are alternatives) it is.",
+        _table(found, _time),
+        "## GFLOP/s\n\nFLOP of the form that a provider computes, by the contract, over its time.",
+        _table(found, _rate),
+        "## Peak memory\n\nMB of resident memory that one call adds; for onnxruntime and openvino "
+        "loading the graph and its weights included.",
+        _table(found, _megabytes("peak_bytes")),
+    ]
+    trained = [record for record in found if record["saved_bytes"] is not None]
+    if trained:
+        sections += [
+            "## Saved for the backward\n\nMB that autograd keeps, inputs counted, parameters not.",
+            _table(trained, _megabytes("saved_bytes")),
+        ]
+    chosen = {op: backend for record in found for op, backend in record.get("backends", {}).items()}
+    if chosen:
+        told = ", ".join(f"{op} {backend}" for op, backend in chosen.items())
+        sections.append(f"`fused-auto` ran: {told}.")
+    return "\n\n".join(sections) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables of a result file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("result", type=Path, help="file written by pytest --benchmark-json=FILE")
+    file = parser.parse_args(arguments).result
+    try:
+        text = markdown(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        print(f"error: {file}: {error}", file=sys.stderr)
+        return 1
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The program ``mobilesteelnet``: runs a command and turns its errors into one line and a code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+USAGE, DATA, CHECKPOINT, TRAINING, FILES, FAULT, INTERRUPTED = 2, 3, 4, 5, 6, 70, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; None takes them from the process.
+
+    Returns:
+        The exit code, as ``mobilesteelnet --help`` lists them.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone (as with `| head`): nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FILES
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        return _fail(*_explain(error))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        import rich  # noqa: F401
+        import typer
+    except ModuleNotFoundError as error:
+        return _fail(f'{error.name} is missing: pip install "mobilesteelnet[cli]"', USAGE)
+    from .cli import app
+
+    try:
+        code = typer.main.get_command(app).main(
+            args=arguments, prog_name="mobilesteelnet", standalone_mode=False
+        )
+    except typer.Exit as done:
+        return done.exit_code
+    except typer.Abort:
+        return _fail("interrupted", INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """The line and the exit code for an error."""
+    import typer
+
+    usage_error = typer.BadParameter.__mro__[1]  # click's class, wherever typer keeps click
+    if isinstance(error, usage_error):
+        return error.format_message(), USAGE  # type: ignore[attr-defined]  # click's method
+    if isinstance(error, ImportError) and "pip install" in str(error):
+        return str(error), USAGE
+    from fused import BackendError
+
+    from .checkpoint import CheckpointError
+    from .pictures import DataError
+
+    for kind, code in ((CheckpointError, CHECKPOINT), (DataError, DATA), (BackendError, USAGE)):
+        if isinstance(error, kind):
+            return str(error), code
+    if type(error).__name__ == "TrainingError":  # its module needs the extra [train]
+        return str(error), TRAINING
+    if type(error).__name__ == "ExportError":  # its module needs the extra [export]
+        return str(error), FILES
+    if isinstance(error, ValueError):
+        return str(error), USAGE
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file'}: {error.strerror or error}", FILES
+    return f"{type(error).__name__}: {error} (--debug shows where)", FAULT
+
+
+def _fail(message: str, code: int) -> int:
+    line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
+    # Names of files may hold what the terminal's encoding does not have.
+    encoding = sys.stderr.encoding or "utf-8"
+    safe = line.encode(encoding, "backslashreplace").decode(encoding)
+    print(f"error: {safe}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

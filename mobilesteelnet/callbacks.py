@@ -1,0 +1,241 @@
+"""What happens around the steps of a training: keeping its results, and showing how far it is."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .checkpoint import save_checkpoint
+from .lightning_modules import TrainingError
+from .run_folder import RunFolder, write_atomically, write_json
+
+FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint files: never half written, never unpickling code."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write the state through :func:`write_atomically`.
+
+        Raises:
+            OSError: The file cannot be written, for example because the disk is full.
+        """
+
+        def write(part: Path) -> None:
+            try:
+                torch.save(checkpoint, part)
+            except RuntimeError as error:  # torch's zip writer hides the OSError
+                raise OSError(f"writing the training state failed: {error}") from error
+
+        write_atomically(path, write)
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read the state; ``weights_only`` is always on.
+
+        Raises:
+            TrainingError: The file is damaged.
+        """
+        try:
+            state = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:
+            raise TrainingError(f"{str(path)!r} is no training state: {error}") from None
+        if not isinstance(state, dict) or "pytorch-lightning_version" not in state:
+            raise TrainingError(f"{str(path)!r} is no training state")
+        return state
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Delete the file."""
+        Path(path).unlink(missing_ok=True)
+
+
+class RunWriter(Checkpoint):
+    """Writes ``best.safetensors``, the history and ``last.ckpt`` at the end of each epoch.
+
+    ``last.ckpt`` comes last and holds the history too: a kill between two of the files costs
+    nothing, the resumed run writes the same files again.
+
+    Args:
+        folder: The run's folder.
+        select: ``val_loss``, ``val_accuracy`` or ``last``.
+        card: Keyword arguments of ``save_checkpoint`` (classes, input_size, normalisation,
+            training).
+    """
+
+    def __init__(self, folder: RunFolder, select: str, card: dict[str, Any]) -> None:
+        self.folder = folder
+        self.select = select
+        self.card = card
+        self.rows: list[dict[str, Any]] = []
+        self.best_epoch = 0
+        self.best_value: float | None = None
+        self.stopped = False
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only: the state has to load without unpickling code."""
+        return {
+            "rows": [dict(row) for row in self.rows],
+            "best_epoch": self.best_epoch,
+            "best_value": self.best_value,
+            "stopped": self.stopped,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the history of the run that was interrupted."""
+        self.rows = list(state_dict["rows"])
+        self.best_epoch = state_dict["best_epoch"]
+        self.best_value = state_dict["best_value"]
+        self.stopped = state_dict["stopped"]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the epoch's row and write all files."""
+        figures = trainer.callback_metrics
+        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1}
+        row |= {key: float(figures[key]) for key in FIGURES}
+        row["seconds"] = round(time.perf_counter() - self._started, 3)
+        self.rows.append(row)
+        self.stopped = bool(trainer.should_stop)
+        improved = self._improved(row)
+        if trainer.is_global_zero:
+            if improved:
+                self._save_best(pl_module, row)
+            self.folder.write_rows(self.rows)
+        trainer.save_checkpoint(self.folder.last)
+
+    def _improved(self, row: dict[str, Any]) -> bool:
+        value = float(row["epoch"]) if self.select == "last" else float(row[self.select])
+        lower_is_better = self.select == "val_loss"
+        best = self.best_value
+        if best is None or (value < best if lower_is_better else value > best):
+            self.best_value = value
+            self.best_epoch = int(row["epoch"])
+            return True
+        return False
+
+    def _save_best(self, module: L.LightningModule, row: dict[str, Any]) -> None:
+        network = module.model
+        assert isinstance(network, torch.nn.Module)
+        # Without the seconds: the same run has to give the same file.
+        figures = {key: value for key, value in row.items() if key != "seconds"}
+        training = {**self.card["training"], **figures, "selected_by": self.select}
+        save_checkpoint(self.folder.best, network, **{**self.card, "training": training})
+
+    def write_state(self, state: str, reason: str) -> None:
+        """Write ``run.json``."""
+        write_json(
+            self.folder.state,
+            {
+                "state": state,
+                "reason": reason,
+                "epochs": len(self.rows),
+                "best_epoch": self.best_epoch,
+            },
+        )
+
+
+class EpochProgress(L.Callback):
+    """One bar over the epochs with the latest figures; without a terminal, a line an epoch.
+
+    Args:
+        console: Where to write (standard error).
+        epochs: The most epochs that the run may take.
+    """
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self.console = console
+        self.epochs = epochs
+        self._bar: Progress | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the bar."""
+        if not (trainer.is_global_zero and self.console.is_terminal):
+            return
+        self._bar = Progress(
+            TextColumn("[bold]{task.fields[place]}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._bar.add_task(
+            "starting",
+            total=self.epochs * max(int(trainer.num_training_batches), 1),
+            place=self._place(trainer, 0),
+        )
+        self._bar.start()
+
+    @staticmethod
+    def _place(trainer: L.Trainer, batch: int) -> str:
+        return (
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} "
+            f"batch {batch}/{trainer.num_training_batches}"
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            done = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx + 1
+            self._bar.update(
+                self._bar.task_ids[0], completed=done, place=self._place(trainer, batch_idx + 1)
+            )
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the epoch's figures."""
+        if not trainer.is_global_zero:
+            return
+        figures = {key: float(trainer.callback_metrics[key]) for key in FIGURES}
+        text = (
+            f"train loss {figures['train_loss']:.4f} accuracy {figures['train_accuracy']:.1%}, "
+            f"validation loss {figures['val_loss']:.4f} accuracy {figures['val_accuracy']:.1%}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=text)
+        else:
+            self.console.print(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {text}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the bar as it is."""
+        self._stop()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the terminal back."""
+        self._stop()

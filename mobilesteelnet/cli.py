@@ -1,0 +1,393 @@
+"""The command line ``mobilesteelnet``: one function a command, the work is done elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from .cli_training import train_command
+from .progress import bar
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .run_folder import RunFolder
+
+EXIT_CODES = """
+Exit codes: 0 all done; 1 done, but some input files could not be used; 2 wrong options, run folder
+or a missing extra; 3 the pictures cannot be used; 4 the checkpoint cannot be used; 5 the training
+failed or was interrupted; 6 a file cannot be read, written or exported; 70 a fault of this program;
+130 interrupted.
+"""
+OK, SOME_FAILED = 0, 1
+
+app = typer.Typer(
+    name="mobilesteelnet",
+    help="Classify defects on steel surfaces: train, evaluate and use MobileSteelNet.\n\n"
+    + EXIT_CODES.replace("\n", " "),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at picture sets before training on them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.command("train")(train_command)
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="A run folder, a .safetensors checkpoint, or published .pth weights.")
+]
+BatchSize = Annotated[int, typer.Option(help="Pictures a forward.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Backend = Annotated[
+    str | None, typer.Option(help="Backend of the fused stages; left out: the best that runs.")
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(help="Class names for published weights, a,b,c in the order of the outputs."),
+]
+OnBadFile = Annotated[str, typer.Option(help="skip bad files (exit code 1), or fatal.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("mobilesteelnet")
+        except PackageNotFoundError:
+            number = "(not installed)"
+        typer.echo(f"mobilesteelnet {number}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options before the command; ``main`` looks for --debug itself."""
+
+
+@app.command("eval")
+def evaluate_command(
+    source: CheckpointArgument,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="test, val, train or all; left out: test of a run, all otherwise."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Report folder; left out: RUN/eval-SPLIT or ./evaluation.")
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Write the HTML report and its figures.")] = True,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+    backend: Backend = None,
+    classes: Classes = None,
+    on_bad_file: OnBadFile = "skip",
+) -> int:
+    """Measure a checkpoint on labelled pictures and write a report.
+
+    Example: [bold]mobilesteelnet eval runs/first --split test[/bold]
+
+    Example: [bold]mobilesteelnet eval best.safetensors --data plates.zip --out report[/bold]
+    """
+    from .data import scan
+    from .evaluate import evaluate, pick_split
+    from .run_folder import write_json
+    from .tables import evaluation_table
+
+    console = Console(stderr=True)
+    checkpoint, run = _open_checkpoint(source, device, backend, classes)
+    if data is None:
+        if run is None:
+            raise ValueError(f"--data is needed: {str(source)!r} is no run folder")
+        data = Path(run.read_json(run.config).get("data", ""))
+    split = split or ("test" if run is not None else "all")
+    rule: Any = on_bad_file
+    with bar("reading pictures", console) as progress:
+        pictures = scan(data, on_bad_file=rule, progress=progress)
+    indexes = pick_split(pictures, split, run)
+    with bar("classifying", console) as progress:
+        result = evaluate(
+            checkpoint, pictures, indexes, split=split, batch_size=batch_size, progress=progress
+        )
+    Console().print(evaluation_table(result))
+    typer.echo(
+        f"average accuracy {100 * result.average_accuracy:.2f} %, overall accuracy "
+        f"{100 * result.overall_accuracy:.2f} %, {len(result.wrong)} of "
+        f"{len(result.predictions)} wrong"
+    )
+    target = out or (run.path / f"eval-{split}" if run is not None else Path("evaluation"))
+    if report:
+        from .report import write_report
+
+        with console.status("writing the report"):
+            files = write_report(
+                target, result, checkpoint, pictures, run=run, command=_command_line()
+            )
+        typer.echo(f"report: {files.page}")
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        write_json(target / "evaluation.json", result.to_dict())
+        typer.echo(f"figures: {target / 'evaluation.json'}")
+    return _tell_bad_files(pictures.bad)
+
+
+@app.command("predict")
+def predict_command(
+    source: CheckpointArgument,
+    path: Annotated[Path, typer.Argument(help="A picture, a folder or a zip of pictures.")],
+    top_k: Annotated[int, typer.Option(help="How many classes to show for each picture.")] = 1,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - is the output.")
+    ] = None,
+    csv_file: Annotated[
+        str | None, typer.Option("--csv", metavar="FILE|-", help="Write CSV; - is the output.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+    backend: Backend = None,
+    classes: Classes = None,
+) -> int:
+    """Say which defect each picture shows; goes on past files that cannot be read.
+
+    Example: [bold]mobilesteelnet predict runs/first plate.jpg --top-k 3[/bold]
+
+    Example: [bold]mobilesteelnet predict best.safetensors pictures/ --csv result.csv[/bold]
+    """
+    from .data import scan
+    from .predict import predict
+    from .run_folder import rows_to_csv
+    from .tables import prediction_table
+
+    if json_file == "-" and csv_file == "-":
+        raise ValueError("--json and --csv cannot both be written to the output")
+    console = Console(stderr=True)
+    checkpoint, _ = _open_checkpoint(source, device, backend, classes)
+    with bar("reading pictures", console) as progress:
+        pictures = scan(path, labelled=False, progress=progress)
+    with bar("classifying", console) as progress:
+        result = predict(
+            checkpoint, pictures, top_k=top_k, batch_size=batch_size, progress=progress
+        )
+    if json_file is not None:
+        _write(json_file, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    if csv_file is not None:
+        _write(csv_file, rows_to_csv(result.to_rows()))
+    if "-" not in (json_file, csv_file) and result.items:
+        Console().print(prediction_table(result))
+    return _tell_bad_files(result.bad, all_failed=not result.items)
+
+
+@data_app.command("check")
+def check_command(
+    path: Annotated[Path, typer.Argument(help="Folder or zip of <class>/<picture>.")],
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - is the output.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a box plot of the contrasts as PNG.")
+    ] = None,
+    on_bad_file: OnBadFile = "skip",
+) -> int:
+    """Count pictures, find duplicates and bad files, and measure the contrast of each class.
+
+    Example: [bold]mobilesteelnet data check NEU-DET.zip --plot contrast.png[/bold]
+    """
+    from .data import scan
+    from .datacheck import check, contrast_box_plot
+
+    rule: Any = on_bad_file
+    with bar("reading pictures", Console(stderr=True)) as progress:
+        pictures = scan(path, on_bad_file=rule, progress=progress)
+    facts = check(pictures)
+    if json_file is not None:
+        _write(json_file, facts.to_json() + "\n")
+    if json_file != "-":
+        Console().print(facts)
+    if plot is not None:
+        contrast_box_plot(pictures, plot)
+    return OK if facts.ok else SOME_FAILED
+
+
+@data_app.command("synthetic")
+def synthetic_command(
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    per_class: Annotated[int, typer.Option(help="Pictures of each of the six classes.")] = 60,
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 200,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
+) -> int:
+    """Draw a set of synthetic pictures to try things on; they are not photographs of steel.
+
+    Example: [bold]mobilesteelnet data synthetic toy-set --per-class 100[/bold]
+    """
+    from .synthetic import make_synthetic
+
+    with bar("drawing", Console(stderr=True)) as progress:
+        typer.echo(make_synthetic(out, per_class, size, seed, progress=progress))
+    return OK
+
+
+@app.command("info")
+def info_command(
+    source: Annotated[
+        Path | None, typer.Argument(help="A checkpoint; left out: the published network.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Input size; left out: the checkpoint's, or 224.")
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - is the output.")
+    ] = None,
+    backend: Backend = None,
+) -> int:
+    """Show parameters, FLOP, bytes and which backend runs each stage, and why.
+
+    Example: [bold]mobilesteelnet info runs/first --size 224[/bold]
+    """
+    from .model import MobileSteelNet, describe
+    from .tables import information_table
+
+    facts: dict[str, Any] = {}
+    model = MobileSteelNet(backend=backend)
+    if source is not None:
+        checkpoint, _ = _open_checkpoint(source, "cpu", backend, None)
+        size = size or checkpoint.input_size
+        facts = {"classes": checkpoint.classes, "training": checkpoint.training}
+        model = checkpoint.model  # type: ignore[assignment]  # load_checkpoint builds this class
+    if size is not None and not 1 <= size <= 8192:
+        raise ValueError(f"--size {size}: must be from 1 to 8192")
+    facts = {**describe(model, size or 224), **facts}
+    if json_file is not None:
+        _write(json_file, json.dumps(facts, indent=2) + "\n")
+    if json_file != "-":
+        console = Console()
+        console.print(information_table(facts))
+        megabytes = facts["float32_bytes"] / 1e6
+        typer.echo(f"{facts['parameters']:,} parameters, {megabytes:.1f} MB in float32\n")
+        if "classes" in facts:
+            console.print(Text("classes: " + ", ".join(facts["classes"]) + "\n"))
+        console.print(Text(facts["backends"]), soft_wrap=True)
+    return OK
+
+
+@app.command("export")
+def export_command(
+    source: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
+    classes: Classes = None,
+) -> int:
+    """Write a checkpoint as ONNX, with any batch size, checked against the network.
+
+    Example: [bold]mobilesteelnet export runs/first mobilesteelnet.onnx[/bold]
+    """
+    import torch
+
+    from .export import export_onnx
+
+    checkpoint, _ = _open_checkpoint(source, "cpu", None, classes)
+    example = torch.zeros(2, 3, checkpoint.input_size, checkpoint.input_size)
+    with Console(stderr=True).status("exporting"):
+        about = {
+            "classes": json.dumps(checkpoint.classes),
+            "normalisation": json.dumps(checkpoint.normalisation),
+        }
+        export_onnx(checkpoint.model, example, out, metadata=about)
+    typer.echo(out)
+    return OK
+
+
+@app.command("demo")
+def demo_command(
+    data: Annotated[
+        Path | None, typer.Option(help="Your pictures; left out: a synthetic set is drawn.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where everything is put.")] = Path("demo-output"),
+    budget: Annotated[
+        str, typer.Option(help="tiny (a minute), small (some minutes) or full (the paper's).")
+    ] = "small",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 42,
+    overwrite: Annotated[bool, typer.Option(help="Start an earlier demo in --out again.")] = False,
+) -> int:
+    """Draw pictures, train, evaluate, predict and write a report, in minutes on two cores.
+
+    Run again, it continues where it was cut off, or shows what is already there.
+
+    Example: [bold]mobilesteelnet demo --budget tiny[/bold]
+
+    Example: [bold]mobilesteelnet demo --data NEU-DET.zip --budget small[/bold]
+    """
+    from .demo import run_demo
+
+    result = run_demo(
+        out,
+        data=data,
+        budget=budget,
+        seed=seed,
+        overwrite=overwrite,
+        console=Console(stderr=True),
+        command=_command_line(),
+    )
+    typer.echo(
+        f"average accuracy {100 * result.evaluation.average_accuracy:.2f} % on "
+        f"{len(result.evaluation.predictions)} test pictures that the training never saw "
+        f"(chance: {100 / len(result.evaluation.classes):.1f} %)"
+    )
+    typer.echo(f"report:      {result.report}")
+    typer.echo(f"checkpoint:  {result.checkpoint}")
+    typer.echo(f"predictions: {result.predictions}")
+    return _tell_bad_files(result.bad)
+
+
+def _open_checkpoint(
+    source: Path, device: str, backend: str | None, classes: str | None
+) -> tuple[Checkpoint, RunFolder | None]:
+    from .checkpoint import load_checkpoint
+    from .predict import choose_device
+    from .run_folder import RunFolder
+
+    run = None
+    file = source
+    if source.is_dir():
+        run = RunFolder(source)
+        run.require()
+        file = run.best
+    names = [name.strip() for name in classes.split(",")] if classes is not None else None
+    place = choose_device(device)
+    return load_checkpoint(file, place, classes=names, backend=backend), run
+
+
+def _write(target: str, text: str) -> None:
+    from .run_folder import write_text
+
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(target, text)
+
+
+def _tell_bad_files(bad: list[Any], *, all_failed: bool = False) -> int:
+    from .data import DataError
+
+    for file in bad:
+        Console(stderr=True).print(Text(f"bad file: {file.name}: {file.reason}"), soft_wrap=True)
+    if bad and all_failed:
+        raise DataError(f"none of the {len(bad)} files could be used")
+    return SOME_FAILED if bad else OK
+
+
+def _command_line() -> str:
+    return shlex.join(["mobilesteelnet", *sys.argv[1:]])

@@ -1,0 +1,228 @@
+"""The ``train`` command: every option of the protocol, with the paper's values as defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+DATA, NETWORK, PROTOCOL, MACHINE = "Data", "Network", "Protocol", "Machine"
+# What a resumed run takes from the command line; everything else is in its config.json.
+RESUMABLE = {
+    *("resume", "epochs", "accelerator", "devices", "num_nodes", "strategy", "precision"),
+    *("sync_batchnorm", "workers", "backend", "compile"),
+}
+
+
+def train_command(  # one parameter an option
+    context: typer.Context,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder or zip of <class>/<picture>.", rich_help_panel=DATA)
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Run folder; must be empty or missing.", rich_help_panel=DATA)
+    ] = Path("runs/train"),
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Continue the run in this folder.", rich_help_panel=DATA, metavar="RUN"),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Delete an earlier run in --out.", rich_help_panel=DATA),
+    ] = False,
+    fractions: Annotated[
+        str,
+        typer.Option(help="Shares of training, validation, test.", rich_help_panel=DATA),
+    ] = "0.05,0.05,0.90",
+    seed: Annotated[
+        int, typer.Option(help="Split, weights, order, augmentation.", rich_help_panel=DATA)
+    ] = 42,
+    size: Annotated[int, typer.Option(help="Input size in pixels.", rich_help_panel=DATA)] = 224,
+    augment: Annotated[
+        bool, typer.Option(help="Random crop, flip, rotation, colours.", rich_help_panel=DATA)
+    ] = True,
+    on_bad_file: Annotated[str, typer.Option(help="skip or fatal.", rich_help_panel=DATA)] = "skip",
+    attention: Annotated[
+        str,
+        typer.Option(
+            help="ciema, none, or a block of the paper's table 5.", rich_help_panel=NETWORK
+        ),
+    ] = "ciema",
+    fusion: Annotated[str, typer.Option(help="msff or none.", rich_help_panel=NETWORK)] = "msff",
+    activation: Annotated[
+        str, typer.Option(help="none (published) or relu.", rich_help_panel=NETWORK)
+    ] = "none",
+    width: Annotated[
+        float, typer.Option(help="Multiplier of the channels.", rich_help_panel=NETWORK)
+    ] = 1.0,
+    bn_statistics: Annotated[
+        str,
+        typer.Option(help="sequential (published) or pooled.", rich_help_panel=NETWORK),
+    ] = "sequential",
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Start from the weights of a checkpoint.", rich_help_panel=NETWORK),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="At most so many.", rich_help_panel=PROTOCOL)] = 200,
+    batch_size: Annotated[
+        int, typer.Option(help="Pictures a step and device.", rich_help_panel=PROTOCOL)
+    ] = 32,
+    optimizer: Annotated[
+        str, typer.Option(help="adam, adamw or sgd.", rich_help_panel=PROTOCOL)
+    ] = "adam",
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="Peak.", rich_help_panel=PROTOCOL)
+    ] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(rich_help_panel=PROTOCOL)] = 1e-4,
+    momentum: Annotated[float, typer.Option(help="Of sgd.", rich_help_panel=PROTOCOL)] = 0.9,
+    warmup_epochs: Annotated[
+        int,
+        typer.Option(help="Linear warm-up; the paper gives no length.", rich_help_panel=PROTOCOL),
+    ] = 5,
+    schedule: Annotated[
+        str, typer.Option(help="none or cosine.", rich_help_panel=PROTOCOL)
+    ] = "none",
+    label_smoothing: Annotated[float, typer.Option(rich_help_panel=PROTOCOL)] = 0.0,
+    gradient_clip: Annotated[
+        float, typer.Option(help="Largest gradient norm; 0 is off.", rich_help_panel=PROTOCOL)
+    ] = 0.0,
+    patience: Annotated[
+        int,
+        typer.Option(
+            help="Stop after so many epochs without a lower validation loss; 0 is off.",
+            rich_help_panel=PROTOCOL,
+        ),
+    ] = 10,
+    select: Annotated[
+        str,
+        typer.Option(
+            help="Which epoch to keep: val_loss, val_accuracy or last.", rich_help_panel=PROTOCOL
+        ),
+    ] = "val_loss",
+    accelerator: Annotated[
+        str, typer.Option(help="auto, cpu or gpu.", rich_help_panel=MACHINE)
+    ] = "auto",
+    devices: Annotated[
+        str, typer.Option(help="How many, or which (0,1).", rich_help_panel=MACHINE)
+    ] = "auto",
+    num_nodes: Annotated[int, typer.Option(help="Machines.", rich_help_panel=MACHINE)] = 1,
+    strategy: Annotated[
+        str, typer.Option(help="auto, ddp, ... of Lightning.", rich_help_panel=MACHINE)
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="32-true, bf16-mixed, 16-mixed.", rich_help_panel=MACHINE)
+    ] = "32-true",
+    sync_batchnorm: Annotated[
+        bool, typer.Option(help="Batch norms over all devices.", rich_help_panel=MACHINE)
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Reading processes; changes no result.", rich_help_panel=MACHINE),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Backend of the fused stages.", rich_help_panel=MACHINE)
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option(help="Use torch.compile.", rich_help_panel=MACHINE)
+    ] = False,
+) -> int:
+    """Train a network; the defaults are the paper's protocol.
+
+    Leaves best.safetensors, metrics.csv, history.json, split.json and TensorBoard logs in the run
+    folder. A run that was cut off continues from its last whole epoch, with the same result.
+
+    Example: [bold]mobilesteelnet train --data NEU-DET.zip --out runs/first[/bold]
+
+    Example: [bold]mobilesteelnet train --resume runs/first[/bold]
+
+    Example: [bold]mobilesteelnet train --data plates/ --out runs/mine --fractions 0.7,0.15,0.15
+    --schedule cosine --patience 0 --epochs 60[/bold]
+    """
+    from .train import Machine, TrainConfig, train
+    from .train import resume as resume_run
+
+    console = Console(stderr=True)
+    machine = Machine(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,
+        sync_batchnorm=sync_batchnorm,
+        workers=workers,
+        backend=backend,
+        compile=compile,
+    )
+    if resume is not None:
+        given = [name for name in context.params if _was_given(context, name)]
+        foreign = sorted(set(given) - RESUMABLE)
+        if foreign:
+            options = ", ".join("--" + name.replace("_", "-") for name in foreign)
+            raise ValueError(f"--resume takes the run's own options: leave out {options}")
+        longer = epochs if "epochs" in given else None
+        result = resume_run(resume, epochs=longer, machine=machine, console=console)
+        return _tell(result)
+    if data is None:
+        raise ValueError("--data or --resume is needed")
+    config = TrainConfig(
+        data=str(data),
+        fractions=_parse_fractions(fractions),
+        seed=seed,
+        size=size,
+        augment=augment,
+        on_bad_file=on_bad_file,
+        attention=attention,
+        fusion=fusion,
+        activation=None if activation == "none" else activation,
+        width=width,
+        bn_statistics=bn_statistics,
+        init_from=None if init_from is None else str(init_from.absolute()),
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        warmup_epochs=warmup_epochs,
+        schedule=schedule,
+        label_smoothing=label_smoothing,
+        gradient_clip=gradient_clip,
+        patience=patience,
+        select=select,
+    )
+    return _tell(train(config, out, machine=machine, overwrite=overwrite, console=console))
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _parse_fractions(text: str) -> tuple[float, float, float]:
+    try:
+        first, second, third = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--fractions {text!r}: must be three numbers, as 0.05,0.05,0.90"
+        ) from None
+    return first, second, third
+
+
+def _tell(result: Any) -> int:
+    from .train import is_first_process
+
+    code = 1 if result.bad_files else 0
+    if not is_first_process():
+        return code
+    row = result.rows[result.best_epoch - 1]
+    start = "already finished" if result.already_finished else "finished"
+    typer.echo(f"{start} after {len(result.rows)} epochs: {result.reason}")
+    typer.echo(
+        f"epoch {result.best_epoch} kept: validation loss {row['val_loss']:.4f}, "
+        f"accuracy {100 * row['val_accuracy']:.2f} %"
+    )
+    typer.echo(f"checkpoint: {result.checkpoint}")
+    typer.echo(f"next: mobilesteelnet eval {result.run}")
+    return code

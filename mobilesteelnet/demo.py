@@ -1,0 +1,189 @@
+"""The demonstration: from no pictures at all to a trained network and its report.
+
+The output folder holds ``demo.json`` (the settings), ``data/`` (the synthetic pictures),
+``run/`` (the training), ``report/`` and ``predictions.json``. Every part that is complete is kept
+when the demo is run again with the same settings, so that it can be cut off at any time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .checkpoint import load_checkpoint
+from .data import BadFile, DataError, PictureSet, scan
+from .evaluate import Evaluation, evaluate, pick_split
+from .predict import predict
+from .progress import bar
+from .report import write_report
+from .run_folder import RunFolder, RunFolderError, write_json
+from .synthetic import make_synthetic
+from .train import TrainConfig, TrainResult, resume, train
+
+SETTINGS = "demo.json"
+# The paper's protocol, cut to a budget: a narrow network on small pictures, more of them to learn
+# from, a cosine instead of an early stop, and ReLU in the blocks.
+QUICK: dict[str, Any] = {
+    "fractions": (0.5, 0.1, 0.4),
+    "activation": "relu",
+    "bn_statistics": "pooled",
+    "learning_rate": 1e-2,
+    "schedule": "cosine",
+    "warmup_epochs": 1,
+    "batch_size": 8,
+    "patience": 0,
+    "select": "last",
+}
+BUDGETS: dict[str, dict[str, Any]] = {
+    "tiny": {**QUICK, "width": 0.125, "size": 48, "augment": False},
+    "small": {**QUICK, "width": 0.25, "size": 64, "augment": False},
+    "full": {},
+}
+# Steps of the optimizer, so that a large set does not take longer than a small one.
+STEPS = {"tiny": 300, "small": 720}
+MOST_EPOCHS, LEAST_EPOCHS = 40, 3
+# Pictures of each class, and their height and width in pixels.
+SYNTHETIC = {"tiny": (40, 96), "small": (80, 128), "full": (300, 200)}
+PREDICTED_PICTURES = 12
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where the demo's results lie.
+
+    Attributes:
+        evaluation: The figures on the test part.
+        report: The HTML page.
+        checkpoint: The trained network.
+        predictions: The predictions on some test pictures, JSON.
+        bad: Files of the set that could not be used.
+    """
+
+    evaluation: Evaluation
+    report: Path
+    checkpoint: Path
+    predictions: Path
+    bad: list[BadFile]
+
+
+def run_demo(
+    out: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None = None,
+    budget: str = "small",
+    seed: int = 42,
+    overwrite: bool = False,
+    console: Console | None = None,
+    command: str = "",
+) -> DemoResult:
+    """Draw pictures (or take ``data``), train, evaluate, predict and write the report.
+
+    Args:
+        out: Output folder: empty, missing, or that of an earlier demo with the same settings,
+            which is continued.
+        data: Folder or zip of ``<class>/<picture>``; None draws a synthetic set.
+        budget: ``tiny``, ``small`` or ``full`` (the paper's protocol).
+        seed: Of the pictures and the training.
+        overwrite: Delete an earlier demo in ``out``.
+        console: Where progress is shown.
+        command: The command line, for the report.
+
+    Raises:
+        ValueError: ``budget`` is unknown.
+        RunFolderError: ``out`` holds something else, or a demo with other settings.
+        DataError, TrainingError: As :func:`mobilesteelnet.train.train`.
+    """
+    if budget not in BUDGETS:
+        raise ValueError(f"budget={budget!r}: must be one of {', '.join(BUDGETS)}")
+    folder = Path(out).absolute()
+    source = str(Path(data).absolute()) if data is not None else None
+    if source is not None and not Path(source).exists():
+        raise DataError(f"data={str(data)!r} does not exist")
+    _prepare(folder, {"data": source, "budget": budget, "seed": seed}, overwrite)
+    say = console.print if console is not None else _ignore
+    if source is None and not (folder / "data").is_dir():
+        per_class, size = SYNTHETIC[budget]
+        with bar("drawing synthetic pictures", console) as progress:
+            make_synthetic(folder / "data", per_class, size, seed, progress=progress)
+        say(f"drew {6 * per_class} synthetic pictures: no photographs of steel")
+    path = source or str(folder / "data")
+    with bar("reading pictures", console) as progress:
+        pictures = scan(path, progress=progress)
+    trained = _train(folder / "run", _config(path, budget, seed, len(pictures)), console)
+    say(f"trained: {trained.reason}")
+    return _report(folder, trained, pictures, console, command)
+
+
+def _config(data: str, budget: str, seed: int, pictures: int) -> TrainConfig:
+    options = BUDGETS[budget]
+    if budget in STEPS:
+        steps_per_epoch = max(1, round(pictures * QUICK["fractions"][0] / QUICK["batch_size"]))
+        epochs = round(STEPS[budget] / steps_per_epoch)
+        options = {**options, "epochs": min(max(epochs, LEAST_EPOCHS), MOST_EPOCHS)}
+    return TrainConfig(data=data, seed=seed, **options)
+
+
+def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    record = folder / SETTINGS
+    if folder.is_dir() and any(folder.iterdir()):
+        if not record.is_file():
+            raise RunFolderError(f"out={str(folder)!r} is not empty and holds no demo")
+        if overwrite:
+            shutil.rmtree(folder)
+        elif RunFolder(folder).read_json(record) != settings:
+            raise RunFolderError(
+                f"out={str(folder)!r} holds a demo with other settings: choose another folder, or "
+                "start it again with --overwrite"
+            )
+    elif folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"out={str(folder)!r} is a file, not a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, settings)
+
+
+def _train(path: Path, config: TrainConfig, console: Console | None) -> TrainResult:
+    run = RunFolder(path)
+    if run.config.is_file():
+        return resume(path, console=console)
+    # Without config.json the training had not begun; what lies there is not worth anything.
+    shutil.rmtree(path, ignore_errors=True)
+    return train(config, path, console=console)
+
+
+def _report(
+    folder: Path,
+    trained: TrainResult,
+    pictures: PictureSet,
+    console: Console | None,
+    command: str,
+) -> DemoResult:
+    run = RunFolder(trained.run)
+    checkpoint = load_checkpoint(trained.checkpoint)
+    indexes = pick_split(pictures, "test", run)
+    with bar("evaluating", console) as progress:
+        evaluation = evaluate(checkpoint, pictures, indexes, split="test", progress=progress)
+    sample = indexes[:: max(1, len(indexes) // PREDICTED_PICTURES)][:PREDICTED_PICTURES]
+    predictions = predict(checkpoint, pictures, indexes=sample, top_k=3)
+    write_json(folder / "predictions.json", predictions.to_dict())
+    synthetic = "synthetic pictures" if (folder / "data").is_dir() else pictures.path.name
+    files = write_report(
+        folder / "report",
+        evaluation,
+        checkpoint,
+        pictures,
+        run=run,
+        command=command,
+        title=f"MobileSteelNet demo: {synthetic}",
+    )
+    return DemoResult(
+        evaluation, files.page, trained.checkpoint, folder / "predictions.json", pictures.bad
+    )
+
+
+def _ignore(*_: object) -> None:
+    """Say nothing."""

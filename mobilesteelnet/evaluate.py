@@ -1,0 +1,262 @@
+"""Measuring a checkpoint on labelled pictures: accuracies, confusion matrix, each prediction."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint
+from .data import BadFile, DataError, PictureSet, Split
+from .predict import Progress, classify
+from .run_folder import RunFolder
+
+SPLITS = ("test", "val", "train", "all")
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class's figures, fractions of 1.
+
+    Attributes:
+        name: The class.
+        pictures: How many pictures are of this class.
+        accuracy: Share of them that were found (recall); None without pictures.
+        precision: Share of the pictures called so that are so; 0 if none was called so.
+        f1: Harmonic mean of the two; None without pictures.
+    """
+
+    name: str
+    pictures: int
+    accuracy: float | None
+    precision: float
+    f1: float | None
+
+    @property
+    def recall(self) -> float | None:
+        """The other name of the accuracy of a class."""
+        return self.accuracy
+
+
+@dataclass(frozen=True)
+class PictureResult:
+    """One picture's outcome.
+
+    Attributes:
+        name: Path below the data's root.
+        true: Its class.
+        predicted: The class the network chose.
+        probabilities: Of all classes, in their order.
+    """
+
+    name: str
+    true: str
+    predicted: str
+    probabilities: list[float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one evaluation; fractions of 1.
+
+    Attributes:
+        split: ``test``, ``val``, ``train`` or ``all``.
+        classes: Names in the order of the matrix.
+        average_accuracy: Mean of the classes' accuracies (the paper's "average accuracy").
+        overall_accuracy: Share of all pictures that are right.
+        precision, recall, f1: Means over the classes that have pictures.
+        per_class: One entry a class.
+        confusion: Counts, ``confusion[true][predicted]``.
+        predictions: One entry a picture.
+        seconds: Time for reading and classifying.
+        about: Where it comes from: data, checkpoint, versions, backends.
+    """
+
+    split: str
+    classes: list[str]
+    average_accuracy: float
+    overall_accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    per_class: list[ClassResult]
+    confusion: list[list[int]]
+    predictions: list[PictureResult]
+    seconds: float
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form of everything."""
+        return asdict(self)
+
+    @property
+    def wrong(self) -> list[PictureResult]:
+        """The wrong ones, the most confident mistakes first."""
+        wrong = [item for item in self.predictions if item.true != item.predicted]
+        return sorted(wrong, key=lambda item: (-max(item.probabilities), item.name))
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    pictures: PictureSet,
+    indexes: Sequence[int],
+    *,
+    split: str = "all",
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Classify labelled pictures and count.
+
+    Args:
+        checkpoint: The network.
+        pictures: The labelled set.
+        indexes: Which pictures to take.
+        split: The name of that part, for the record.
+        batch_size: Pictures a forward.
+        progress: Called with (done, total).
+
+    Raises:
+        DataError: There is nothing to evaluate, the classes differ, or a picture cannot be read.
+        CheckpointError: The network gives a value that is not finite.
+    """
+    if not len(indexes):
+        raise DataError(f"split={split!r} holds no pictures")
+    places = _match_classes(checkpoint, pictures)
+    classes = checkpoint.classes if checkpoint.named_classes else pictures.classes
+    started = time.perf_counter()
+    results: list[PictureResult] = []
+    truth: list[int] = []
+    for index, found in classify(
+        checkpoint, pictures, indexes, batch_size=batch_size, progress=progress
+    ):
+        if isinstance(found, BadFile):
+            raise DataError(found.reason)
+        true = places[pictures.labels[index]]
+        truth.append(true)
+        results.append(
+            PictureResult(
+                pictures.items[index].name,
+                classes[true],
+                classes[int(found.argmax())],
+                found.tolist(),
+            )
+        )
+    seconds = time.perf_counter() - started
+    chosen = torch.tensor([classes.index(item.predicted) for item in results])
+    figures = _count(chosen, torch.tensor(truth), list(classes))
+    about = _about(checkpoint, pictures)
+    return Evaluation(
+        split=split,
+        classes=list(classes),
+        predictions=results,
+        seconds=seconds,
+        about=about,
+        **figures,
+    )
+
+
+def pick_split(pictures: PictureSet, split: str, run: RunFolder | None) -> list[int]:
+    """The indexes of a part of the pictures, by the run's ``split.json``.
+
+    Args:
+        pictures: The labelled set.
+        split: ``test``, ``val``, ``train`` or ``all``.
+        run: The run that divided the pictures; None has no parts.
+
+    Raises:
+        ValueError: ``split`` is unknown, or is a part without a run.
+        DataError: The pictures are not those of the run.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
+    if split == "all":
+        return list(range(len(pictures)))
+    if run is None:
+        raise ValueError(
+            f"split={split!r}: only a run folder knows its parts; use 'all' or give the run folder"
+        )
+    parts = Split.from_dict(run.read_json(run.split), pictures)
+    indexes: list[int] = list(getattr(parts, split))
+    return indexes
+
+
+def _match_classes(checkpoint: Checkpoint, pictures: PictureSet) -> list[int]:
+    """For each class of the pictures, its place among the network's outputs."""
+    if not checkpoint.named_classes:
+        if len(checkpoint.classes) != len(pictures.classes):
+            raise DataError(
+                f"the checkpoint has {len(checkpoint.classes)} unnamed classes, the pictures have "
+                f"{len(pictures.classes)}"
+            )
+        return list(range(len(pictures.classes)))
+    unknown = [name for name in pictures.classes if name not in checkpoint.classes]
+    if unknown:
+        raise DataError(
+            f"the pictures have classes that the checkpoint does not know: {', '.join(unknown)} "
+            f"(it knows {', '.join(checkpoint.classes)})"
+        )
+    return [checkpoint.classes.index(name) for name in pictures.classes]
+
+
+def _count(chosen: torch.Tensor, truth: torch.Tensor, classes: list[str]) -> dict[str, Any]:
+    try:
+        from torchmetrics import classification
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            'evaluation needs torchmetrics: pip install "mobilesteelnet[train]"',
+            name="torchmetrics",
+        ) from None
+    number = len(classes)
+    matrix = classification.MulticlassConfusionMatrix(number)(chosen, truth)
+    precision = classification.MulticlassPrecision(number, average=None)(chosen, truth).tolist()
+    recall = classification.MulticlassRecall(number, average=None)(chosen, truth).tolist()
+    f1 = classification.MulticlassF1Score(number, average=None)(chosen, truth).tolist()
+    support = matrix.sum(dim=1).tolist()
+    per_class = [
+        ClassResult(
+            name=name,
+            pictures=int(support[place]),
+            accuracy=recall[place] if support[place] else None,
+            precision=precision[place],
+            f1=f1[place] if support[place] else None,
+        )
+        for place, name in enumerate(classes)
+    ]
+    present = [place for place in range(number) if support[place]]
+
+    def mean(values: list[float]) -> float:
+        return math.fsum(values[place] for place in present) / len(present)
+
+    return {
+        "average_accuracy": mean(recall),
+        "overall_accuracy": int(matrix.diagonal().sum()) / int(matrix.sum()),
+        "precision": mean(precision),
+        "recall": mean(recall),
+        "f1": mean(f1),
+        "per_class": per_class,
+        "confusion": [[int(value) for value in row] for row in matrix.tolist()],
+    }
+
+
+def _about(checkpoint: Checkpoint, pictures: PictureSet) -> dict[str, Any]:
+    import fused
+
+    try:
+        backends = str(fused.explain(checkpoint.model))
+    except ValueError:  # the ablations without MSFF and CIEMA
+        backends = "no fused blocks"
+    return {
+        "data": Path(pictures.path).name,
+        "bad_files": [str(file) for file in pictures.bad],
+        "input_size": checkpoint.input_size,
+        "device": str(next(checkpoint.model.parameters()).device),
+        "network": dict(getattr(checkpoint.model, "config", {})),
+        "training": checkpoint.training,
+        "torch": torch.__version__,
+        "backends": backends,
+    }

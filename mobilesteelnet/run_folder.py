@@ -1,0 +1,188 @@
+"""The folder of a training run: what lies in it, and writing that never leaves half a file.
+
+``config.json``        every option of the run; written once
+``split.json``         the names of the training, validation and test pictures; written once
+``run.json``           state: running or finished, and why it ended
+``metrics.csv`` and ``history.json``    one row an epoch
+``best.safetensors``   the network of the chosen epoch
+``last.ckpt``          what :mod:`mobilesteelnet.train` needs to continue after a kill
+``tensorboard/``       event files
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class RunFolderError(ValueError):
+    """The folder given for a run cannot be used as such; nothing in it was changed."""
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it onto ``path``.
+
+    Whatever goes wrong (a full disk, a kill, an exception in ``write``), ``path`` holds either its
+    old bytes or the complete new ones.
+
+    Args:
+        path: The file to write. Its folder must exist.
+        write: Called with the temporary file's path; has to write the whole content there.
+
+    Raises:
+        OSError: The folder is missing or not writable, or the disk is full.
+    """
+    target = Path(path)
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{target.name}.", suffix=".part", dir=target.parent
+    )
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        _give_default_permissions(temporary)
+        _flush_to_disk(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _give_default_permissions(path: Path) -> None:
+    # mkstemp makes files for their owner only; reports and weights are meant to be shared.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8 through :func:`write_atomically`."""
+    write_atomically(path, lambda part: _write_all(part, text.encode("utf-8")))
+
+
+def _write_all(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented, strict JSON (NaN is refused) through :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def rows_to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as CSV text; the columns are the keys of the first row."""
+    if not rows:
+        return ""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+class RunFolder:
+    """Paths and small files of one run. See the module's docstring for the list.
+
+    Args:
+        path: The folder; it need not exist yet.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.split = self.path / "split.json"
+        self.state = self.path / "run.json"
+        self.metrics = self.path / "metrics.csv"
+        self.history = self.path / "history.json"
+        self.best = self.path / "best.safetensors"
+        self.last = self.path / "last.ckpt"
+        self.tensorboard = self.path / "tensorboard"
+
+    def check_free(self, *, overwrite: bool = False) -> None:
+        """Check that a new run may be put here; changes nothing.
+
+        Args:
+            overwrite: An earlier *run* that lies there may be deleted. A folder that holds anything
+                but a run is never deleted.
+
+        Raises:
+            RunFolderError: The folder is not empty (or not a run, with ``overwrite``).
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"out={str(self.path)!r} is a file, not a folder")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not overwrite:
+            raise RunFolderError(
+                f"out={str(self.path)!r} is not empty: choose another folder, continue the run in "
+                "it with --resume, or start again with --overwrite"
+            )
+        if not self.config.is_file():
+            raise RunFolderError(
+                f"out={str(self.path)!r} is not empty and holds no run (no config.json): refusing "
+                "to delete it"
+            )
+
+    def create(self, *, overwrite: bool = False) -> None:
+        """Make the empty folder for a new run, as :meth:`check_free` allows.
+
+        Raises:
+            RunFolderError: See :meth:`check_free`.
+            OSError: The folder cannot be made or written.
+        """
+        self.check_free(overwrite=overwrite)
+        if self.config.is_file():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def require(self) -> None:
+        """Check that a run lies here.
+
+        Raises:
+            RunFolderError: There is no folder, or no run in it.
+        """
+        if not self.path.is_dir():
+            raise RunFolderError(f"run={str(self.path)!r} is not a folder")
+        for needed in (self.config, self.split):
+            if not needed.is_file():
+                raise RunFolderError(
+                    f"run={str(self.path)!r} holds no run: {needed.name} is missing"
+                )
+
+    def read_json(self, path: Path) -> Any:
+        """Read one of the folder's JSON files.
+
+        Raises:
+            RunFolderError: The file is missing, unreadable or not JSON.
+        """
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunFolderError(
+                f"run={str(self.path)!r}: cannot read {path.name}: {error}"
+            ) from None
+
+    def write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the rows of all epochs so far to ``history.json`` and ``metrics.csv``."""
+        write_json(self.history, list(rows))
+        write_text(self.metrics, rows_to_csv(rows))
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """The rows of ``history.json``; empty before the first epoch has ended."""
+        if not self.history.is_file():
+            return []
+        rows = self.read_json(self.history)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise RunFolderError(f"run={str(self.path)!r}: history.json is not a list of rows")
+        return rows

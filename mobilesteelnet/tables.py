@@ -1,0 +1,78 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+    from .predict import Predictions
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Figures of each class, their means in the foot."""
+    part = f"{len(evaluation.predictions)} pictures, {evaluation.split}"
+    table = Table(title=f"Evaluation ({part}), per cent", show_footer=True, title_justify="left")
+    table.add_column("class", "average", overflow="fold")
+    table.add_column("pictures", str(len(evaluation.predictions)), justify="right")
+    for name, value in (
+        ("accuracy", evaluation.average_accuracy),
+        ("precision", evaluation.precision),
+        ("F1", evaluation.f1),
+    ):
+        table.add_column(name, f"{100 * value:.2f}", justify="right")
+    for item in evaluation.per_class:
+        figures = (item.accuracy, item.precision, item.f1)
+        cells = ["–" if value is None else f"{100 * value:.2f}" for value in figures]
+        table.add_row(Text(item.name), str(item.pictures), *cells)
+    return table
+
+
+def prediction_table(predictions: Predictions) -> Table:
+    """One line a picture with its most probable classes."""
+    places = max((len(item.top) for item in predictions.items), default=1)
+    table = Table(title=f"{len(predictions.items)} pictures", title_justify="left")
+    table.add_column("picture", overflow="fold")
+    for place in range(places):
+        table.add_column("class" if place == 0 else f"{place + 1}.", overflow="fold")
+        table.add_column("%", justify="right")
+    for item in predictions.items:
+        cells: list[Text] = []
+        for label, value in item.top:
+            cells += [Text(label), Text(f"{100 * value:.1f}")]
+        table.add_row(Text(item.name), *cells)
+    return table
+
+
+def information_table(facts: dict[str, Any]) -> Table:
+    """What ``model.describe`` tells, stage by stage."""
+    size = facts["input_size"]
+    table = Table(
+        title=f"MobileSteelNet, one image of {size}×{size}, forward (GFLOP: two a multiply-add)",
+        title_justify="left",
+        show_footer=True,
+    )
+    columns = (
+        ("stage", "all", "left"),
+        ("published GFLOP", f"{facts['published_flop'] / 1e9:.3f}", "right"),
+        ("GFLOP", f"{facts['flop'] / 1e9:.3f}", "right"),
+        ("MB moved", "", "right"),
+        ("MB saved for backward", "", "right"),
+    )
+    for name, foot, side in columns:
+        table.add_column(name, foot, justify=side)  # type: ignore[arg-type]  # "left" or "right"
+    backbone = f"{facts['backbone_flop'] / 1e9:.3f}"
+    table.add_row("backbone", backbone, backbone, "", "")
+    for row in facts["stages"]:
+        table.add_row(
+            escape(row["stage"]),
+            f"{row['published_flop'] / 1e9:.3f}",
+            f"{row['flop'] / 1e9:.3f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['saved_bytes'] / 1e6:.1f}",
+        )
+    return table

@@ -1,0 +1,360 @@
+"""Training a network on a folder or zip of pictures, and continuing a training that was cut off.
+
+result = train(TrainConfig(data="NEU-DET.zip"), "runs/first")
+result = resume("runs/first")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .checkpoint import CheckpointError, load_checkpoint
+from .data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DataError,
+    PictureDataset,
+    PictureSet,
+    Split,
+    eval_transform,
+    scan,
+    stratified_split,
+    train_transform,
+)
+from .lightning_modules import Classifier, PictureDataModule, TrainingError
+from .model import MobileSteelNet
+from .run_folder import RunFolder, RunFolderError, write_json
+from .train_config import Machine, TrainConfig
+
+try:
+    import lightning as L
+    from lightning.fabric.utilities.rank_zero import _get_rank
+    from rich.console import Console
+
+    from .callbacks import AtomicCheckpointIO, RunWriter
+    from .trainer import make_trainer, quiet
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'training needs {error.name}: pip install "mobilesteelnet[train]"', name=error.name
+    ) from None
+
+__all__ = [
+    "Machine",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingError",
+    "is_first_process",
+    "resume",
+    "train",
+]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to.
+
+    Attributes:
+        run: The run's folder.
+        checkpoint: Its ``best.safetensors``.
+        rows: One dict an epoch, as in ``history.json``.
+        best_epoch: The epoch of ``checkpoint``, from 1.
+        reason: Why the training ended, in words.
+        already_finished: Nothing was left to do when it was resumed.
+        bad_files: How many files of the set could not be used.
+    """
+
+    run: Path
+    checkpoint: Path
+    rows: list[dict[str, Any]]
+    best_epoch: int
+    reason: str
+    already_finished: bool = False
+    bad_files: int = 0
+
+
+def train(
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    machine: Machine | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train a network and leave a run folder (see :mod:`mobilesteelnet.run_folder`).
+
+    Args:
+        config: What is learnt, and how.
+        out: The run's folder; must be empty or missing.
+        machine: Where it is computed; None takes what the machine has.
+        overwrite: Delete an earlier run in ``out``.
+        console: Where progress is shown; None is quiet.
+
+    Returns:
+        The files and figures of the run.
+
+    Raises:
+        RunFolderError: ``out`` cannot be used; nothing in it was changed.
+        DataError: The pictures cannot be used.
+        CheckpointError: ``init_from`` cannot be used.
+        ValueError: An option does not fit the network or the machine.
+        TrainingError: The training broke off; the message says how to go on.
+    """
+    machine = machine or Machine()
+    config = replace(config, data=str(Path(config.data).absolute()))
+    folder = RunFolder(out)
+    if is_first_process():
+        folder.check_free(overwrite=overwrite)
+    pictures = _scan(config, console)
+    split = stratified_split(pictures, config.fractions, config.seed)
+    session = _Session(config, machine, folder, pictures, split, console)
+    if is_first_process():
+        try:
+            folder.create(overwrite=overwrite)
+            write_json(folder.split, split.to_dict(pictures))
+            write_json(folder.config, config.to_dict())
+        except OSError as error:
+            raise TrainingError(f"out={str(folder.path)!r} cannot be written: {error}") from error
+    return session.fit()
+
+
+def resume(
+    run: str | os.PathLike[str],
+    *,
+    epochs: int | None = None,
+    machine: Machine | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Continue a run where its last whole epoch ended.
+
+    On the same machine the result is that of a run that was never cut off, to the bit. A finished
+    run is left as it is, unless ``epochs`` is more than it had.
+
+    Args:
+        run: The run's folder.
+        epochs: A new limit; only with ``schedule="none"``, since a cosine knows its end from the
+            start.
+        machine: Where it is computed; need not be as before.
+        console: Where progress is shown; None is quiet.
+
+    Raises:
+        RunFolderError: There is no run, or its files are damaged.
+        DataError, ValueError, TrainingError: As :func:`train`.
+    """
+    folder = RunFolder(run)
+    folder.require()
+    try:
+        config = TrainConfig.from_dict(folder.read_json(folder.config))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"run={str(folder.path)!r}: config.json: {error}") from None
+    longer = epochs is not None and epochs != config.epochs
+    if longer and config.schedule != "none":
+        raise ValueError(
+            f"epochs={epochs}: a run with schedule={config.schedule!r} keeps its length"
+        )
+    config = replace(config, epochs=config.epochs if epochs is None else epochs)
+    state = _saved_state(folder)
+    if state is not None:
+        reason = _end_reason(state["rows"], state["stopped"], config)
+        if reason:
+            if is_first_process():
+                _write_finished(folder, state, reason)
+            return _result(folder, state["rows"], state["best_epoch"], reason, already=True)
+    pictures = _scan(config, console)
+    split = Split.from_dict(folder.read_json(folder.split), pictures)
+    session = _Session(config, machine or Machine(), folder, pictures, split, console)
+    if longer and is_first_process():
+        write_json(folder.config, config.to_dict())
+    return session.fit(continued=state is not None)
+
+
+class _Session:
+    """The parts of one training, put together; :meth:`fit` runs it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        machine: Machine,
+        folder: RunFolder,
+        pictures: PictureSet,
+        split: Split,
+        console: Console | None,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.pictures = pictures
+        model = build_model(config, pictures.classes, machine.backend)
+        self.module = Classifier(model, config, compile=machine.compile)
+        make = train_transform if config.augment else eval_transform
+        self.data = PictureDataModule(
+            PictureDataset(pictures, split.train, make(config.size)),
+            PictureDataset(pictures, split.val, eval_transform(config.size)),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            workers=machine.workers,
+        )
+        card = {
+            "classes": pictures.classes,
+            "input_size": config.size,
+            "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
+            "training": _training_card(config, split),
+        }
+        self.writer = RunWriter(folder, config.select, card)
+        self.trainer = make_trainer(config, machine, folder, self.writer, console)
+
+    def fit(self, *, continued: bool = False) -> TrainResult:
+        """Run the training to its end, and say why it ended."""
+        path = str(self.folder.last) if continued else None
+        if is_first_process():
+            self.writer.write_state("running", "")
+        how = f"continue with: mobilesteelnet train --resume {self.folder.path}"
+        interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            with quiet():
+                self.trainer.fit(self.module, datamodule=self.data, ckpt_path=path)
+        except (KeyboardInterrupt, SystemExit):
+            # Lightning turns Ctrl-C and SIGTERM into an exit of the process.
+            raise TrainingError(
+                f"interrupted after {len(self.writer.rows)} epochs; {how}"
+            ) from None
+        except OSError as error:
+            raise TrainingError(
+                f"the run folder {str(self.folder.path)!r} cannot be written: {error}; the last "
+                f"whole epoch is kept; {how}"
+            ) from error
+        finally:
+            with contextlib.suppress(ValueError):  # not in the main thread: nothing was changed
+                signal.signal(signal.SIGINT, interrupt)
+        state = self.writer.state_dict()
+        reason = _end_reason(state["rows"], state["stopped"], self.config)
+        if not reason:
+            raise TrainingError(f"the training ended early for an unknown reason; {how}")
+        if self.trainer.is_global_zero:
+            _write_finished(self.folder, state, reason)
+        return _result(
+            self.folder, state["rows"], state["best_epoch"], reason, bad=len(self.pictures.bad)
+        )
+
+
+def build_model(
+    config: TrainConfig, classes: list[str], backend: str | None = None
+) -> MobileSteelNet:
+    """The network of a run before its first step: seeded, or with the weights of ``init_from``.
+
+    Raises:
+        ValueError: The network does not take the options.
+        CheckpointError: ``init_from`` is no checkpoint, or one of another network.
+    """
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    model = MobileSteelNet(
+        num_classes=len(classes),
+        attention=config.attention,
+        fusion=config.fusion,
+        activation=config.activation,
+        bn_statistics=config.bn_statistics,
+        width=config.width,
+        backend=backend,
+    )
+    if config.init_from is None:
+        return model
+    source = load_checkpoint(config.init_from)
+    weights = source.model.state_dict()
+    own = model.state_dict()
+    # Another set of classes gets a new head; everything else has to fit.
+    if source.classes != classes:
+        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+        weights |= {key: value for key, value in own.items() if key.startswith("fc.")}
+    unlike = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
+    unlike += [key for key in weights if key not in own]
+    if unlike:
+        raise CheckpointError(
+            f"init_from={config.init_from!r} has another network than the options ask for "
+            f"({unlike[0]!r} differs): give the same attention, fusion and width"
+        )
+    model.load_state_dict(weights)
+    return model
+
+
+def _saved_state(folder: RunFolder) -> dict[str, Any] | None:
+    """The writer's part of ``last.ckpt``; None before the first epoch has ended."""
+    if not folder.last.is_file():
+        return None
+    saved = AtomicCheckpointIO().load_checkpoint(folder.last)
+    state = saved.get("callbacks", {}).get(RunWriter.__qualname__)
+    if not isinstance(state, dict):
+        raise TrainingError(f"{str(folder.last)!r} is the state of another program's training")
+    return state
+
+
+def _end_reason(rows: list[dict[str, Any]], stopped: bool, config: TrainConfig) -> str:
+    if stopped:
+        return f"validation loss not lower for {config.patience} epochs"
+    if len(rows) >= config.epochs:
+        return f"all {config.epochs} epochs done"
+    return ""
+
+
+def _write_finished(folder: RunFolder, state: dict[str, Any], reason: str) -> None:
+    write_json(
+        folder.state,
+        {
+            "state": "finished",
+            "reason": reason,
+            "epochs": len(state["rows"]),
+            "best_epoch": state["best_epoch"],
+        },
+    )
+
+
+def _result(
+    folder: RunFolder,
+    rows: list[dict[str, Any]],
+    best_epoch: int,
+    reason: str,
+    *,
+    already: bool = False,
+    bad: int = 0,
+) -> TrainResult:
+    return TrainResult(folder.path, folder.best, rows, best_epoch, reason, already, bad)
+
+
+def _training_card(config: TrainConfig, split: Split) -> dict[str, Any]:
+    """What the checkpoint says about its training; no paths, since checkpoints travel."""
+    options = config.to_dict()
+    options["data"] = Path(config.data).name
+    options["init_from"] = Path(config.init_from).name if config.init_from else None
+    return {
+        "options": options,
+        "pictures": {"train": len(split.train), "val": len(split.val), "test": len(split.test)},
+        "versions": {"torch": torch.__version__, "lightning": L.__version__},
+    }
+
+
+def _scan(config: TrainConfig, console: Console | None) -> PictureSet:
+    from .progress import bar
+
+    shown = console if is_first_process() else None
+    with bar("reading pictures", shown) as progress:
+        rule: Any = config.on_bad_file
+        pictures = scan(config.data, on_bad_file=rule, progress=progress)
+    if shown is not None:
+        for file in pictures.bad:
+            shown.print(f"skipped: {file.name}: {file.reason}", markup=False, highlight=False)
+    if len(pictures.classes) < 2:
+        raise DataError(f"data={config.data!r}: two classes at least are needed")
+    return pictures
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and talks; the others only compute."""
+    return not _get_rank()
