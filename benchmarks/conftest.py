@@ -107,5 +107,6 @@ def pytest_benchmark_update_machine_info(
     machine_info["torch_capability"] = torch.backends.cpu.get_cpu_capability()
     isa = None if cpu.LIBRARY.error is not None else native.kernel("cpu_isa")()
     machine_info["fused_cpu_isa"] = isa or str(cpu.LIBRARY.error)
-    names = ("torch", "onnxruntime", "openvino", "onnx", "numpy")
-    machine_info["versions"] = {name: _version(name) for name in names}
+    names = ("onnxruntime", "openvino", "onnx", "numpy")
+    versions = {"torch": torch.__version__} | {name: _version(name) for name in names}
+    machine_info["versions"] = versions

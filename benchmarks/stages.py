@@ -256,7 +256,7 @@ class Case:
         return "x".join(map(str, max(self.inputs, key=torch.Tensor.numel).shape))
 
     def flop(self, mode: str, published: bool) -> int:
-        """Floating-point operations of one call, by the contract; with spec.md 5.1 if not published."""
+        """FLOP of one call by the contract, with spec.md 5.1 if not published."""
         network, _ = self._network
         assert network.msff is not None
         assert network.ciema is not None

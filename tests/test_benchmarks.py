@@ -132,7 +132,7 @@ def test_published_and_op_forms_pass_the_gate(subject: str, mode: str) -> None:
         assert measure.gate(name, got, want) <= 1e-4
 
 
-@pytest.mark.parametrize("subject", ["ciema", "cross_spatial", "coordinate_attention"])
+@pytest.mark.parametrize("subject", ["coordinate_attention", "gated_fusion"])
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_runtimes_pass_the_gate(subject: str, name: str) -> None:
     case, provider = tiny(subject), by_name(name)
@@ -206,8 +206,8 @@ def test_peak_counts_what_lives_at_once_and_forgets_the_last_call() -> None:
     size = 64 * 2**20
 
     def twice() -> None:
-        first = torch.ones(size, dtype=torch.uint8)
-        (first + first).sum()
+        first = torch.ones(size // 4)
+        (first + first).max()
 
     peak = memory.peak_of(twice)
     if peak is None:
@@ -221,8 +221,8 @@ def test_peak_counts_what_lives_at_once_and_forgets_the_last_call() -> None:
 def test_peak_counts_what_is_kept_from_before() -> None:
     size, kept = 32 * 2**20, []
     peak = memory.peak_of(
-        lambda: torch.ones(size, dtype=torch.uint8).sum(),
-        before=lambda: kept.append(torch.ones(size, dtype=torch.uint8)),
+        lambda: torch.ones(size // 4).max(),
+        before=lambda: kept.append(torch.ones(size // 4)),
     )
     if peak is None:
         pytest.skip("the kernel's peak counter cannot be reset here")
