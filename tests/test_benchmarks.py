@@ -212,7 +212,7 @@ def test_peak_counts_what_lives_at_once_and_forgets_the_last_call() -> None:
     peak = memory.peak_of(twice)
     if peak is None:
         pytest.skip("the kernel's peak counter cannot be reset here")
-    assert 2 * size <= peak < 3 * size
+    assert 1.95 * size <= peak < 2.5 * size  # a page may be resident already
     small = memory.peak_of(lambda: torch.ones(1024))
     assert small is not None
     assert small < size / 4
@@ -226,7 +226,7 @@ def test_peak_counts_what_is_kept_from_before() -> None:
     )
     if peak is None:
         pytest.skip("the kernel's peak counter cannot be reset here")
-    assert 2 * size <= peak < 3 * size
+    assert 1.95 * size <= peak < 2.5 * size  # a page may be resident already
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:

@@ -471,6 +471,8 @@ def test_ctrl_c_says_how_to_go_on(pictures: Path, tmp_path: Path) -> None:
         env=program_environment(),
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores Ctrl-C and hands that down to what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (out / "last.ckpt").exists() and time.monotonic() < deadline:
