@@ -12,8 +12,8 @@ import torch
 
 from ...contract import product_dtype, statistics_dtype
 from . import normalisation
-from .blocks import Block, assemble, blocks, grouped
-from .products import convolve
+from .blocks import Block, assemble, blocks
+from .products import convolve, library_layout
 
 
 class Network(NamedTuple):
@@ -164,9 +164,11 @@ class BlockInput(NamedTuple):
         u = self.e.to(self.rstd.dtype) * self.alpha_h * self.alpha_w
         scale = self.rstd * self.gn_weight
         x1 = torch.addcmul(self.gn_bias - self.mean * scale, u, scale).to(dtype)
-        slabs = grouped(self.e, self.groups)
-        x2 = convolve(slabs.flatten(0, 1), conv3x3_weight, conv3x3_bias).to(dtype)
-        return torch.stack([x1.reshape(slabs.shape), x2.reshape(slabs.shape)])
+        lead, size = self.e.shape[0] * self.groups, conv3x3_weight.shape[0]
+        slabs = library_layout(self.e.reshape(lead, size, *self.e.shape[2:]).to(dtype))
+        x2 = convolve(slabs, conv3x3_weight, conv3x3_bias).to(dtype)
+        both = library_layout(torch.cat([x1.reshape(slabs.shape), x2]))
+        return both.reshape(2, self.e.shape[0], self.groups, *slabs.shape[1:])
 
 
 def forward(

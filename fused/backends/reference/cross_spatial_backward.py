@@ -17,7 +17,7 @@ from .cross_spatial import (
     run_network,
     statistics_dims,
 )
-from .products import convolve_input_backward, convolve_weight_backward
+from .products import convolve_input_backward, convolve_weight_backward, library_layout
 
 Gradients = dict[str, torch.Tensor]
 
@@ -105,7 +105,7 @@ def _branches_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of a block for e, alpha_h, alpha_w, mean and rstd."""
     size = conv3x3_weight.shape[0]
-    slabs = part.e.reshape(-1, size, *part.e.shape[2:])
+    slabs = library_layout(part.e.reshape(-1, size, *part.e.shape[2:]))
     grad_x2 = grad_x[1].flatten(0, 1).to(product_dtype(part.e))
     grads["conv3x3_weight"] += convolve_weight_backward(grad_x2, slabs, 3)
     grads["conv3x3_bias"] += grad_x[1].sum((0, 1, 3, 4))

@@ -51,6 +51,11 @@ class _Norm(NamedTuple):
         """Normalise z in the statistics' dtype."""
         return normalisation.affine(z.to(self.mean.dtype), *self)
 
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift (C,) that do the same."""
+        scale = self.weight * (self.var + self.eps).rsqrt()
+        return scale.flatten(), (self.bias - self.mean * scale).flatten()
+
     def backward(
         self, grad: torch.Tensor, z: torch.Tensor, training: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,6 +80,36 @@ def _norm(
         return _Norm.of(running, weight, bias, eps, dtype)
     mean, var = normalisation.batch_statistics(z.to(dtype), _DIMS)
     return _Norm(mean, var, _column(weight, dtype), _column(bias, dtype), eps)
+
+
+def _folded(
+    e: torch.Tensor,
+    w: torch.Tensor,
+    squeeze_weight: torch.Tensor,
+    expand_weight: torch.Tensor,
+    fusion_weight: torch.Tensor,
+    norms: tuple[_Norm, _Norm, _Norm],
+) -> torch.Tensor:
+    """out in evaluation by identity 5.3: M is linear behind the ReLU, so Wf_m·D2·W2 is one product.
+
+    Batch norms become scales of the weights and biases; 1.5 C² instead of 2.5 C² multiply-adds.
+    """
+    product, channels = product_dtype(e), e.shape[1]
+    scales, shifts = zip(*(norm.folded() for norm in norms), strict=True)
+    of_s, of_m = fusion_weight.to(shifts[0].dtype)[:, :, 0, 0].split(channels, 1)
+    expand = scales[1][:, None] * expand_weight[:, :, 0, 0].to(of_m.dtype)
+    combined = torch.cat([of_s, of_m @ expand], 1) * scales[2][:, None]
+    bias = torch.addmv(shifts[2], of_m * scales[2][:, None], shifts[1])
+
+    slabs = grouped(e, w.shape[1])
+    s = (slabs * w[:, :, None]).to(product).reshape(e.shape)
+    squeeze = squeeze_weight * scales[0][:, None, None, None]
+    r = convolve(s, squeeze, shifts[0]).relu()
+    phi = convolve(torch.cat([s, r], 1), combined[:, :, None, None], bias).sigmoid()
+    # Identity 5.2: out = e ⊙ (w + φ (1 − w)).
+    gate = w[:, :, None].to(of_s.dtype)
+    out = slabs * torch.addcmul(gate, grouped(phi, w.shape[1]), 1 - gate)
+    return out.reshape(e.shape).to(e.dtype).contiguous(memory_format=memory_format(e))
 
 
 def forward(
@@ -107,6 +142,14 @@ def forward(
     `save`; the statistics are (0,) in evaluation.
     """
     dtype, product, channels = statistics_dtype(e.dtype), product_dtype(e), e.shape[1]
+    # Folding costs a product of C × C/4 × C, which this many pixels win back.
+    if not training and not save and e.shape[0] * e.shape[2] * e.shape[3] > channels // 4:
+        norm1 = _Norm.of((running_mean1, running_var1), bn1_weight, bn1_bias, eps1, dtype)
+        norm2 = _Norm.of((running_mean2, running_var2), bn2_weight, bn2_bias, eps2, dtype)
+        norm3 = _Norm.of((running_mean3, running_var3), bn3_weight, bn3_bias, eps3, dtype)
+        out = _folded(e, w, squeeze_weight, expand_weight, fusion_weight, (norm1, norm2, norm3))
+        nothing = (e.new_empty(0) for _ in range(2))
+        return (out, *nothing, *(e.new_empty(0, dtype=dtype) for _ in range(6)))
     gate = _spread(w, channels).to(dtype)
     s = (e * gate).to(product)
     hidden = convolve(s, squeeze_weight)

@@ -9,6 +9,14 @@ from torch.nn import grad as gradients
 from ...contract import product_dtype
 
 
+def library_layout(x: torch.Tensor) -> torch.Tensor:
+    """Slabs (N, c, H, W) in the layout that the library convolves quickest at few channels.
+
+    On a CPU that is channels_last: at c = 32, 56×56 a block's five products take half the time.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
 def convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
