@@ -43,7 +43,9 @@ def run_benchmarks(
     command = [sys.executable, "-m", "pytest", *files.split(), "-q", "-p", "no:cacheprovider"]
     command += ["--benchmark-only", "--shapes", "tiny", "--threads", "1", "--seconds", "0.01"]
     command += [f"--benchmark-json={result}", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Told of xdist, pytest-benchmark refuses to time; this run is alone in its process.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment = inherited | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(tmp_path)])
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
