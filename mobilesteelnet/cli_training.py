@@ -46,9 +46,7 @@ def train_command(  # one parameter an option
     on_bad_file: Annotated[str, typer.Option(help="skip or fatal.", rich_help_panel=DATA)] = "skip",
     attention: Annotated[
         str,
-        typer.Option(
-            help="ciema, none, or a block of the paper's table 5.", rich_help_panel=NETWORK
-        ),
+        typer.Option(help="ciema or none.", rich_help_panel=NETWORK),
     ] = "ciema",
     fusion: Annotated[str, typer.Option(help="msff or none.", rich_help_panel=NETWORK)] = "msff",
     activation: Annotated[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from PIL import Image
 
 from mobilesteelnet.data import DataError, scan
 from mobilesteelnet.datacheck import check, contrast_box_plot
-
-SHARED_ZIP = Path(__file__).resolve().parents[2] / "shared" / "data" / "neu-det.zip"
 
 
 @pytest.fixture

@@ -19,9 +19,8 @@
 
 #include "../common/device.cuh"
 
-// Bugs for the tests of the checkers in csrc/emulator; none in a build. 1, 2: a barrier left out,
-// 3: a vector read past the end, 4: misaligned vectors, 5: channels written past the last,
-// 6: a tail not written.
+// Bugs for the tests of csrc/emulator; none in a build. 1, 2: a barrier left out, 3: a vector read
+// past the end, 4: misaligned vectors, 5: channels written past the last, 6: a tail not written.
 #ifndef PLANT
 #define PLANT 0
 #endif

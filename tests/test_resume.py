@@ -1,0 +1,129 @@
+"""Resumption to the bit after a kill, longer runs, and two processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning", reason="lightning is not installed")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+
+from run_cases import (
+    CPU,
+    assert_same,
+    assert_same_run,
+    pictures,  # noqa: F401
+    program_options,
+    run,  # noqa: F401
+    small,
+    states,
+)
+from training_cases import (
+    one_thread,  # noqa: F401
+    program_environment,
+    run_program,
+)
+
+from mobilesteelnet.train import resume, train
+
+KILL_IN_EPOCH_3 = """
+import os, signal, sys
+from mobilesteelnet import lightning_modules
+from mobilesteelnet.__main__ import main
+step = lightning_modules.Classifier.training_step
+def dying_step(self, batch, batch_index):
+    if self.current_epoch == 2 and batch_index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_index)
+lightning_modules.Classifier.training_step = dying_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_killed_in_the_third_epoch_and_resumed_is_the_same_run(
+    pictures: Path, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = run_program(*program_options(pictures, whole, 4))
+    assert done.returncode == 0, done.stderr
+    arguments = [str(part) for part in program_options(pictures, cut, 4)]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL_IN_EPOCH_3, *arguments],
+        env=program_environment(),
+        check=False,
+        capture_output=True,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(json.loads((cut / "history.json").read_text())) == 2
+    assert json.loads((cut / "run.json").read_text())["state"] == "running"
+    done = run_program("train", "--resume", cut)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(whole, cut)
+    rows = [json.loads((path / "history.json").read_text()) for path in (whole, cut)]
+    assert_same(*rows)
+    again = run_program("train", "--resume", cut)
+    assert again.returncode == 0
+    assert "already finished" in again.stdout
+
+
+def test_a_run_killed_before_its_first_epoch_starts_again(
+    run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(small(pictures, epochs=4), out, machine=CPU)
+    for name in ("last.ckpt", "best.safetensors", "history.json", "run.json"):
+        (out / name).unlink()
+    assert not resume(out, machine=CPU).already_finished
+    assert_same_run(run, out)
+
+
+def test_early_stopping_survives_resumption(pictures: Path, tmp_path: Path) -> None:
+    # So small a rate that the validation loss, once risen, can hardly fall again.
+    config = small(pictures, epochs=40, patience=2, learning_rate=0.3, warmup_epochs=0)
+    whole = train(config, tmp_path / "whole", machine=CPU)
+    assert 3 <= len(whole.rows) < 40
+    assert "not lower for 2 epochs" in whole.reason
+    assert whole.best_epoch == len(whole.rows) - 2
+    # A finished run whose run.json was lost by a kill is finished all the same.
+    (tmp_path / "whole" / "run.json").unlink()
+    again = resume(tmp_path / "whole", machine=CPU)
+    assert again.already_finished
+    assert again.reason == whole.reason
+
+
+def test_a_finished_run_can_be_made_longer(run: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(small(pictures, epochs=2), out, machine=CPU)
+    result = resume(out, epochs=4, machine=CPU)
+    assert len(result.rows) == 4
+    left, right = states(run)["state_dict"], states(out)["state_dict"]
+    assert_same(left, right)
+
+
+def test_a_cosine_keeps_its_length(pictures: Path, tmp_path: Path) -> None:
+    train(small(pictures, epochs=1, schedule="cosine"), tmp_path / "run", machine=CPU)
+    with pytest.raises(ValueError, match="epochs=3"):
+        resume(tmp_path / "run", epochs=3, machine=CPU)
+
+
+def test_two_processes_train_one_network(pictures: Path, tmp_path: Path) -> None:
+    options = program_options(pictures, tmp_path / "run", 2)
+    done = run_program(*options[:-1], 2, "--strategy", "ddp")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert len(rows) == 2
+    # 4 pictures a class in training, so 2 a class and process: 6 in 2 steps of at most 5.
+    assert states(tmp_path / "run")["global_step"] == 4
+    assert done.stdout.count("finished after") == 1
+    resumed = run_program(
+        *("train", "--resume", tmp_path / "run", "--epochs", 3, "--accelerator", "cpu"),
+        *("--devices", 2, "--strategy", "ddp"),
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 3
