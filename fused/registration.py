@@ -98,6 +98,11 @@ class StageOp:
         value = args[self.inputs.index(self.maps[0])]
         return value[0] if isinstance(value, (list, tuple)) else value
 
+    def _groups(self, named: dict[str, Any]) -> int | None:
+        """G, where the stage cuts its map into groups."""
+        groups: int | None = named["w"].shape[1] if "w" in self.maps else named.get("groups")
+        return groups
+
     def _cast(self, args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
         """Maps to the autocast dtype; float64 stays, as torch's own autocast leaves it."""
 
@@ -128,7 +133,8 @@ class StageOp:
     def _run_forward(self, *args: Any, backend: str = "auto") -> Any:
         self._check(args)
         x = self._main(args)
-        kernel = backends.choose(self.name, x, backend).kernels[self.name]
+        groups = self._groups(dict(zip(self.inputs, args, strict=True)))
+        kernel = backends.choose(self.name, x, backend, groups).kernels[self.name]
         with torch.autocast(x.device.type, enabled=False):
             return kernel(*args)
 
@@ -137,7 +143,8 @@ class StageOp:
         main = named[self.maps[0]]
         x = main[0] if isinstance(main, (list, tuple)) else main
         name = f"{self.name}_backward"
-        kernel: Callable[..., Any] = backends.choose(name, x, backend).kernels[name]
+        chosen = backends.choose(name, x, backend, self._groups(named))
+        kernel: Callable[..., Any] = chosen.kernels[name]
         with torch.autocast(x.device.type, enabled=False):
             results = kernel(*args)
         if isinstance(results, torch.Tensor):
@@ -190,7 +197,8 @@ class StageOp:
         x = self._main(inputs)
         # The choice of the forward's moment holds for the backward, whatever is set in between.
         backend = keyword_only_inputs["backend"]
-        ctx.backend = backends.choose(f"{self.name}_backward", x, backend).name
+        name, groups = f"{self.name}_backward", self._groups(named)
+        ctx.backend = backends.choose(name, x, backend, groups).name
         ctx.absent = {
             f"grad_{key}": (named[key].shape, named[key].dtype, named[key].device)
             for key in self.differentiable

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..contract import STAGES
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 from .backend import Backend, BackendError
 
 __all__ = [
@@ -33,7 +33,8 @@ __all__ = [
 AUTO = "auto"
 REFERENCE = Backend("reference", reference.KERNELS, reference.can_run)
 # The order in which "auto" asks; the reference runs everything, so it comes last.
-BACKENDS: Mapping[str, Backend] = {b.name: b for b in (cuda.BACKEND, cpu.BACKEND, REFERENCE)}
+_ORDER = (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, REFERENCE)
+BACKENDS: Mapping[str, Backend] = {b.name: b for b in _ORDER}
 
 _logger = logging.getLogger("fused")
 _told: set[tuple[str, str, str]] = set()
@@ -72,20 +73,20 @@ def requested(backend: str | None) -> str:
     return _default if backend is None else backend
 
 
-def choose(op: str, x: torch.Tensor, backend: str = AUTO) -> Backend:
-    """The backend that runs `op` on the main input `x`.
+def choose(op: str, x: torch.Tensor, backend: str = AUTO, groups: int | None = None) -> Backend:
+    """The backend that runs `op` on the main input `x`, cut into `groups` where the stage does so.
 
     Raises:
         BackendError: `backend` is unknown, or named and unable; the message holds the reason.
     """
     if check_name(backend) != AUTO:
         chosen = BACKENDS[backend]
-        reason = chosen.why_not(op, x)
+        reason = chosen.why_not(op, x, groups)
         if reason is not None:
             raise BackendError(f"backend={backend!r} cannot run {op}: {reason}")
         return chosen
     for candidate in BACKENDS.values():
-        reason = candidate.why_not(op, x)
+        reason = candidate.why_not(op, x, groups, auto=True)
         if reason is None:
             return candidate
         if (op, candidate.name, reason) not in _told:
@@ -141,11 +142,13 @@ class Explanation:
         )
 
 
-def _explain_stage(block: str, stage: str, x: torch.Tensor, backend: str) -> list[Line]:
+def _explain_stage(
+    block: str, stage: str, x: torch.Tensor, backend: str, groups: int | None = None
+) -> list[Line]:
     lines = []
     free = backend == AUTO
     for candidate in BACKENDS.values():
-        reason = candidate.why_not(stage, x)
+        reason = candidate.why_not(stage, x, groups, auto=backend == AUTO)
         chosen = reason is None and (free or candidate.name == backend)
         why = reason or ("first that can run, in the order of auto" if free else "asked for")
         if reason is None and not chosen:
@@ -184,7 +187,8 @@ def explain(subject: torch.Tensor | nn.Module) -> Explanation:
             lines += [Line(block, stage, "reference", True, True, why) for stage in stages]
             continue
         name, x = requested(module.backend), module.probe()
-        lines += [line for stage in stages for line in _explain_stage(block, stage, x, name)]
+        groups = getattr(module, "groups", None)
+        lines += [line for stage in stages for line in _explain_stage(block, stage, x, name, groups)]
     if not lines:
         kind = type(subject).__name__
         raise ValueError(f"explain: {kind} holds no FusedCIEMA or FusedMSFF block; see fused.fuse")

@@ -1,0 +1,317 @@
+"""Gradient of channel interaction (spec.md 2.1).
+
+With outer = grad_e·xᵀ over the pixels of a sample (C, C), rows o and columns i:
+    grad_Wci[o, i] = Σ_b (1 − a[b, o])·outer[b, o, i]
+    grad_a[b, o] = outer[b, o, o] − Σ_i Wci[o, i]·outer[b, o, i]       (Wci ∗ x is not recomputed)
+    grad_x = Wciᵀ ∗ ((1 − a) ⊙ grad_e) + a ⊙ grad_e + grad_mean / P + grad_maximum at argmax
+and the MLP's gradients between the last two, as in the reference.
+
+Layouts: maps (B, C, H, W) by strides, vectors (B, C) float32, weights row-major. Four launches:
+1. `channel_interaction_outer_kernel`: one program for a tile of (o, i), over all samples in turn.
+   outer stays in registers: its share of grad_a leaves as partials (B, tiles of i, C) float32, and
+   grad_Wci is complete. grad_e and x are read once for every tile across them, mostly from cache.
+2. `channel_interaction_hidden_kernel`: one program for a sample and a tile of hidden units. Sums the
+   partials in the order of the tiles, recomputes V1·mean and V1·maximum, and goes back through V2.
+3. `channel_interaction_weights_kernel`: one program for a tile of channels: the gradients of V1 and
+   V2, summed over the samples in order, and those of mean and maximum.
+4. `channel_interaction_backward_kernel`: grid as in the forward, grad_e read, grad_x written; a
+   scales the weight, not grad_e, so that the map goes to the tensor cores as it is in memory.
+All sums are float32; operands of the products of maps have the map's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...contract import memory_format
+from . import configs
+from .channel_interaction import pointwise_product, relu
+from .device import offset
+from .launch import cdiv, dot_precision, flat, is_wide, launch, strides
+
+
+@triton.jit
+def pixel_product(
+    a,
+    a_channel,
+    a_pixel,
+    row,
+    rows,
+    b,
+    b_channel,
+    b_pixel,
+    column,
+    columns,
+    start,
+    stop,
+    total,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """total + Σ over pixels start ≤ p < stop of a[row, p]·b[column, p], in float32.
+
+    Args:
+        a: one sample's map, by strides.
+        a_channel: stride.
+        a_pixel: stride.
+        row: (BLOCK_M,) channels of a.
+        rows: number of channels of a.
+        b: the sample's other map, of a's dtype.
+        b_channel: stride.
+        b_pixel: stride.
+        column: (BLOCK_N,) channels of b.
+        columns: number of channels of b.
+        start: first pixel.
+        stop: last pixel + 1.
+        total: (BLOCK_M, BLOCK_N) float32.
+        WIDE: offsets need 64 bits.
+        PRECISION: of the product, as `tl.dot` calls it.
+        BLOCK_K: pixels a step.
+    """
+    a += offset(row, a_channel, WIDE)[:, None]
+    b += offset(column, b_channel, WIDE)[None, :]
+    for first in range(start, stop, BLOCK_K):
+        pixel = first + tl.arange(0, BLOCK_K)
+        known = pixel < stop
+        left = tl.load(
+            a + offset(pixel, a_pixel, WIDE)[None, :],
+            mask=(row < rows)[:, None] & known[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            b + offset(pixel, b_pixel, WIDE)[:, None],
+            mask=known[:, None] & (column < columns)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def channel_interaction_outer_kernel(
+    grad_e,
+    x,
+    gate,
+    interaction_weight,  # (C, C)
+    grad_weight,  # (C, C)
+    partials,  # (B, tiles of i, C)
+    batches,
+    channels,
+    pixels,
+    grad_batch,
+    grad_channel,
+    grad_pixel,
+    x_batch,
+    x_channel,
+    x_pixel,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row_tiles = tl.cdiv(channels, BLOCK_M)
+    column_tile = tl.program_id(0) // row_tiles
+    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < channels
+    mask = inside[:, None] & (column < channels)[None, :]
+    where = offset(row, channels, WIDE)[:, None] + column[None, :]
+    column_tiles = tl.cdiv(channels, BLOCK_N)
+    partials += column_tile * channels
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(batches):
+        outer = pixel_product(
+            *(grad_e, grad_channel, grad_pixel, row, channels),
+            *(x, x_channel, x_pixel, column, channels),
+            *(0, pixels, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)),
+            *(WIDE, PRECISION, BLOCK_K),
+        )
+        weight = tl.load(interaction_weight + where, mask=mask, other=0.0).to(tl.float32)
+        one = tl.where(row[:, None] == column[None, :], 1.0, 0.0)
+        tl.store(partials + row, tl.sum(outer * (one - weight), axis=1), mask=inside)
+        a = tl.load(gate + row, mask=inside, other=0.0)
+        total += (1.0 - a)[:, None] * outer
+        grad_e += grad_batch
+        x += x_batch
+        gate += channels
+        partials += column_tiles * channels
+    tl.store(grad_weight + where, total.to(grad_weight.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def channel_interaction_hidden_kernel(
+    partials,  # (B, tiles, C)
+    gate,
+    mean,
+    maximum,
+    squeeze_weight,  # (hidden, C)
+    excite_weight,  # (C, hidden)
+    grad_logits,  # (B, C)
+    activation,  # (B, hidden): relu(V1·mean) + relu(V1·maximum)
+    grad_hidden,  # (B, 2, hidden): of V1·mean and V1·maximum
+    channels,
+    hidden,
+    tiles,
+    BLOCK_C: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    hidden_tiles = tl.cdiv(hidden, BLOCK_HIDDEN)
+    hidden_tile = tl.program_id(0) % hidden_tiles
+    batch = (tl.program_id(0) // hidden_tiles).to(tl.int64)
+    unit = hidden_tile * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    known = unit < hidden
+    from_mean = tl.zeros((BLOCK_HIDDEN,), tl.float32)
+    from_maximum = tl.zeros((BLOCK_HIDDEN,), tl.float32)
+    back = tl.zeros((BLOCK_HIDDEN,), tl.float32)
+    partials += batch * tiles * channels
+    for start in range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        inside = channel < channels
+        grad_gate = tl.zeros((BLOCK_C,), tl.float32)
+        for first in range(0, tiles, BLOCK_TILES):
+            tile = first + tl.arange(0, BLOCK_TILES)
+            part = partials + tile[:, None] * channels + channel[None, :]
+            mask = (tile < tiles)[:, None] & inside[None, :]
+            grad_gate += tl.sum(tl.load(part, mask=mask, other=0.0), axis=0)
+        place = batch * channels + channel
+        a = tl.load(gate + place, mask=inside, other=0.0)
+        grad_logit = grad_gate * a * (1.0 - a)
+        if hidden_tile == 0:
+            tl.store(grad_logits + place, grad_logit, mask=inside)
+        mask = known[:, None] & inside[None, :]
+        squeeze = tl.load(
+            squeeze_weight + unit[:, None] * channels + channel[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
+        excite = tl.load(
+            excite_weight + unit[:, None] + channel[None, :] * hidden, mask=mask, other=0.0
+        ).to(tl.float32)
+        average = tl.load(mean + place, mask=inside, other=0.0)
+        largest = tl.load(maximum + place, mask=inside, other=0.0)
+        from_mean += tl.sum(squeeze * average[None, :], axis=1)
+        from_maximum += tl.sum(squeeze * largest[None, :], axis=1)
+        back += tl.sum(excite * grad_logit[None, :], axis=1)
+    tl.store(activation + batch * hidden + unit, relu(from_mean) + relu(from_maximum), mask=known)
+    grad_hidden += batch * 2 * hidden + unit
+    tl.store(grad_hidden, tl.where(from_mean > 0, back, 0.0), mask=known)
+    tl.store(grad_hidden + hidden, tl.where(from_maximum > 0, back, 0.0), mask=known)
+
+
+@triton.jit
+def channel_interaction_weights_kernel(
+    grad_logits,  # (B, C)
+    activation,  # (B, hidden)
+    grad_hidden,  # (B, 2, hidden)
+    mean,
+    maximum,
+    squeeze_weight,  # (hidden, C)
+    grad_squeeze,  # (hidden, C)
+    grad_excite,  # (C, hidden)
+    grad_mean,  # (B, C)
+    grad_maximum,  # (B, C)
+    batches,
+    channels,
+    hidden,
+    BLOCK_C: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    for start in range(0, hidden, BLOCK_HIDDEN):
+        unit = start + tl.arange(0, BLOCK_HIDDEN)
+        known = unit < hidden
+        squeeze = tl.zeros((BLOCK_C, BLOCK_HIDDEN), tl.float32)
+        excite = tl.zeros((BLOCK_C, BLOCK_HIDDEN), tl.float32)
+        at, here = channel, unit  # of sample 0
+        back = unit
+        for _ in range(batches):
+            average = tl.load(mean + at, mask=inside, other=0.0)
+            largest = tl.load(maximum + at, mask=inside, other=0.0)
+            grad_logit = tl.load(grad_logits + at, mask=inside, other=0.0)
+            active = tl.load(activation + here, mask=known, other=0.0)
+            of_mean = tl.load(grad_hidden + back, mask=known, other=0.0)
+            of_maximum = tl.load(grad_hidden + hidden + back, mask=known, other=0.0)
+            excite += grad_logit[:, None] * active[None, :]
+            squeeze += average[:, None] * of_mean[None, :] + largest[:, None] * of_maximum[None, :]
+            at += channels
+            here += hidden
+            back += 2 * hidden
+        mask = inside[:, None] & known[None, :]
+        where = channel[:, None] + unit[None, :] * channels
+        tl.store(grad_squeeze + where, squeeze.to(grad_squeeze.dtype.element_ty), mask=mask)
+        where = channel[:, None] * hidden + unit[None, :]
+        tl.store(grad_excite + where, excite.to(grad_excite.dtype.element_ty), mask=mask)
+    for _ in range(batches):
+        of_mean_sum = tl.zeros((BLOCK_C,), tl.float32)
+        of_maximum_sum = tl.zeros((BLOCK_C,), tl.float32)
+        for start in range(0, hidden, BLOCK_HIDDEN):
+            unit = start + tl.arange(0, BLOCK_HIDDEN)
+            known = unit < hidden
+            weight = tl.load(
+                squeeze_weight + channel[:, None] + unit[None, :] * channels,
+                mask=inside[:, None] & known[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            of_mean = tl.load(grad_hidden + unit, mask=known, other=0.0)
+            of_maximum = tl.load(grad_hidden + hidden + unit, mask=known, other=0.0)
+            of_mean_sum += tl.sum(weight * of_mean[None, :], axis=1)
+            of_maximum_sum += tl.sum(weight * of_maximum[None, :], axis=1)
+        tl.store(grad_mean + channel, of_mean_sum, mask=inside)
+        tl.store(grad_maximum + channel, of_maximum_sum, mask=inside)
+        grad_hidden += 2 * hidden
+        grad_mean += channels
+        grad_maximum += channels
+
+
+@triton.jit
+def channel_interaction_backward_kernel(
+    grad_e,
+    interaction_weight,  # (C, C)
+    gate,
+    grad_mean,
+    grad_maximum,
+    argmax,
+    grad_x,
+    channels,
+    pixels,
+    grad_batch,
+    grad_channel,
+    grad_pixel,
+    x_batch,
+    x_channel,
+    x_pixel,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row_tiles = tl.cdiv(channels, BLOCK_M)
+    rest = tl.program_id(0) // row_tiles
+    pixel_tiles = tl.cdiv(pixels, BLOCK_N)
+    batch = (rest // pixel_tiles).to(tl.int64)
+    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel = rest % pixel_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < channels
+    grad_e += batch * grad_batch
+    gate += batch * channels
+    total = pointwise_product(
+        *(interaction_weight, 1, channels, grad_e, grad_channel, grad_pixel, gate),
+        *(row, pixel, channels, channels, pixels, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
+    )
+    mask = inside[:, None] & (pixel < pixels)[None, :]
+    own = offset(row, grad_channel, WIDE)[:, None] + offset(pixel, grad_pixel, WIDE)[None, :]
+    value = tl.load(grad_e + own, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(gate + row, mask=inside, other=0.0)
+    place = batch * channels + row
+    everywhere = tl.load(grad_mean + place, mask=inside, other=0.0) / pixels
+    there = tl.load(grad_maximum + place, mask=inside, other=0.0)
+    position = tl.load(argmax + place, mask=inside, other=-1).to(tl.int32)
+    total += a[:, None] * value + everywhere[:, None]
+    total += tl.where(position[:, None] == pixel[None, :], there[:, None], 0.0)
+    where = offset(row, x_channel, WIDE)[:, None] + offset(pixel, x_pixel, WIDE)[None, :]
+    tl.store(grad_x + batch * x_batch + where, total.to(grad_x.dtype.element_ty), mask=mask)

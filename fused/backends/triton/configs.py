@@ -1,0 +1,115 @@
+"""Block sizes, warps and stages of every kernel: one table, chosen by dtype, architecture, shape.
+
+A kernel's candidates stand in order of preference; the first that fits the device's shared memory
+and the map's size is taken. FUSED_TRITON_AUTOTUNE=1 times the fitting candidates instead and keeps
+the winner in a file (`autotune.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to compile a kernel.
+
+    Attributes:
+        blocks: the kernel's `BLOCK_*` arguments.
+        num_warps: warps of a program (of 32 threads; AMD's are counted likewise by Triton).
+        num_stages: depth of the software pipeline of its loads.
+        shared_bytes: shared memory that a block of the device must offer.
+        pixels: least number of pixels of a map for which it pays.
+    """
+
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    shared_bytes: int = 0
+    pixels: int = 0
+
+
+Candidates = tuple[Config, ...]
+# (kernel, "half" or "single") → candidates; "single" is float32.
+TABLE: dict[tuple[str, str], Candidates] = {}
+
+
+def _add(kernel: str, half: Candidates, single: Candidates | None = None) -> None:
+    TABLE[kernel, "half"] = half
+    TABLE[kernel, "single"] = half if single is None else single
+
+
+# ------------------------------------------------------------- coordinate_attention, cross_spatial
+
+_add("cross_spatial_pack_kernel", (Config({"BLOCK_N": 256}, 4, 1),))
+for _kernel in ("forward", "branches", "features"):
+    _add(
+        f"cross_spatial_{_kernel}_kernel",
+        (Config({"BLOCK_P": 128}, 4, 3), Config({"BLOCK_P": 64}, 4, 2)),
+        (Config({"BLOCK_P": 64}, 4, 2), Config({"BLOCK_P": 32}, 4, 2)),
+    )
+_add(
+    "cross_spatial_reduce_kernel",
+    (Config({"BLOCK_P": 128, "BLOCK_R": 16}, 4, 2), Config({"BLOCK_P": 64, "BLOCK_R": 16}, 4, 2)),
+    (Config({"BLOCK_P": 64, "BLOCK_R": 16}, 4, 2),),
+)
+_add("cross_spatial_gate_kernel", (Config({"BLOCK_P": 128, "BLOCK_R": 16}, 4, 1),))
+
+# channel_statistics, channel_interaction and msff.
+TABLE |= {
+    ("channel_statistics_forward_kernel", "half"): (
+        Config({"BLOCK_C": 16, "BLOCK_P": 512, "BLOCK_HIDDEN": 64}, num_warps=8),
+    ),
+    ("channel_statistics_forward_kernel", "single"): (
+        Config({"BLOCK_C": 8, "BLOCK_P": 512, "BLOCK_HIDDEN": 64}, num_warps=8),
+    ),
+    ("channel_statistics_backward_kernel", "half"): (
+        Config({"BLOCK_C": 32, "BLOCK_P": 128}),
+    ),
+    ("channel_statistics_backward_kernel", "single"): (
+        Config({"BLOCK_C": 32, "BLOCK_P": 64}),
+    ),
+}
+
+_forced: list[int] = []
+
+
+def precision_class(dtype: torch.dtype) -> str:
+    """Row of the table: "single" for float32, "half" for float16 and bfloat16."""
+    return "single" if dtype == torch.float32 else "half"
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one block may ask for; a CPU (interpreter) offers the smallest GPU's."""
+    if device.type != "cuda":
+        return 64 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def choose(kernel: str, x: torch.Tensor, pixels: int) -> Config:
+    """The configuration of `kernel` for maps like `x` with `pixels` pixels each."""
+    candidates = TABLE[kernel, precision_class(x.dtype)]
+    if _forced:
+        return candidates[_forced[-1] % len(candidates)]
+    room = shared_bytes(x.device)
+    for config in candidates:
+        if config.shared_bytes <= room and config.pixels <= pixels:
+            return config
+    return candidates[-1]
+
+
+@contextlib.contextmanager
+def forced(index: int) -> Iterator[None]:
+    """Take candidate `index` (modulo their number) of every kernel: tests go through all."""
+    _forced.append(index)
+    try:
+        yield
+    finally:
+        _forced.pop()

@@ -1,0 +1,152 @@
+"""The one place that launches Triton kernels, so that tests can count, check or compile them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+from .configs import Config
+
+Grid = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: the `@triton.jit` function.
+        grid: programs along up to three axes.
+        args: its arguments in order, tensors and numbers.
+        constexprs: its compile-time arguments that are no block sizes.
+        config: block sizes, warps and stages.
+        scratch: names of the tensor arguments that only this op's launches read and write.
+    """
+
+    kernel: Any
+    grid: Grid
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    config: Config
+    scratch: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(getattr(self.kernel, "__name__", self.kernel))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keyword arguments of the call."""
+        return {
+            **self.constexprs,
+            **self.config.blocks,
+            "num_warps": self.config.num_warps,
+            "num_stages": self.config.num_stages,
+        }
+
+    def named_args(self) -> dict[str, Any]:
+        """Run-time arguments by the names that the kernel gives them."""
+        return dict(zip(self.kernel.arg_names, self.args, strict=False))
+
+    def run(self) -> None:
+        """Launch on the device of the tensors, on its current stream."""
+        (device, *_) = [a.device for a in self.args if isinstance(a, torch.Tensor)]
+        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with guard:
+            self.kernel[self.grid](*self.args, **self.options)
+
+
+_interceptors: list[Callable[[Launch], None]] = []
+
+
+@contextlib.contextmanager
+def intercept(handle: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand every launch to `handle`, which may call its `run`; the innermost handler counts."""
+    _interceptors.append(handle)
+    try:
+        yield
+    finally:
+        _interceptors.pop()
+
+
+def launch(
+    kernel: Any,
+    grid: Grid,
+    *args: Any,
+    config: Config,
+    scratch: tuple[str, ...] = (),
+    **constexprs: Any,
+) -> None:
+    """Launch `kernel`; every launch of this backend goes through here.
+
+    Args:
+        kernel: a `@triton.jit` function.
+        grid: programs along up to three axes, each at least 1.
+        *args: run-time arguments in order.
+        config: from `configs.choose`.
+        scratch: names of the arguments that are scratch memory of the op.
+        **constexprs: compile-time arguments besides the block sizes.
+    """
+    one = Launch(kernel, grid, args, constexprs, config, frozenset(scratch))
+    if _interceptors:
+        _interceptors[-1](one)
+    else:
+        one.run()
+
+
+def cdiv(total: int, size: int) -> int:
+    """Blocks of `size` that cover `total`."""
+    return -(-total // size)
+
+
+def power_of_two(size: int, least: int = 16) -> int:
+    """The next power of two, at least `least`: products need 16 along every axis."""
+    return max(least, int(triton.next_power_of_2(size)))
+
+
+# ------------------------------------------------------------------------------------------- maps
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """A map (B, C, H, W) whose H×W are one axis of a single stride: x itself, or a copy of it."""
+    if x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3):
+        return x
+    return x.contiguous()
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides in elements of a `flat` map along batch, channel and pixel h·W + w."""
+    pixel = x.stride(2) if x.shape[3] == 1 else x.stride(3)
+    return x.stride(0), x.stride(1), pixel
+
+
+def is_wide(*tensors: torch.Tensor) -> bool:
+    """Whether an offset into one of the tensors passes 32 bits."""
+    return any(
+        sum((size - 1) * abs(step) for size, step in zip(t.shape, t.stride(), strict=True))
+        >= 2**31 - 2**16  # a tile's masked lanes may point a little past the end
+        for t in tensors
+        if t.numel() > 0
+    )
+
+
+def dot_precision(x: torch.Tensor) -> str:
+    """`input_precision` of products: tf32 for float32 only where torch allows it."""
+    if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors (AMD: compute units) of a device; 4 for the interpreter's CPU."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
