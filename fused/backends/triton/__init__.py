@@ -32,7 +32,7 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "msff": ("msff", "forward"),
     "msff_backward": ("msff", "backward"),
     "channel_interaction": ("channel_interaction", "forward"),
-    "channel_interaction_backward": ("channel_interaction", "backward"),
+    "channel_interaction_backward": ("channel_interaction_backward", "backward"),
     "coordinate_attention": ("coordinate_attention", "forward"),
     "coordinate_attention_backward": ("coordinate_attention", "backward"),
     "cross_spatial": ("cross_spatial", "forward"),

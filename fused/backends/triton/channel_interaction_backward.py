@@ -315,3 +315,99 @@ def channel_interaction_backward_kernel(
     total += tl.where(position[:, None] == pixel[None, :], there[:, None], 0.0)
     where = offset(row, x_channel, WIDE)[:, None] + offset(pixel, x_pixel, WIDE)[None, :]
     tl.store(grad_x + batch * x_batch + where, total.to(grad_x.dtype.element_ty), mask=mask)
+
+
+def _outer(
+    grad_e: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch 1: the gradient of Wci, and partials of grad_a (B, tiles, C)."""
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    config = configs.choose("channel_interaction_outer_kernel", x, pixels)
+    tiles = cdiv(channels, config.blocks["BLOCK_N"])
+    grad_weight = torch.empty_like(weight)
+    partials = gate.new_empty((batch, tiles, channels))
+    launch(
+        channel_interaction_outer_kernel,
+        (tiles * cdiv(channels, config.blocks["BLOCK_M"]),),
+        *(grad_e, x, gate, weight, grad_weight, partials),
+        *(batch, channels, pixels, *strides(grad_e), *strides(x)),
+        config=config,
+        scratch=("partials",),
+        WIDE=is_wide(grad_e, x, weight),
+        PRECISION=dot_precision(x),
+    )
+    return grad_weight, partials
+
+
+def _mlp(
+    partials: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    mean: torch.Tensor,
+    maximum: torch.Tensor,
+    squeeze_weight: torch.Tensor,
+    excite_weight: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Launches 2 and 3: gradients of V1, V2, and of mean and maximum (B, C) float32."""
+    (batch, channels), hidden = mean.shape, squeeze_weight.shape[0]
+    grad_logits = torch.empty_like(mean)
+    activation = mean.new_empty((batch, hidden))
+    grad_hidden = mean.new_empty((batch, 2, hidden))
+    config = configs.choose("channel_interaction_hidden_kernel", x, 0)
+    launch(
+        channel_interaction_hidden_kernel,
+        (batch * cdiv(hidden, config.blocks["BLOCK_HIDDEN"]),),
+        *(partials, gate, mean, maximum, squeeze_weight, excite_weight),
+        *(grad_logits, activation, grad_hidden, channels, hidden, partials.shape[1]),
+        config=config,
+        scratch=("partials", "grad_logits", "activation", "grad_hidden"),
+    )
+    grads = [torch.empty_like(t) for t in (squeeze_weight, excite_weight, mean, maximum)]
+    config = configs.choose("channel_interaction_weights_kernel", x, 0)
+    launch(
+        channel_interaction_weights_kernel,
+        (cdiv(channels, config.blocks["BLOCK_C"]),),
+        *(grad_logits, activation, grad_hidden, mean, maximum, squeeze_weight, *grads),
+        *(batch, channels, hidden),
+        config=config,
+        scratch=("grad_logits", "activation", "grad_hidden", "grad_mean", "grad_maximum"),
+    )
+    return tuple(grads)
+
+
+def backward(
+    grad_e: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    mean: torch.Tensor,
+    maximum: torch.Tensor,
+    argmax: torch.Tensor,
+    squeeze_weight: torch.Tensor,
+    excite_weight: torch.Tensor,
+    interaction_weight: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients for x and the three weights."""
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    grad_e, x, weight = flat(grad_e), flat(x), interaction_weight.contiguous()
+    gate, mean, maximum, argmax = (t.contiguous() for t in (gate, mean, maximum, argmax))
+    grad_weight, partials = _outer(grad_e, x, gate, weight)
+    grad_squeeze, grad_excite, grad_mean, grad_maximum = _mlp(
+        *(partials, x, gate, mean, maximum),
+        *(squeeze_weight.contiguous(), excite_weight.contiguous()),
+    )
+    config = configs.choose("channel_interaction_backward_kernel", x, pixels)
+    tiles = cdiv(channels, config.blocks["BLOCK_M"]) * cdiv(pixels, config.blocks["BLOCK_N"])
+    launch(
+        channel_interaction_backward_kernel,
+        (batch * tiles,),
+        *(grad_e, weight, gate, grad_mean, grad_maximum, argmax, grad_x),
+        *(channels, pixels, *strides(grad_e), *strides(grad_x)),
+        config=config,
+        scratch=("grad_mean", "grad_maximum"),
+        WIDE=is_wide(grad_e, grad_x),
+        PRECISION=dot_precision(x),
+    )
+    return grad_x, grad_squeeze, grad_excite, grad_weight

@@ -68,7 +68,7 @@ def channel_statistics_forward_kernel(
     total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     best = tl.full((BLOCK_C, BLOCK_P), -float("inf"), tl.float32)
     position = tl.broadcast_to(lane[None, :], (BLOCK_C, BLOCK_P))  # of a lane of −inf only
-    for start in tl.range(0, pixels, BLOCK_P, num_stages=2):
+    for start in tl.range(0, pixels, BLOCK_P, num_stages=4):
         pixel = start + lane
         mask = inside[:, None] & (pixel < pixels)[None, :]
         value = tl.load(rows + offset(pixel, x_pixel, WIDE)[None, :], mask=mask, other=0.0)

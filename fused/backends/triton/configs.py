@@ -24,6 +24,7 @@ class Config:
         num_warps: warps of a program (of 32 threads; AMD's are counted likewise by Triton).
         num_stages: depth of the software pipeline of its loads.
         shared_bytes: shared memory that a block of the device must offer.
+        fp_fusion: whether a product and a sum may become one rounding.
         pixels: least number of pixels of a map for which it pays.
     """
 
@@ -31,6 +32,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     shared_bytes: int = 0
+    fp_fusion: bool = True
     pixels: int = 0
 
 
@@ -46,6 +48,12 @@ def _add(kernel: str, half: Candidates, single: Candidates | None = None) -> Non
 
 # ------------------------------------------------------------- coordinate_attention, cross_spatial
 
+for _kernel in ("forward", "backward"):
+    _add(
+        f"coordinate_attention_{_kernel}_kernel",
+        tuple(Config({"BLOCK_W": width}, 4, 2, fp_fusion=False) for width in (64, 16)),
+    )
+_add("sum_partials_kernel", (Config({"BLOCK_N": 256}, 4, 1),))
 _add("cross_spatial_pack_kernel", (Config({"BLOCK_N": 256}, 4, 1),))
 for _kernel in ("forward", "branches", "features"):
     _add(
@@ -63,18 +71,78 @@ _add("cross_spatial_gate_kernel", (Config({"BLOCK_P": 128, "BLOCK_R": 16}, 4, 1)
 # channel_statistics, channel_interaction and msff.
 TABLE |= {
     ("channel_statistics_forward_kernel", "half"): (
-        Config({"BLOCK_C": 16, "BLOCK_P": 512, "BLOCK_HIDDEN": 64}, num_warps=8),
+        Config({"BLOCK_C": 16, "BLOCK_P": 256, "BLOCK_HIDDEN": 64}, num_warps=8),
     ),
     ("channel_statistics_forward_kernel", "single"): (
-        Config({"BLOCK_C": 8, "BLOCK_P": 512, "BLOCK_HIDDEN": 64}, num_warps=8),
+        Config({"BLOCK_C": 8, "BLOCK_P": 256, "BLOCK_HIDDEN": 64}, num_warps=8),
     ),
-    ("channel_statistics_backward_kernel", "half"): (
-        Config({"BLOCK_C": 32, "BLOCK_P": 128}),
+    ("channel_statistics_backward_kernel", "half"): (Config({"BLOCK_C": 32, "BLOCK_P": 128}),),
+    ("channel_statistics_backward_kernel", "single"): (Config({"BLOCK_C": 32, "BLOCK_P": 64}),),
+    ("channel_interaction_forward_kernel", "half"): (
+        Config(
+            {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_HIDDEN": 64, "BLOCK_TILES": 32},
+            num_warps=8,
+            num_stages=3,
+            shared_bytes=120 * 1024,
+            pixels=1024,
+        ),
+        Config(
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_HIDDEN": 64, "BLOCK_TILES": 32},
+            num_warps=4,
+            num_stages=3,
+        ),
     ),
-    ("channel_statistics_backward_kernel", "single"): (
-        Config({"BLOCK_C": 32, "BLOCK_P": 64}),
+    ("channel_interaction_forward_kernel", "single"): (
+        Config(
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_HIDDEN": 64, "BLOCK_TILES": 32},
+            num_warps=8,
+            num_stages=3,
+        ),
+    ),
+    ("channel_interaction_outer_kernel", "half"): (
+        Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3, shared_bytes=90 * 1024),
+        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 3),
+    ),
+    ("channel_interaction_outer_kernel", "single"): (
+        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 3),
+    ),
+    ("channel_interaction_hidden_kernel", "half"): (
+        Config({"BLOCK_C": 128, "BLOCK_HIDDEN": 16, "BLOCK_TILES": 16}),
+    ),
+    ("channel_interaction_hidden_kernel", "single"): (
+        Config({"BLOCK_C": 128, "BLOCK_HIDDEN": 16, "BLOCK_TILES": 16}),
+    ),
+    ("channel_interaction_weights_kernel", "half"): (
+        Config({"BLOCK_C": 16, "BLOCK_HIDDEN": 64}),
+    ),
+    ("channel_interaction_weights_kernel", "single"): (
+        Config({"BLOCK_C": 16, "BLOCK_HIDDEN": 64}),
+    ),
+    ("channel_interaction_backward_kernel", "half"): (
+        Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3, 120 * 1024, pixels=1024),
+        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 3),
+    ),
+    ("channel_interaction_backward_kernel", "single"): (
+        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 3),
     ),
 }
+
+# ------------------------------------------------------------------------------------ gated_fusion
+
+_LARGE = {"BLOCK_P": 128, "BLOCK_O": 128, "BLOCK_K": 32}
+_SMALL = {"BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_K": 32}
+for _kernel in ("fold", "gate", "hidden", "expand", "logits"):
+    _add(
+        f"gated_fusion_{_kernel}_kernel",
+        (Config(_LARGE, 8, 3, 96 * 1024, 8192), Config(_SMALL, 4, 3)),
+        (Config({**_SMALL, "BLOCK_K": 16}, 8, 2), Config({**_SMALL, "BLOCK_P": 32}, 4, 2)),
+    )
+for _kernel in ("norm", "mean"):
+    _add(f"gated_fusion_{_kernel}_kernel", (Config({"BLOCK_C": 16, "BLOCK_ROWS": 32}, 4, 2),))
+_add(
+    "gated_fusion_out_kernel",
+    (Config({"BLOCK_P": 64, "BLOCK_C": 32, "BLOCK_ROWS": 16}, 4, 2),),
+)
 
 _forced: list[int] = []
 

@@ -1,24 +1,17 @@
 """Gated fusion (spec.md 2.4), forward: e, w → out = e ⊙ (w + φ (1 − w)), s = e ⊙ w never stored.
 
-Layouts: maps NCHW or channels_last by strides, w spread over the c channels of its group on load.
-Products' programs: (pixel tile of a sample, channel tile), see `gated_fusion_products`.
-
-Evaluation, 2 launches (identity 5.3), 3.5 passes over the map (e twice, r out and in, out):
+Evaluation is here, training in `gated_fusion_training`. Two launches (identity 5.3):
     fold    r = relu(scale1 ⊙ (W1∗s) + shift1); further programs of the same launch compute
             combined = (Wf_m·D2)·W2 and bias = Wf_m·shift2 from the weights
     gate    out, φ = σ(scale3 ⊙ (Wf_s∗s + combined·r + bias) + shift3); or its sums (identity 5.6)
-Training, 6 launches, 8.5 passes (e thrice; hidden, expanded and logits out and in; out):
-    hidden → norm 1 → expand → norm 2 → logits → out
-    hidden = W1∗s, expanded = W2∗relu(BN1(hidden)), logits = Wf_s∗s + Wf_m∗BN2(expanded); each
-    leaves moments of its tiles, `norm` merges them to statistics, `out` does so itself for norm 3.
-    Frozen norms (evaluation that saves) take the same way without moments.
-Precision: products in the map's dtype, sums, statistics, norms, σ in float32. r, hidden, expanded
-and logits are rounded to the map's dtype, so are combined and s. Recomputed: s, in every launch.
+Layouts: maps NCHW or channels_last by strides, w spread over the c channels of its group on load.
+Programs of a product: (pixel tile of a sample, channel tile), see `gated_fusion_products`.
+Bytes: 3.5 passes over the map (e twice, r out and in, out), weights and combined.
+Precision: products in the map's dtype, sums, norms, σ in float32; s, r and combined are rounded to
+the map's dtype. Recomputed: s, by the second launch.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,10 +20,9 @@ import triton.language as tl
 from . import configs, launch
 from .gated_fusion_products import (
     Case,
+    Norm,
     add_gated_product,
     add_product,
-    batch_statistics,
-    gated_fusion_expand_kernel,
     load_gates,
     load_tile,
     load_vector,
@@ -38,8 +30,8 @@ from .gated_fusion_products import (
     norm_affine,
     place,
     store_tile,
-    store_with_moments,
 )
+from .gated_fusion_training import forward_saving
 
 # -------------------------------------------------------------------------------------- evaluation
 
@@ -167,139 +159,6 @@ def gated_fusion_mean_kernel(
     tl.store(means + sample * channels + channel, mean, mask=channel < channels)
 
 
-# ---------------------------------------------------------------------------------------- training
-
-
-@triton.jit
-def gated_fusion_hidden_kernel(
-    e, w, weight, hidden, moments, e_strides, w_strides, weight_strides, hidden_strides,
-    channels, squeezed, size, pixels, tiles, column_tiles,
-    ONE_GROUP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """W1 ∗ s, (B, C//4, H, W); program (part, channel tile)."""
-    program = tl.program_id(0)
-    part = program // column_tiles
-    sample, pixel, inside = place(part, tiles, pixels, BLOCK_P)
-    column = program % column_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-    known = column < squeezed
-    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    acc = add_gated_product(
-        acc, e, w, weight, sample, pixel, inside, column, known, channels, size,
-        e_strides, w_strides, weight_strides, BLOCK_K, ONE_GROUP, WIDE, PRECISION,
-    )  # fmt: skip
-    store_with_moments(
-        acc, hidden, moments, part, sample, pixel, inside, column, known, squeezed,
-        hidden_strides, WIDE,
-    )  # fmt: skip
-
-
-@triton.jit
-def gated_fusion_norm_kernel(
-    moments, mean, var, weight, bias, affine, channels, parts, tiles, pixels, eps,
-    TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Scale and shift (2, C) of a norm; with moments also mean and var, else from them."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = channel < channels
-    if moments is not None:
-        average, variance = batch_statistics(
-            moments, channel, known, channels, parts, tiles, pixels, TILE, BLOCK_ROWS, BLOCK_C
-        )
-        tl.store(mean + channel, average, mask=known)
-        tl.store(var + channel, variance, mask=known)
-    else:
-        average, variance = load_vector(mean, channel, known), load_vector(var, channel, known)
-    scale, shift = norm_affine(
-        average, variance, load_vector(weight, channel, known), load_vector(bias, channel, known),
-        eps,
-    )  # fmt: skip
-    tl.store(affine + channel, scale, mask=known)
-    tl.store(affine + channels + channel, shift, mask=known)
-
-
-@triton.jit
-def gated_fusion_logits_kernel(
-    e, w, expanded, affine2, weight, logits, moments,
-    e_strides, w_strides, expanded_strides, weight_strides, logits_strides,
-    channels, size, pixels, tiles, column_tiles,
-    ONE_GROUP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Wf ∗ [s ; BN2(expanded)], (B, C, H, W); program (part, channel tile)."""
-    program = tl.program_id(0)
-    part = program // column_tiles
-    sample, pixel, inside = place(part, tiles, pixels, BLOCK_P)
-    column = program % column_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-    known = column < channels
-    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    acc = add_gated_product(
-        acc, e, w, weight, sample, pixel, inside, column, known, channels, size,
-        e_strides, w_strides, weight_strides, BLOCK_K, ONE_GROUP, WIDE, PRECISION,
-    )  # fmt: skip
-    acc = add_product(
-        acc, expanded, weight + channels * weight_strides[0], affine2, sample, pixel, inside,
-        column, known, channels, expanded_strides, weight_strides, False, BLOCK_K, WIDE, PRECISION,
-    )  # fmt: skip
-    store_with_moments(
-        acc, logits, moments, part, sample, pixel, inside, column, known, channels,
-        logits_strides, WIDE,
-    )  # fmt: skip
-
-
-@triton.jit
-def gated_fusion_out_kernel(
-    e, w, logits, moments, mean, var, weight, bias, out,
-    e_strides, w_strides, logits_strides, out_strides,
-    channels, size, pixels, tiles, parts, run, blocks, moment_tiles, moment_parts, eps,
-    TILE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """e ⊙ (w + φ (1 − w)); program (run of parts, channel block) merges its channels' moments.
-
-    The programs of the first run store mean and var; without moments all read them.
-    """
-    program = tl.program_id(0)
-    channel = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = channel < channels
-    first = program // blocks * run
-    if moments is not None:
-        average, variance = batch_statistics(
-            moments, channel, known, channels, moment_parts, moment_tiles, pixels,
-            TILE, BLOCK_ROWS, BLOCK_C,
-        )  # fmt: skip
-        tl.store(mean + channel, average, mask=known & (first == 0))
-        tl.store(var + channel, variance, mask=known & (first == 0))
-    else:
-        average, variance = load_vector(mean, channel, known), load_vector(var, channel, known)
-    scale, shift = norm_affine(
-        average, variance, load_vector(weight, channel, known), load_vector(bias, channel, known),
-        eps,
-    )  # fmt: skip
-    for part in range(first, tl.minimum(first + run, parts)):
-        sample, pixel, inside = place(part, tiles, pixels, BLOCK_P)
-        ok = inside[:, None] & known[None, :]
-        value = load_tile(logits, sample, pixel, channel, ok, logits_strides, WIDE)
-        phi = tl.sigmoid(value * scale[None, :] + shift[None, :])
-        gate = load_gates(w, sample, pixel, channel, ok, size, w_strides, WIDE)
-        value = load_tile(e, sample, pixel, channel, ok, e_strides, WIDE)
-        value *= gate + phi * (1 - gate)
-        store_tile(out, value, sample, pixel, channel, ok, out_strides, WIDE)
-
-
-# ---------------------------------------------------------------------------------------- launcher
-
-
-class Norm(NamedTuple):
-    """One batch norm; mean and var are running statistics in evaluation, outputs in training."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
-    eps: float
-
-
 def _fold(
     case: Case, squeeze: torch.Tensor, expand: torch.Tensor, fusion: torch.Tensor, norms: list[Norm]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -327,3 +186,127 @@ def _fold(
         PRECISION=case.precision,
     )
     return r, combined, bias
+
+
+def _evaluate(
+    case: Case,
+    squeeze: torch.Tensor,
+    expand: torch.Tensor,
+    fusion: torch.Tensor,
+    norms: list[Norm],
+    *,
+    mean: bool,
+) -> torch.Tensor:
+    """Out, or with `mean` its means over H×W (B, C) in float32."""
+    r, combined, bias = _fold(case, squeeze, expand, fusion, norms)
+    tiling = case.tiling(gated_fusion_gate_kernel, case.channels)
+    out = None if mean else case.new_map(case.channels)
+    sums = case.new_floats(tiling.parts, case.channels) if mean else None
+    norm3 = norms[2]
+    launch.launch(
+        gated_fusion_gate_kernel,
+        tiling.grid,
+        *(case.e, case.w, r, combined, bias, fusion),
+        *(norm3.mean, norm3.var, norm3.weight, norm3.bias, out, sums),
+        *(*case.strides, launch.strides(r), matrix_strides(fusion)),
+        (0, 0, 0) if out is None else launch.strides(out),
+        *(case.channels, case.squeezed, case.size, case.pixels, tiling.tiles, tiling.column_tiles),
+        norm3.eps,
+        config=tiling.config,
+        scratch=("r", "combined", "bias", "sums"),
+        ONE_GROUP=case.one_group(tiling),
+        WIDE=case.wide,
+        PRECISION=case.precision,
+    )
+    if out is not None:
+        return out
+    means = case.new_floats(case.batch, case.channels)
+    config = configs.choose(gated_fusion_mean_kernel.__name__, case.e, case.total)
+    blocks = launch.cdiv(case.channels, config.blocks["BLOCK_C"])
+    launch.launch(
+        gated_fusion_mean_kernel,
+        (case.batch * blocks,),
+        *(sums, means, case.channels, case.pixels, tiling.tiles, blocks),
+        config=config,
+        scratch=("sums",),
+    )
+    return means
+
+
+def forward(
+    e: torch.Tensor,
+    w: torch.Tensor,
+    squeeze_weight: torch.Tensor,
+    bn1_weight: torch.Tensor,
+    bn1_bias: torch.Tensor,
+    running_mean1: torch.Tensor | None,
+    running_var1: torch.Tensor | None,
+    expand_weight: torch.Tensor,
+    bn2_weight: torch.Tensor,
+    bn2_bias: torch.Tensor,
+    running_mean2: torch.Tensor | None,
+    running_var2: torch.Tensor | None,
+    fusion_weight: torch.Tensor,
+    bn3_weight: torch.Tensor,
+    bn3_bias: torch.Tensor,
+    running_mean3: torch.Tensor | None,
+    running_var3: torch.Tensor | None,
+    training: bool,
+    eps1: float,
+    eps2: float,
+    eps3: float,
+    save: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Return out, the maps kept for the backward, and the batch statistics of the three norms.
+
+    The kept maps are W1∗s (B, C//4, H, W) and Wf∗[s; M] (B, C, H, W) in e's dtype, or (0,) without
+    `save`; the statistics are (0,) in evaluation.
+    """
+    case = Case(e, w)
+    weights = (squeeze_weight, expand_weight, fusion_weight)
+    given = (
+        (bn1_weight, bn1_bias, running_mean1, running_var1, eps1, case.squeezed),
+        (bn2_weight, bn2_bias, running_mean2, running_var2, eps2, case.channels),
+        (bn3_weight, bn3_bias, running_mean3, running_var3, eps3, case.channels),
+    )
+    norms = [case.norm(*one, training=training) for one in given]
+    if not training and not save:
+        out = _evaluate(case, *weights, norms, mean=False)
+        return (out, *(e.new_empty(0) for _ in range(2)), *(case.new_floats(0) for _ in range(6)))
+    out, hidden, logits = forward_saving(case, *weights, norms, training=training)
+    kept = (hidden, logits) if save else (e.new_empty(0), e.new_empty(0))
+    if not training:
+        return (out, *kept, *(case.new_floats(0) for _ in range(6)))
+    return (out, *kept, *(vector for norm in norms for vector in (norm.mean, norm.var)))
+
+
+def forward_mean(
+    e: torch.Tensor,
+    w: torch.Tensor,
+    squeeze_weight: torch.Tensor,
+    bn1_weight: torch.Tensor,
+    bn1_bias: torch.Tensor,
+    running_mean1: torch.Tensor,
+    running_var1: torch.Tensor,
+    expand_weight: torch.Tensor,
+    bn2_weight: torch.Tensor,
+    bn2_bias: torch.Tensor,
+    running_mean2: torch.Tensor,
+    running_var2: torch.Tensor,
+    fusion_weight: torch.Tensor,
+    bn3_weight: torch.Tensor,
+    bn3_bias: torch.Tensor,
+    running_mean3: torch.Tensor,
+    running_var3: torch.Tensor,
+    eps1: float,
+    eps2: float,
+    eps3: float,
+) -> torch.Tensor:
+    """Means over H×W of evaluation's out, (B, C) float32; the map is never written (5.6)."""
+    norms = [
+        Norm(bn1_weight, bn1_bias, running_mean1, running_var1, eps1),
+        Norm(bn2_weight, bn2_bias, running_mean2, running_var2, eps2),
+        Norm(bn3_weight, bn3_bias, running_mean3, running_var3, eps3),
+    ]
+    weights = (squeeze_weight, expand_weight, fusion_weight)
+    return _evaluate(Case(e, w), *weights, norms, mean=True)

@@ -13,7 +13,6 @@ normalised.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -210,33 +209,6 @@ def batch_statistics(
     return mean, m2 / total
 
 
-# --------------------------------------------------------------------------------------- expansion
-
-
-@triton.jit
-def gated_fusion_expand_kernel(
-    hidden, affine1, weight, expanded, moments, hidden_strides, weight_strides, expanded_strides,
-    squeezed, channels, pixels, tiles, column_tiles,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """W2 ∗ relu(BN1(hidden)), (B, C, H, W); program (part, channel tile)."""
-    program = tl.program_id(0)
-    part = program // column_tiles
-    sample, pixel, inside = place(part, tiles, pixels, BLOCK_P)
-    column = program % column_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-    known = column < channels
-    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    acc = add_product(
-        acc, hidden, weight, affine1, sample, pixel, inside, column, known, squeezed,
-        hidden_strides, weight_strides, True, BLOCK_K, WIDE, PRECISION,
-    )  # fmt: skip
-    store_with_moments(
-        acc, expanded, moments, part, sample, pixel, inside, column, known, channels,
-        expanded_strides, WIDE,
-    )  # fmt: skip
-
-
 # -------------------------------------------------------------------------------------- host side
 
 
@@ -291,6 +263,16 @@ class Spans(NamedTuple):
         return (self.runs * self.blocks,)
 
 
+class Norm(NamedTuple):
+    """One batch norm; mean and var are running statistics in evaluation, outputs in training."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+    var: torch.Tensor
+    eps: float
+
+
 class Case:
     """The maps of one call and the sizes that its launches need.
 
@@ -334,14 +316,33 @@ class Case:
         """Empty float32 scratch."""
         return torch.empty(shape, dtype=torch.float32, device=self.e.device)
 
-    def tiling(self, kernel: Callable[..., Any], columns: int) -> Tiling:
+    def norm(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        running_mean: torch.Tensor | None,
+        running_var: torch.Tensor | None,
+        eps: float,
+        channels: int,
+        *,
+        training: bool,
+    ) -> Norm:
+        """A norm of the running statistics, or in training with room for the batch's."""
+        if training:
+            mean, var = self.new_floats(channels), self.new_floats(channels)
+            return Norm(weight, bias, mean, var, eps)
+        assert running_mean is not None  # the contract refuses evaluation without them
+        assert running_var is not None
+        return Norm(weight, bias, running_mean, running_var, eps)
+
+    def tiling(self, kernel: Any, columns: int) -> Tiling:
         """Tiles of a product with `columns` output channels."""
         config = configs.choose(kernel.__name__, self.e, self.total)
         tiles = launch.cdiv(self.pixels, config.blocks["BLOCK_P"])
         column_tiles = launch.cdiv(columns, config.blocks["BLOCK_O"])
         return Tiling(config, tiles, self.batch * tiles, column_tiles)
 
-    def spans(self, kernel: Callable[..., Any]) -> Spans:
+    def spans(self, kernel: Any) -> Spans:
         """Runs of an elementwise kernel over all C channels."""
         config = configs.choose(kernel.__name__, self.e, self.total)
         tiles = launch.cdiv(self.pixels, config.blocks["BLOCK_P"])

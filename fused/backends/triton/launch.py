@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ class Launch:
     Attributes:
         kernel: the `@triton.jit` function.
         grid: programs along up to three axes.
-        args: its arguments in order, tensors and numbers.
+        args: its arguments in order: tensors, numbers, tuples of them.
         constexprs: its compile-time arguments that are no block sizes.
         config: block sizes, warps and stages.
         scratch: names of the tensor arguments that only this op's launches read and write.
@@ -49,6 +49,7 @@ class Launch:
             **self.config.blocks,
             "num_warps": self.config.num_warps,
             "num_stages": self.config.num_stages,
+            "enable_fp_fusion": self.config.fp_fusion,
         }
 
     def named_args(self) -> dict[str, Any]:
@@ -57,10 +58,19 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the device of the tensors, on its current stream."""
-        (device, *_) = [a.device for a in self.args if isinstance(a, torch.Tensor)]
+        device = next(tensors(self.args)).device
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
             self.kernel[self.grid](*self.args, **self.options)
+
+
+def tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, those in tuples included."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from tensors(arg)
 
 
 _interceptors: list[Callable[[Launch], None]] = []
