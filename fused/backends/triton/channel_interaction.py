@@ -26,7 +26,7 @@ import triton.language as tl
 
 from ...contract import memory_format
 from . import configs
-from .channel_statistics import launch_statistics
+from .channel_statistics import launch_statistics, tile_offsets
 from .device import offset
 from .launch import cdiv, dot_precision, flat, is_wide, launch, strides
 
@@ -39,34 +39,18 @@ def relu(value):
 
 @triton.jit
 def pointwise_product(
-    weight,
-    weight_row,
-    weight_column,
-    x,
-    x_channel,
-    x_pixel,
-    gate,
-    row,
-    pixel,
-    rows,
-    channels,
-    pixels,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    weight, weight_strides, x, x_strides, gate, row, pixel, rows, channels, pixels,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """W ∗ x for `BLOCK_M` output channels × `BLOCK_N` pixels of one sample, in float32.
 
     Args:
-        weight: (rows, channels), any dtype and strides; it is cast to that of x.
-        weight_row: stride.
-        weight_column: stride.
+        weight: (rows, channels), any dtype; it is cast to that of x.
+        weight_strides: along rows and channels.
         x: the sample's map.
-        x_channel: stride.
-        x_pixel: stride.
-        gate: the sample's a (channels,); then column k of W is multiplied by 1 − a[k]. Or None.
+        x_strides: along batch, channel and pixel.
+        gate: the sample's a (channels,), then column k of W is multiplied by 1 − a[k]; or None.
         row: (BLOCK_M,) output channels.
         pixel: (BLOCK_N,) pixels.
         rows: number of output channels.
@@ -79,13 +63,12 @@ def pointwise_product(
         BLOCK_K: input channels a step.
     """
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    weight += offset(row, weight_row, WIDE)[:, None]
-    x += offset(pixel, x_pixel, WIDE)[None, :]
+    weight += offset(row, weight_strides[0], WIDE)[:, None]
     for start in range(0, channels, BLOCK_K):
         channel = start + tl.arange(0, BLOCK_K)
         known = channel < channels
         w = tl.load(
-            weight + offset(channel, weight_column, WIDE)[None, :],
+            weight + offset(channel, weight_strides[1], WIDE)[None, :],
             mask=(row < rows)[:, None] & known[None, :],
             other=0.0,
         )
@@ -93,7 +76,7 @@ def pointwise_product(
             complement = 1.0 - tl.load(gate + channel, mask=known, other=0.0)
             w = w.to(tl.float32) * complement[None, :]
         value = tl.load(
-            x + offset(channel, x_channel, WIDE)[:, None],
+            x + tile_offsets(channel, pixel, x_strides, WIDE),
             mask=known[:, None] & (pixel < pixels)[None, :],
             other=0.0,
         )
@@ -148,12 +131,8 @@ def channel_interaction_forward_kernel(
     pixels,
     hidden,
     tiles,
-    x_batch,
-    x_channel,
-    x_pixel,
-    e_batch,
-    e_channel,
-    e_pixel,
+    x_strides,
+    e_strides,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -162,6 +141,7 @@ def channel_interaction_forward_kernel(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
+    """e of `BLOCK_M` channels × `BLOCK_N` pixels of one sample, and a from the first pixels."""
     row_tiles = tl.cdiv(channels, BLOCK_M)
     row_tile = tl.program_id(0) % row_tiles
     rest = tl.program_id(0) // row_tiles
@@ -170,8 +150,8 @@ def channel_interaction_forward_kernel(
     batch = (rest // pixel_tiles).to(tl.int64)
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     pixel = pixel_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    x += batch * x_batch
-    e += batch * e_batch
+    x += batch * x_strides[0]
+    e += batch * e_strides[0]
     partials += batch * tiles * 2 * hidden
 
     a = _gate(
@@ -181,15 +161,14 @@ def channel_interaction_forward_kernel(
     if pixel_tile == 0:
         tl.store(gate + batch * channels + row, a, mask=row < channels)
     product = pointwise_product(
-        *(interaction_weight, channels, 1, x, x_channel, x_pixel, None),
+        *(interaction_weight, (channels, 1), x, x_strides, None),
         *(row, pixel, channels, channels, pixels, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
     )
     mask = (row < channels)[:, None] & (pixel < pixels)[None, :]
-    own = offset(row, x_channel, WIDE)[:, None] + offset(pixel, x_pixel, WIDE)[None, :]
+    own = tile_offsets(row, pixel, x_strides, WIDE)
     value = tl.load(x + own, mask=mask, other=0.0).to(tl.float32)
     value = a[:, None] * value + (1.0 - a)[:, None] * product
-    where = offset(row, e_channel, WIDE)[:, None] + offset(pixel, e_pixel, WIDE)[None, :]
-    tl.store(e + where, value.to(e.dtype.element_ty), mask=mask)
+    tl.store(e + tile_offsets(row, pixel, e_strides, WIDE), value.to(e.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -213,7 +192,8 @@ def forward(
         (batch * tiles,),
         *(x, interaction_weight.contiguous(), excite_weight.contiguous(), partials, e, gate),
         *(channels, pixels, squeeze_weight.shape[0], partials.shape[1]),
-        *(*strides(x), *strides(e)),
+        strides(x),
+        strides(e),
         config=config,
         scratch=("partials",),
         WIDE=is_wide(x, e),

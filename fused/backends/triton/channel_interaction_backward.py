@@ -10,8 +10,8 @@ Layouts: maps (B, C, H, W) by strides, vectors (B, C) float32, weights row-major
 1. `channel_interaction_outer_kernel`: one program for a tile of (o, i), over all samples in turn.
    outer stays in registers: its share of grad_a leaves as partials (B, tiles of i, C) float32, and
    grad_Wci is complete. grad_e and x are read once for every tile across them, mostly from cache.
-2. `channel_interaction_hidden_kernel`: one program for a sample and a tile of hidden units. Sums the
-   partials in the order of the tiles, recomputes V1·mean and V1·maximum, and goes back through V2.
+2. `channel_interaction_hidden_kernel`: one program for a sample and a tile of hidden units. Sums
+   the partials in the order of the tiles, recomputes V1·mean and V1·maximum, goes back through V2.
 3. `channel_interaction_weights_kernel`: one program for a tile of channels: the gradients of V1 and
    V2, summed over the samples in order, and those of mean and maximum.
 4. `channel_interaction_backward_kernel`: grid as in the forward, grad_e read, grad_x written; a
@@ -28,61 +28,45 @@ import triton.language as tl
 from ...contract import memory_format
 from . import configs
 from .channel_interaction import pointwise_product, relu
+from .channel_statistics import tile_offsets
 from .device import offset
 from .launch import cdiv, dot_precision, flat, is_wide, launch, strides
 
 
 @triton.jit
 def pixel_product(
-    a,
-    a_channel,
-    a_pixel,
-    row,
-    rows,
-    b,
-    b_channel,
-    b_pixel,
-    column,
-    columns,
-    start,
-    stop,
-    total,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    total, a, a_strides, row, rows, b, b_strides, column, columns, start, stop,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """total + Σ over pixels start ≤ p < stop of a[row, p]·b[column, p], in float32.
 
     Args:
-        a: one sample's map, by strides.
-        a_channel: stride.
-        a_pixel: stride.
+        total: (BLOCK_M, BLOCK_N) float32.
+        a: one sample's map.
+        a_strides: along batch, channel and pixel.
         row: (BLOCK_M,) channels of a.
         rows: number of channels of a.
-        b: the sample's other map, of a's dtype.
-        b_channel: stride.
-        b_pixel: stride.
+        b: another map of the sample, of a's dtype and pixels.
+        b_strides: along batch, channel and pixel.
         column: (BLOCK_N,) channels of b.
         columns: number of channels of b.
         start: first pixel.
         stop: last pixel + 1.
-        total: (BLOCK_M, BLOCK_N) float32.
         WIDE: offsets need 64 bits.
         PRECISION: of the product, as `tl.dot` calls it.
         BLOCK_K: pixels a step.
     """
-    a += offset(row, a_channel, WIDE)[:, None]
-    b += offset(column, b_channel, WIDE)[None, :]
+    b += offset(column, b_strides[1], WIDE)[None, :]
     for first in range(start, stop, BLOCK_K):
         pixel = first + tl.arange(0, BLOCK_K)
         known = pixel < stop
         left = tl.load(
-            a + offset(pixel, a_pixel, WIDE)[None, :],
+            a + tile_offsets(row, pixel, a_strides, WIDE),
             mask=(row < rows)[:, None] & known[None, :],
             other=0.0,
         )
         right = tl.load(
-            b + offset(pixel, b_pixel, WIDE)[:, None],
+            b + offset(pixel, b_strides[2], WIDE)[:, None],
             mask=known[:, None] & (column < columns)[None, :],
             other=0.0,
         )
@@ -101,18 +85,15 @@ def channel_interaction_outer_kernel(
     batches,
     channels,
     pixels,
-    grad_batch,
-    grad_channel,
-    grad_pixel,
-    x_batch,
-    x_channel,
-    x_pixel,
+    grad_strides,
+    x_strides,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """grad_Wci of `BLOCK_M` × `BLOCK_N`, and their share of grad_a of every sample."""
     row_tiles = tl.cdiv(channels, BLOCK_M)
     column_tile = tl.program_id(0) // row_tiles
     row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -124,19 +105,18 @@ def channel_interaction_outer_kernel(
     partials += column_tile * channels
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(batches):
+        outer = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         outer = pixel_product(
-            *(grad_e, grad_channel, grad_pixel, row, channels),
-            *(x, x_channel, x_pixel, column, channels),
-            *(0, pixels, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)),
-            *(WIDE, PRECISION, BLOCK_K),
+            *(outer, grad_e, grad_strides, row, channels, x, x_strides, column, channels),
+            *(0, pixels, WIDE, PRECISION, BLOCK_K),
         )
         weight = tl.load(interaction_weight + where, mask=mask, other=0.0).to(tl.float32)
         one = tl.where(row[:, None] == column[None, :], 1.0, 0.0)
         tl.store(partials + row, tl.sum(outer * (one - weight), axis=1), mask=inside)
         a = tl.load(gate + row, mask=inside, other=0.0)
         total += (1.0 - a)[:, None] * outer
-        grad_e += grad_batch
-        x += x_batch
+        grad_e += grad_strides[0]
+        x += x_strides[0]
         gate += channels
         partials += column_tiles * channels
     tl.store(grad_weight + where, total.to(grad_weight.dtype.element_ty), mask=mask)
@@ -160,6 +140,7 @@ def channel_interaction_hidden_kernel(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
+    """Gradients of one sample's logits, and of `BLOCK_HIDDEN` units before their ReLU."""
     hidden_tiles = tl.cdiv(hidden, BLOCK_HIDDEN)
     hidden_tile = tl.program_id(0) % hidden_tiles
     batch = (tl.program_id(0) // hidden_tiles).to(tl.int64)
@@ -219,6 +200,7 @@ def channel_interaction_weights_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
+    """Gradients of `BLOCK_C` columns of V1 and rows of V2, and of their mean and maximum."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     for start in range(0, hidden, BLOCK_HIDDEN):
@@ -278,18 +260,15 @@ def channel_interaction_backward_kernel(
     grad_x,
     channels,
     pixels,
-    grad_batch,
-    grad_channel,
-    grad_pixel,
-    x_batch,
-    x_channel,
-    x_pixel,
+    grad_strides,
+    x_strides,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """grad_x of `BLOCK_M` channels × `BLOCK_N` pixels of one sample."""
     row_tiles = tl.cdiv(channels, BLOCK_M)
     rest = tl.program_id(0) // row_tiles
     pixel_tiles = tl.cdiv(pixels, BLOCK_N)
@@ -297,14 +276,14 @@ def channel_interaction_backward_kernel(
     row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     pixel = rest % pixel_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < channels
-    grad_e += batch * grad_batch
+    grad_e += batch * grad_strides[0]
     gate += batch * channels
     total = pointwise_product(
-        *(interaction_weight, 1, channels, grad_e, grad_channel, grad_pixel, gate),
+        *(interaction_weight, (1, channels), grad_e, grad_strides, gate),
         *(row, pixel, channels, channels, pixels, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
     )
     mask = inside[:, None] & (pixel < pixels)[None, :]
-    own = offset(row, grad_channel, WIDE)[:, None] + offset(pixel, grad_pixel, WIDE)[None, :]
+    own = tile_offsets(row, pixel, grad_strides, WIDE)
     value = tl.load(grad_e + own, mask=mask, other=0.0).to(tl.float32)
     a = tl.load(gate + row, mask=inside, other=0.0)
     place = batch * channels + row
@@ -313,8 +292,8 @@ def channel_interaction_backward_kernel(
     position = tl.load(argmax + place, mask=inside, other=-1).to(tl.int32)
     total += a[:, None] * value + everywhere[:, None]
     total += tl.where(position[:, None] == pixel[None, :], there[:, None], 0.0)
-    where = offset(row, x_channel, WIDE)[:, None] + offset(pixel, x_pixel, WIDE)[None, :]
-    tl.store(grad_x + batch * x_batch + where, total.to(grad_x.dtype.element_ty), mask=mask)
+    grad_x += batch * x_strides[0] + tile_offsets(row, pixel, x_strides, WIDE)
+    tl.store(grad_x, total.to(grad_x.dtype.element_ty), mask=mask)
 
 
 def _outer(
@@ -331,7 +310,7 @@ def _outer(
         channel_interaction_outer_kernel,
         (tiles * cdiv(channels, config.blocks["BLOCK_M"]),),
         *(grad_e, x, gate, weight, grad_weight, partials),
-        *(batch, channels, pixels, *strides(grad_e), *strides(x)),
+        *(batch, channels, pixels, strides(grad_e), strides(x)),
         config=config,
         scratch=("partials",),
         WIDE=is_wide(grad_e, x, weight),
@@ -404,7 +383,7 @@ def backward(
         channel_interaction_backward_kernel,
         (batch * tiles,),
         *(grad_e, weight, gate, grad_mean, grad_maximum, argmax, grad_x),
-        *(channels, pixels, *strides(grad_e), *strides(grad_x)),
+        *(channels, pixels, strides(grad_e), strides(grad_x)),
         config=config,
         scratch=("grad_mean", "grad_maximum"),
         WIDE=is_wide(grad_e, grad_x),

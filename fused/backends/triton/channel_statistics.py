@@ -1,5 +1,4 @@
-"""Mean, maximum and the maximum's position of each channel (spec.md 2.1, first line), and their
-gradient.
+"""Mean, maximum and the maximum's position of each channel (spec.md 2.1), and their gradient.
 
     mean = Σ_p x / P     maximum = max_p x     argmax = the first p that holds it, P = H·W
 
@@ -26,6 +25,13 @@ from .launch import cdiv, flat, is_wide, launch, strides
 
 
 @triton.jit
+def tile_offsets(channel, pixel, strides, WIDE: tl.constexpr):
+    """Offsets of a tile (channels, pixels) into its sample of a map of `strides`."""
+    along_channels = offset(channel, strides[1], WIDE)
+    return along_channels[:, None] + offset(pixel, strides[2], WIDE)[None, :]
+
+
+@triton.jit
 def _mean_and_first_maximum(total, best, position, pixels):
     """Join the lanes along axis 1: mean, maximum, and the first position that holds it."""
     nan = best != best
@@ -47,23 +53,21 @@ def channel_statistics_forward_kernel(
     channels,
     pixels,
     hidden,
-    x_batch,
-    x_channel,
-    x_pixel,
+    x_strides,
     SQUEEZE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
+    """Statistics of `BLOCK_C` channels of one sample, and with `SQUEEZE` V1's share of them."""
     tiles = tl.cdiv(channels, BLOCK_C)
     tile = tl.program_id(0) % tiles
     batch = tl.program_id(0) // tiles
     channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     lane = tl.arange(0, BLOCK_P)
-    x += batch.to(tl.int64) * x_batch
-    rows = x + offset(channel, x_channel, WIDE)[:, None]
+    x += batch.to(tl.int64) * x_strides[0]
 
     total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     best = tl.full((BLOCK_C, BLOCK_P), -float("inf"), tl.float32)
@@ -71,7 +75,7 @@ def channel_statistics_forward_kernel(
     for start in tl.range(0, pixels, BLOCK_P, num_stages=4):
         pixel = start + lane
         mask = inside[:, None] & (pixel < pixels)[None, :]
-        value = tl.load(rows + offset(pixel, x_pixel, WIDE)[None, :], mask=mask, other=0.0)
+        value = tl.load(x + tile_offsets(channel, pixel, x_strides, WIDE), mask=mask, other=0.0)
         value = value.to(tl.float32)
         total += value
         value = tl.where(mask, value, -float("inf"))
@@ -108,13 +112,12 @@ def channel_statistics_backward_kernel(
     grad_x,
     channels,
     pixels,
-    grad_batch,
-    grad_channel,
-    grad_pixel,
+    grad_strides,
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    """grad_x of `BLOCK_C` channels × `BLOCK_P` pixels of one sample."""
     channel_tiles = tl.cdiv(channels, BLOCK_C)
     tile = tl.program_id(0) % channel_tiles
     rest = tl.program_id(0) // channel_tiles
@@ -129,9 +132,9 @@ def channel_statistics_backward_kernel(
     position = tl.load(argmax + row, mask=inside, other=-1).to(tl.int32)
     at_maximum = position[:, None] == pixel[None, :]
     grad = everywhere[:, None] + tl.where(at_maximum, there[:, None], 0.0)
-    where = offset(channel, grad_channel, WIDE)[:, None] + offset(pixel, grad_pixel, WIDE)[None, :]
+    grad_x += batch.to(tl.int64) * grad_strides[0]
     tl.store(
-        grad_x + batch.to(tl.int64) * grad_batch + where,
+        grad_x + tile_offsets(channel, pixel, grad_strides, WIDE),
         grad.to(grad_x.dtype.element_ty),
         mask=inside[:, None] & (pixel < pixels)[None, :],
     )
@@ -164,7 +167,7 @@ def launch_statistics(
         channel_statistics_forward_kernel,
         (batch * tiles,),
         *(x, squeeze_weight, mean, maximum, argmax, partials),
-        *(channels, height * width, hidden, *strides(x)),
+        *(channels, height * width, hidden, strides(x)),
         config=config,
         scratch=("partials",),
         SQUEEZE=squeeze_weight is not None,
@@ -192,7 +195,7 @@ def backward(
         channel_statistics_backward_kernel,
         (batch * tiles,),
         *(grad_mean.contiguous(), grad_maximum.contiguous(), argmax.contiguous(), grad_x),
-        *(channels, pixels, *strides(grad_x)),
+        *(channels, pixels, strides(grad_x)),
         config=config,
         WIDE=is_wide(grad_x),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -66,66 +66,56 @@ _add(
     (Config({"BLOCK_P": 128, "BLOCK_R": 16}, 4, 2), Config({"BLOCK_P": 64, "BLOCK_R": 16}, 4, 2)),
     (Config({"BLOCK_P": 64, "BLOCK_R": 16}, 4, 2),),
 )
+for _kernel in ("recompute", "inputs_backward", "convolutions_backward"):
+    _add(
+        f"cross_spatial_{_kernel}_kernel",
+        (Config({"BLOCK_P": 128}, 4, 3), Config({"BLOCK_P": 64}, 4, 2)),
+        (Config({"BLOCK_P": 64}, 4, 2), Config({"BLOCK_P": 32}, 4, 2)),
+    )
+_add("cross_spatial_vectors_kernel", (Config({}, 4, 1),))
+for _kernel in ("attention_backward", "features_backward"):
+    _add(f"cross_spatial_{_kernel}_kernel", (Config({"BLOCK_P": 64}, 8, 2),))
+_add("cross_spatial_branches_backward_kernel", (Config({"BLOCK_W": 64}, 4, 2),))
 _add("cross_spatial_gate_kernel", (Config({"BLOCK_P": 128, "BLOCK_R": 16}, 4, 1),))
 
-# channel_statistics, channel_interaction and msff.
-TABLE |= {
-    ("channel_statistics_forward_kernel", "half"): (
-        Config({"BLOCK_C": 16, "BLOCK_P": 256, "BLOCK_HIDDEN": 64}, num_warps=8),
+# -------------------------------------------------------- channel_statistics, channel_interaction
+
+_add(
+    "channel_statistics_forward_kernel",
+    (Config({"BLOCK_C": 16, "BLOCK_P": 256, "BLOCK_HIDDEN": 64}, 8),),
+    (Config({"BLOCK_C": 8, "BLOCK_P": 256, "BLOCK_HIDDEN": 64}, 8),),
+)
+_add(
+    "channel_statistics_backward_kernel",
+    (Config({"BLOCK_C": 32, "BLOCK_P": 128}),),
+    (Config({"BLOCK_C": 32, "BLOCK_P": 64}),),
+)
+# Float32 weights of a half-precision map take the most shared memory: two stages of them.
+_POINTWISE = (
+    Config(
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3, shared_bytes=96 * 1024, pixels=1024
     ),
-    ("channel_statistics_forward_kernel", "single"): (
-        Config({"BLOCK_C": 8, "BLOCK_P": 256, "BLOCK_HIDDEN": 64}, num_warps=8),
-    ),
-    ("channel_statistics_backward_kernel", "half"): (Config({"BLOCK_C": 32, "BLOCK_P": 128}),),
-    ("channel_statistics_backward_kernel", "single"): (Config({"BLOCK_C": 32, "BLOCK_P": 64}),),
-    ("channel_interaction_forward_kernel", "half"): (
-        Config(
-            {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_HIDDEN": 64, "BLOCK_TILES": 32},
-            num_warps=8,
-            num_stages=3,
-            shared_bytes=120 * 1024,
-            pixels=1024,
-        ),
-        Config(
-            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_HIDDEN": 64, "BLOCK_TILES": 32},
-            num_warps=4,
-            num_stages=3,
-        ),
-    ),
-    ("channel_interaction_forward_kernel", "single"): (
-        Config(
-            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "BLOCK_HIDDEN": 64, "BLOCK_TILES": 32},
-            num_warps=8,
-            num_stages=3,
-        ),
-    ),
-    ("channel_interaction_outer_kernel", "half"): (
-        Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3, shared_bytes=90 * 1024),
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 3),
-    ),
-    ("channel_interaction_outer_kernel", "single"): (
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 3),
-    ),
-    ("channel_interaction_hidden_kernel", "half"): (
-        Config({"BLOCK_C": 128, "BLOCK_HIDDEN": 16, "BLOCK_TILES": 16}),
-    ),
-    ("channel_interaction_hidden_kernel", "single"): (
-        Config({"BLOCK_C": 128, "BLOCK_HIDDEN": 16, "BLOCK_TILES": 16}),
-    ),
-    ("channel_interaction_weights_kernel", "half"): (
-        Config({"BLOCK_C": 16, "BLOCK_HIDDEN": 64}),
-    ),
-    ("channel_interaction_weights_kernel", "single"): (
-        Config({"BLOCK_C": 16, "BLOCK_HIDDEN": 64}),
-    ),
-    ("channel_interaction_backward_kernel", "half"): (
-        Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3, 120 * 1024, pixels=1024),
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 3),
-    ),
-    ("channel_interaction_backward_kernel", "single"): (
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 3),
-    ),
-}
+    Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 3),
+)
+_POINTWISE_SINGLE = (Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 3),)
+
+
+def _with(candidates: Candidates, **blocks: int) -> Candidates:
+    return tuple(replace(c, blocks={**c.blocks, **blocks}) for c in candidates)
+
+
+_add(
+    "channel_interaction_forward_kernel",
+    _with(_POINTWISE, BLOCK_HIDDEN=64, BLOCK_TILES=32),
+    _with(_POINTWISE_SINGLE, BLOCK_HIDDEN=32, BLOCK_TILES=32),
+)
+_add("channel_interaction_outer_kernel", _POINTWISE, _POINTWISE_SINGLE)
+_add("channel_interaction_backward_kernel", _POINTWISE, _POINTWISE_SINGLE)
+_add(
+    "channel_interaction_hidden_kernel",
+    (Config({"BLOCK_C": 128, "BLOCK_HIDDEN": 16, "BLOCK_TILES": 16}),),
+)
+_add("channel_interaction_weights_kernel", (Config({"BLOCK_C": 16, "BLOCK_HIDDEN": 64}),))
 
 # ------------------------------------------------------------------------------------ gated_fusion
 
@@ -134,7 +124,7 @@ _SMALL = {"BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_K": 32}
 for _kernel in ("fold", "gate", "hidden", "expand", "logits"):
     _add(
         f"gated_fusion_{_kernel}_kernel",
-        (Config(_LARGE, 8, 3, 96 * 1024, 8192), Config(_SMALL, 4, 3)),
+        (Config(_LARGE, 8, 3, shared_bytes=96 * 1024, pixels=8192), Config(_SMALL, 4, 3)),
         (Config({**_SMALL, "BLOCK_K": 16}, 8, 2), Config({**_SMALL, "BLOCK_P": 32}, 4, 2)),
     )
 for _kernel in ("norm", "mean"):

@@ -1,0 +1,502 @@
+"""Kernels of cross_spatial's backward, from the gradient of w to those of X, weights and e.
+
+Notation: gl = grad_w·w·(1 − w), the gradient of w's logit, a number a pixel; R = Wr ∗ (A ⊙ f); a row
+is (branch, slab) = branch·slabs + slab; T0 and T1 are Σ g and Σ g·n of a batch norm, n its
+normalised input. Everything that depends on a whole group comes from sums of one pass: with
+y = BN(R) + α·Wc∗X, Σ gl·y, Σ y's gradient and its product with n are linear in Σ gl, Σ gl·R, Σ R,
+Σ gl·X and Σ X, so y and its gradient are never stored, and Wc's gradient is of rank two a slab.
+
+recompute  f and R again, with the saved statistics, and those sums
+vectors    per (branch, slab): y's gradient is o·gl + m; gradients of Wc, α and R's norm
+attention  sums T0, T1 of the attention's norm; gradient of Wr
+features   gradient of f; gradient of Wa
+inputs     gradient of X, by the transposed convolutions
+Sums are float32; operands of products and scratch have e's dtype.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cross_spatial_tiles import (
+    TILE_ATTENTION,
+    TILE_CHANNEL_FEAT,
+    TILE_REDUCE,
+    TILE_SPATIAL1,
+    TILE_SPATIAL3,
+    TILE_SPATIAL5,
+    attention_logits,
+    features_tile,
+    folded_running,
+    load_shifted,
+    load_tile,
+    outer_tap,
+    reduced_tile,
+    store_tile,
+    sum_rows,
+    vector,
+    weight_tile,
+    weight_tile_transposed,
+)
+
+
+@triton.jit
+def _set_row(row, slabs, G, PER_GROUP: tl.constexpr):
+    """Row of the saved statistics for a (branch, slab): branches alternate, as published."""
+    if PER_GROUP:
+        return 2 * ((row % slabs) % G) + row // slabs
+    return row * 0
+
+
+@triton.jit
+def _logit_gradient(grad_w, w, slab, P, pixel, inside):
+    """gl at pixels, (BLOCK_P,) float32."""
+    at = slab * P + pixel
+    gate = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(grad_w + at, mask=inside, other=0.0).to(tl.float32) * gate * (1.0 - gate)
+
+
+@triton.jit
+def cross_spatial_recompute_kernel(
+    sheets, features, reduced, sums, packed, grad_w, w,
+    attention_weight, attention_bias, attention_mean, attention_var, reduce_mean,
+    slabs, G, H, W, c, eps,
+    PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """f (2·slabs, 3, P, BLOCK_C), R (2·slabs, P, BLOCK_C); one program a row.
+
+    sums (2·slabs, 5, BLOCK_C): Σ gl·(R − μ), Σ (R − μ), Σ gl·X, Σ X, Σ gl, with μ the norm's mean.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    P = H * W
+    size = P * BLOCK_C
+    at = _set_row(row, slabs, G, PER_GROUP)
+    weight, bias = attention_weight, attention_bias
+    mean, var = attention_mean + at * 3 * c, attention_var + at * 3 * c
+    scale1, shift1 = folded_running(weight, bias, mean, var, eps, c, BLOCK_C)
+    scale3, shift3 = folded_running(
+        weight + c, bias + c, mean + c, var + c, eps, c, BLOCK_C
+    )
+    scale5, shift5 = folded_running(
+        weight + 2 * c, bias + 2 * c, mean + 2 * c, var + 2 * c, eps, c, BLOCK_C
+    )
+    centre = vector(reduce_mean + at * c, c, BLOCK_C, 0.0)
+    x, out = sheets + row * size, features + row * 3 * size
+    zero = tl.zeros((BLOCK_C,), tl.float32)
+    weighted_r, total_r, weighted_x, total_x, total = zero, zero, zero, zero, 0.0
+    for start in range(0, P, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        inside = pixel < P
+        f1, f3, f5 = features_tile(x, packed, pixel, 0, H, W, BLOCK_C, BLOCK_P, PRECISION)
+        store_tile(out, pixel, inside, f1, BLOCK_C)
+        store_tile(out + size, pixel, inside, f3, BLOCK_C)
+        store_tile(out + 2 * size, pixel, inside, f5, BLOCK_C)
+        r = reduced_tile(
+            f1, f3, f5, packed, scale1, shift1, scale3, shift3, scale5, shift5,
+            BLOCK_C, BLOCK_P, PRECISION,
+        )  # fmt: skip
+        store_tile(reduced + row * size, pixel, inside, r, BLOCK_C)
+        gl = _logit_gradient(grad_w, w, row % slabs, P, pixel, inside)
+        r = tl.where(inside[:, None], r - centre[None, :], 0.0)
+        value = load_tile(x, pixel, inside, BLOCK_C).to(tl.float32)
+        weighted_r += tl.sum(r * gl[:, None], axis=0)
+        total_r += tl.sum(r, axis=0)
+        weighted_x += tl.sum(value * gl[:, None], axis=0)
+        total_x += tl.sum(value, axis=0)
+        total += tl.sum(gl, axis=0)
+    channel = tl.arange(0, BLOCK_C)
+    own = sums + row * 5 * BLOCK_C + channel
+    tl.store(own, weighted_r)
+    tl.store(own + BLOCK_C, total_r)
+    tl.store(own + 2 * BLOCK_C, weighted_x)
+    tl.store(own + 3 * BLOCK_C, total_x)
+    tl.store(own + 4 * BLOCK_C, zero + total)
+
+
+# --------------------------------------------------------------------------------------- vectors
+
+
+@triton.jit
+def _apply(weight, value):
+    """Weight (inputs, outputs) times a vector of inputs."""
+    return tl.sum(weight * value[:, None], axis=0)
+
+
+@triton.jit
+def _apply_transposed(weight, value):
+    """Weight (inputs, outputs) transposed, times a vector of outputs."""
+    return tl.sum(weight * value[None, :], axis=1)
+
+
+@triton.jit
+def _one_branch(
+    own, vectors, direct, softmax, grad_softmax, feat, rstd, alpha, P, BLOCK_C: tl.constexpr
+):
+    """Store (o, m, α·Wcᵀo, α·Wcᵀm) of a row; return its T0, T1, and gradients of Wc/α and α."""
+    channel = tl.arange(0, BLOCK_C)
+    inner = tl.sum(softmax * grad_softmax, axis=0)
+    offset = softmax * (grad_softmax - inner) / P
+    tl.store(vectors + channel, direct)
+    tl.store(vectors + BLOCK_C + channel, offset)
+    tl.store(vectors + 2 * BLOCK_C + channel, alpha * _apply_transposed(feat, direct))
+    tl.store(vectors + 3 * BLOCK_C + channel, alpha * _apply_transposed(feat, offset))
+    weighted_r, total_r = tl.load(own + channel), tl.load(own + BLOCK_C + channel)
+    weighted_x, total_x = tl.load(own + 2 * BLOCK_C + channel), tl.load(own + 3 * BLOCK_C + channel)
+    total = tl.load(own + 4 * BLOCK_C + channel)
+    sum0 = direct * total + offset * P
+    sum1 = rstd * (direct * weighted_r + offset * total_r)
+    grad_feat = weighted_x[:, None] * direct[None, :] + total_x[:, None] * offset[None, :]
+    grad_alpha = tl.sum(direct * _apply(feat, weighted_x) + offset * _apply(feat, total_x), axis=0)
+    return sum0, sum1, grad_feat, grad_alpha
+
+
+@triton.jit
+def _output_gradient(own, scale, bias, feat, alpha, BLOCK_C: tl.constexpr):
+    """Σ gl·y of a row, (BLOCK_C,)."""
+    channel = tl.arange(0, BLOCK_C)
+    weighted_x = tl.load(own + 2 * BLOCK_C + channel)
+    total = tl.load(own + 4 * BLOCK_C + channel)
+    return scale * tl.load(own + channel) + bias * total + alpha * _apply(feat, weighted_x)
+
+
+@triton.jit
+def cross_spatial_vectors_kernel(
+    sums, vectors, totals, partials, packed, softmax1, softmax2,
+    reduce_weight, reduce_bias, reduce_var, alpha, slabs, G, P, c, eps,
+    PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program a group: its samples in order.
+
+    vectors (2·slabs, 4, BLOCK_C), totals (2G, 2, BLOCK_C): T0, T1 of R's norm for (branch, group);
+    partials (G, 2c + c·c + 1): gradients of the norm's weight and bias, of Wc, and of α.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK_C)
+    feat = weight_tile(packed, TILE_CHANNEL_FEAT, BLOCK_C).to(tl.float32)
+    alpha_value = tl.load(alpha).to(tl.float32)
+    gamma = vector(reduce_weight, c, BLOCK_C, 0.0)
+    beta = vector(reduce_bias, c, BLOCK_C, 0.0)
+    var1 = reduce_var + _set_row(group, slabs, G, PER_GROUP) * c
+    var2 = reduce_var + _set_row(slabs + group, slabs, G, PER_GROUP) * c
+    rstd1 = 1.0 / tl.sqrt_rn(vector(var1, c, BLOCK_C, 1.0) + eps)
+    rstd2 = 1.0 / tl.sqrt_rn(vector(var2, c, BLOCK_C, 1.0) + eps)
+    zero = tl.zeros((BLOCK_C,), tl.float32)
+    sum0_1, sum1_1, sum0_2, sum1_2, grad_alpha = zero, zero, zero, zero, 0.0
+    grad_feat = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    for slab in range(group, slabs, G):
+        own1, own2 = sums + slab * 5 * BLOCK_C, sums + (slabs + slab) * 5 * BLOCK_C
+        s1 = vector(softmax1 + slab * c, c, BLOCK_C, 0.0)
+        s2 = vector(softmax2 + slab * c, c, BLOCK_C, 0.0)
+        # Softmax 1 weighs y2, and the other way round.
+        grad_s1 = _output_gradient(own2, gamma * rstd2, beta, feat, alpha_value, BLOCK_C)
+        grad_s2 = _output_gradient(own1, gamma * rstd1, beta, feat, alpha_value, BLOCK_C)
+        of1, of2 = vectors + slab * 4 * BLOCK_C, vectors + (slabs + slab) * 4 * BLOCK_C
+        t0, t1, grad, grad_a = _one_branch(
+            own1, of1, s2, s1, grad_s1, feat, rstd1, alpha_value, P, BLOCK_C
+        )
+        sum0_1 += t0
+        sum1_1 += t1
+        grad_feat += grad
+        grad_alpha += grad_a
+        t0, t1, grad, grad_a = _one_branch(
+            own2, of2, s1, s2, grad_s2, feat, rstd2, alpha_value, P, BLOCK_C
+        )
+        sum0_2 += t0
+        sum1_2 += t1
+        grad_feat += grad
+        grad_alpha += grad_a
+    of_set = totals + 4 * group * BLOCK_C + channel
+    tl.store(of_set, sum0_1)
+    tl.store(of_set + BLOCK_C, sum1_1)
+    tl.store(of_set + 2 * BLOCK_C, sum0_2)
+    tl.store(of_set + 3 * BLOCK_C, sum1_2)
+    ok = channel < c
+    out = partials + group * (2 * c + c * c + 1)
+    tl.store(out + channel, sum1_1 + sum1_2, mask=ok)
+    tl.store(out + c + channel, sum0_1 + sum0_2, mask=ok)
+    at = out + 2 * c + channel[None, :] * c + channel[:, None]
+    tl.store(at, grad_feat * alpha_value, mask=ok[:, None] & ok[None, :])
+    tl.store(out + 2 * c + c * c, grad_alpha)
+
+
+# ------------------------------------------------------------------------- gradients of A, f and X
+
+
+@triton.jit
+def reduced_gradient_vectors(
+    vectors, totals, row, weight, mean, var, slabs, G, c, count, eps,
+    BATCH: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """R's gradient is q0·gl + q1 + q2·(R − μ): q0, q1, q2, μ; `count` values share statistics."""
+    channel = tl.arange(0, BLOCK_C)
+    at = _set_row(row, slabs, G, PER_GROUP)
+    centre = vector(mean + at * c, c, BLOCK_C, 0.0)
+    rstd = 1.0 / tl.sqrt_rn(vector(var + at * c, c, BLOCK_C, 1.0) + eps)
+    scale = vector(weight, c, BLOCK_C, 0.0) * rstd
+    direct = tl.load(vectors + row * 4 * BLOCK_C + channel)
+    offset = tl.load(vectors + row * 4 * BLOCK_C + BLOCK_C + channel)
+    slope = tl.zeros((BLOCK_C,), tl.float32)
+    if BATCH:
+        first, rows = at, 1
+        if not PER_GROUP:
+            rows = 2 * G
+        stride = 2 * BLOCK_C
+        sum0 = sum_rows(totals, first, 1, rows, stride, BLOCK_C, BLOCK_C, 16)
+        sum1 = sum_rows(totals + BLOCK_C, first, 1, rows, stride, BLOCK_C, BLOCK_C, 16)
+        offset -= sum0 / count
+        slope -= scale * rstd * sum1 / count
+    return scale * direct, scale * offset, slope, centre
+
+
+@triton.jit
+def reduced_gradient(
+    reduced, gl, pixel, inside, q0, q1, q2, centre, BLOCK_C: tl.constexpr
+):
+    """Gradient of R at a tile, in the dtype of the products, zero outside."""
+    r = load_tile(reduced, pixel, inside, BLOCK_C).to(tl.float32)
+    grad = gl[:, None] * q0[None, :] + q1[None, :] + (r - centre[None, :]) * q2[None, :]
+    return tl.where(inside[:, None], grad, 0.0).to(reduced.dtype.element_ty)
+
+
+@triton.jit
+def attention_gradient(
+    f1, f3, f5, own, grad_r, packed, weight, bias, mean, var, eps, c, K: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For features K: A, its normalised logits n, the gradients of A ⊙ f and of BN's output."""
+    mean_c, var_c = vector(mean + K * c, c, BLOCK_C, 0.0), vector(var + K * c, c, BLOCK_C, 1.0)
+    rstd = 1.0 / tl.sqrt_rn(var_c + eps)
+    gamma = vector(weight + K * c, c, BLOCK_C, 0.0)
+    beta = vector(bias + K * c, c, BLOCK_C, 0.0)
+    logits = attention_logits(f1, f3, f5, packed, K, BLOCK_C, PRECISION)
+    n = (logits - mean_c[None, :]) * rstd[None, :]
+    attention = tl.sigmoid(n * gamma[None, :] + beta[None, :])
+    back = weight_tile_transposed(packed, TILE_REDUCE + K, BLOCK_C)
+    grad_weighted = tl.dot(grad_r, back, input_precision=PRECISION)
+    grad = grad_weighted * own.to(tl.float32) * attention * (1.0 - attention)
+    return attention, n, grad_weighted, grad, gamma * rstd
+
+
+@triton.jit
+def _attention_step(
+    f1, f3, f5, own, grad_r, sum0, sum1, grad_weight, packed, weight, bias, mean, var, eps, c,
+    K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a tile to T0 and T1 of features K and to Wr's gradient (outputs, inputs)."""
+    attention, n, _, grad, _ = attention_gradient(
+        f1, f3, f5, own, grad_r, packed, weight, bias, mean, var, eps, c, K, BLOCK_C, PRECISION
+    )
+    weighted = (attention * own.to(tl.float32)).to(own.dtype)
+    grad_weight = tl.dot(tl.trans(grad_r), weighted, grad_weight, input_precision=PRECISION)
+    return sum0 + tl.sum(grad, axis=0), sum1 + tl.sum(grad * n, axis=0), grad_weight
+
+
+@triton.jit
+def cross_spatial_attention_backward_kernel(
+    features, reduced, vectors, totals, sums, partials, packed, grad_w, w,
+    weight, bias, attention_mean, attention_var, reduce_weight, reduce_mean, reduce_var,
+    slabs, G, H, W, c, count, attention_eps, reduce_eps,
+    BATCH: tl.constexpr, PER_GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program a row: sums (2·slabs, 2, 3c): T0, T1 of A's norm; partials (2·slabs, c·3c): Wr's."""
+    row = tl.program_id(0).to(tl.int64)
+    P = H * W
+    size = P * BLOCK_C
+    at = _set_row(row, slabs, G, PER_GROUP)
+    mean, var = attention_mean + at * 3 * c, attention_var + at * 3 * c
+    q0, q1, q2, centre = reduced_gradient_vectors(
+        vectors, totals, row, reduce_weight, reduce_mean, reduce_var, slabs, G, c, count,
+        reduce_eps, BATCH, PER_GROUP, BLOCK_C,
+    )  # fmt: skip
+    source = features + row * 3 * size
+    zero = tl.zeros((BLOCK_C,), tl.float32)
+    t0_1, t0_3, t0_5, t1_1, t1_3, t1_5 = zero, zero, zero, zero, zero, zero
+    grad1 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    grad3 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    grad5 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        inside = pixel < P
+        f1 = load_tile(source, pixel, inside, BLOCK_C)
+        f3 = load_tile(source + size, pixel, inside, BLOCK_C)
+        f5 = load_tile(source + 2 * size, pixel, inside, BLOCK_C)
+        gl = _logit_gradient(grad_w, w, row % slabs, P, pixel, inside)
+        grad_r = reduced_gradient(
+            reduced + row * size, gl, pixel, inside, q0, q1, q2, centre, BLOCK_C
+        )
+        t0_1, t1_1, grad1 = _attention_step(
+            f1, f3, f5, f1, grad_r, t0_1, t1_1, grad1, packed, weight, bias, mean, var,
+            attention_eps, c, 0, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        t0_3, t1_3, grad3 = _attention_step(
+            f1, f3, f5, f3, grad_r, t0_3, t1_3, grad3, packed, weight, bias, mean, var,
+            attention_eps, c, 1, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        t0_5, t1_5, grad5 = _attention_step(
+            f1, f3, f5, f5, grad_r, t0_5, t1_5, grad5, packed, weight, bias, mean, var,
+            attention_eps, c, 2, BLOCK_C, PRECISION,
+        )  # fmt: skip
+    channel = tl.arange(0, BLOCK_C)
+    ok = channel < c
+    own_sums = sums + row * 6 * c + channel
+    tl.store(own_sums, t0_1, mask=ok)
+    tl.store(own_sums + c, t0_3, mask=ok)
+    tl.store(own_sums + 2 * c, t0_5, mask=ok)
+    tl.store(own_sums + 3 * c, t1_1, mask=ok)
+    tl.store(own_sums + 4 * c, t1_3, mask=ok)
+    tl.store(own_sums + 5 * c, t1_5, mask=ok)
+    out = partials + row * 3 * c * c + channel[:, None] * 3 * c + channel[None, :]
+    square = ok[:, None] & ok[None, :]
+    tl.store(out, grad1, mask=square)
+    tl.store(out + c, grad3, mask=square)
+    tl.store(out + 2 * c, grad5, mask=square)
+
+
+@triton.jit
+def _features_step(
+    f1, f3, f5, own, grad_r, sum0, sum1, grad1, grad3, grad5, own_grad,
+    weight1, weight3, weight5, packed, weight, bias, mean, var, eps, c,
+    K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what goes through features K's attention to the gradients of f and of Wa's three tiles.
+
+    Returns them, own_grad last: the gradient of features K itself, which A scales.
+    """
+    attention, n, grad_weighted, grad, scale = attention_gradient(
+        f1, f3, f5, own, grad_r, packed, weight, bias, mean, var, eps, c, K, BLOCK_C, PRECISION
+    )
+    grad = ((grad - sum0[None, :] - n * sum1[None, :]) * scale[None, :]).to(own.dtype)
+    first = TILE_ATTENTION + 3 * K
+    back = weight_tile_transposed(packed, first, BLOCK_C)
+    grad1 = tl.dot(grad, back, grad1, input_precision=PRECISION)
+    back = weight_tile_transposed(packed, first + 1, BLOCK_C)
+    grad3 = tl.dot(grad, back, grad3, input_precision=PRECISION)
+    back = weight_tile_transposed(packed, first + 2, BLOCK_C)
+    grad5 = tl.dot(grad, back, grad5, input_precision=PRECISION)
+    # Pixels outside have no features, so whatever their gradient is adds nothing here.
+    turned = tl.trans(grad)
+    weight1 = tl.dot(turned, f1, weight1, input_precision=PRECISION)
+    weight3 = tl.dot(turned, f3, weight3, input_precision=PRECISION)
+    weight5 = tl.dot(turned, f5, weight5, input_precision=PRECISION)
+    own_grad = grad_weighted * attention
+    return grad1, grad3, grad5, weight1, weight3, weight5, own_grad
+
+
+@triton.jit
+def cross_spatial_features_backward_kernel(
+    features, reduced, vectors, totals, sums, grad_features, partials, packed, grad_w, w,
+    weight, bias, attention_mean, attention_var, reduce_weight, reduce_mean, reduce_var,
+    slabs, G, H, W, c, count, attention_eps, reduce_eps,
+    BATCH: tl.constexpr, PER_GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program a row: gradient of f (2·slabs, 3, P, BLOCK_C); partials (2·slabs, 3c·3c): Wa's."""
+    row = tl.program_id(0).to(tl.int64)
+    P = H * W
+    size = P * BLOCK_C
+    at = _set_row(row, slabs, G, PER_GROUP)
+    mean, var = attention_mean + at * 3 * c, attention_var + at * 3 * c
+    q0, q1, q2, centre = reduced_gradient_vectors(
+        vectors, totals, row, reduce_weight, reduce_mean, reduce_var, slabs, G, c, count,
+        reduce_eps, BATCH, PER_GROUP, BLOCK_C,
+    )  # fmt: skip
+    zero = tl.zeros((BLOCK_C,), tl.float32)
+    t0_1, t0_3, t0_5, t1_1, t1_3, t1_5 = zero, zero, zero, zero, zero, zero
+    if BATCH:
+        if PER_GROUP:
+            first, step, rows = (row // slabs) * slabs + (row % slabs) % G, G, slabs // G
+        else:
+            first, step, rows = row * 0, 1, 2 * slabs
+        stride = 6 * c
+        t0_1 = sum_rows(sums, first, step, rows, stride, c, BLOCK_C, 16) / count
+        t0_3 = sum_rows(sums + c, first, step, rows, stride, c, BLOCK_C, 16) / count
+        t0_5 = sum_rows(sums + 2 * c, first, step, rows, stride, c, BLOCK_C, 16) / count
+        t1_1 = sum_rows(sums + 3 * c, first, step, rows, stride, c, BLOCK_C, 16) / count
+        t1_3 = sum_rows(sums + 4 * c, first, step, rows, stride, c, BLOCK_C, 16) / count
+        t1_5 = sum_rows(sums + 5 * c, first, step, rows, stride, c, BLOCK_C, 16) / count
+    w11 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    w13, w15, w31, w33, w35, w51, w53, w55 = w11, w11, w11, w11, w11, w11, w11, w11
+    source, out = features + row * 3 * size, grad_features + row * 3 * size
+    for start in range(0, P, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        inside = pixel < P
+        f1 = load_tile(source, pixel, inside, BLOCK_C)
+        f3 = load_tile(source + size, pixel, inside, BLOCK_C)
+        f5 = load_tile(source + 2 * size, pixel, inside, BLOCK_C)
+        gl = _logit_gradient(grad_w, w, row % slabs, P, pixel, inside)
+        grad_r = reduced_gradient(
+            reduced + row * size, gl, pixel, inside, q0, q1, q2, centre, BLOCK_C
+        )
+        g1 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        g3, g5 = g1, g1
+        g1, g3, g5, w11, w13, w15, own = _features_step(
+            f1, f3, f5, f1, grad_r, t0_1, t1_1, g1, g3, g5, g1, w11, w13, w15, packed,
+            weight, bias, mean, var, attention_eps, c, 0, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        g1 += own
+        g1, g3, g5, w31, w33, w35, own = _features_step(
+            f1, f3, f5, f3, grad_r, t0_3, t1_3, g1, g3, g5, g1, w31, w33, w35, packed,
+            weight, bias, mean, var, attention_eps, c, 1, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        g3 += own
+        g1, g3, g5, w51, w53, w55, own = _features_step(
+            f1, f3, f5, f5, grad_r, t0_5, t1_5, g1, g3, g5, g1, w51, w53, w55, packed,
+            weight, bias, mean, var, attention_eps, c, 2, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        g5 += own
+        store_tile(out, pixel, inside, g1, BLOCK_C)
+        store_tile(out + size, pixel, inside, g3, BLOCK_C)
+        store_tile(out + 2 * size, pixel, inside, g5, BLOCK_C)
+    channel = tl.arange(0, BLOCK_C)
+    ok = (channel[:, None] < c) & (channel[None, :] < c)
+    target = partials + row * 9 * c * c + channel[:, None] * 3 * c + channel[None, :]
+    tl.store(target, w11, mask=ok)
+    tl.store(target + c, w13, mask=ok)
+    tl.store(target + 2 * c, w15, mask=ok)
+    target += 3 * c * c
+    tl.store(target, w31, mask=ok)
+    tl.store(target + c, w33, mask=ok)
+    tl.store(target + 2 * c, w35, mask=ok)
+    target += 3 * c * c
+    tl.store(target, w51, mask=ok)
+    tl.store(target + c, w53, mask=ok)
+    tl.store(target + 2 * c, w55, mask=ok)
+
+
+@triton.jit
+def cross_spatial_inputs_backward_kernel(
+    grad_features, grad_sheets, vectors, packed, grad_w, w, slabs, H, W,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of X (2·slabs, P, BLOCK_C); grid (2·slabs, tiles)."""
+    row = tl.program_id(0).to(tl.int64)
+    P = H * W
+    size = P * BLOCK_C
+    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = pixel < P
+    source = grad_features + row * 3 * size
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for tap in range(9):
+        dy, dx = tap // 3 - 1, tap % 3 - 1
+        g3 = load_shifted(source + size, pixel, -dy, -dx, 0, H, W, BLOCK_C)
+        k3 = weight_tile_transposed(packed, TILE_SPATIAL3 + tap, BLOCK_C)
+        acc = tl.dot(g3, k3, acc, input_precision=PRECISION)
+        g5 = load_shifted(source + 2 * size, pixel, -dy, -dx, 0, H, W, BLOCK_C)
+        k5 = weight_tile_transposed(packed, TILE_SPATIAL5 + (dy + 2) * 5 + dx + 2, BLOCK_C)
+        acc = tl.dot(g5, k5, acc, input_precision=PRECISION)
+    for tap in range(16):
+        dy, dx = outer_tap(tap)
+        g5 = load_shifted(source + 2 * size, pixel, -dy, -dx, 0, H, W, BLOCK_C)
+        k5 = weight_tile_transposed(packed, TILE_SPATIAL5 + (dy + 2) * 5 + dx + 2, BLOCK_C)
+        acc = tl.dot(g5, k5, acc, input_precision=PRECISION)
+    g1 = load_tile(source, pixel, inside, BLOCK_C)
+    k1 = weight_tile_transposed(packed, TILE_SPATIAL1, BLOCK_C)
+    acc = tl.dot(g1, k1, acc, input_precision=PRECISION)
+    gl = _logit_gradient(grad_w, w, row % slabs, P, pixel, inside)
+    channel = tl.arange(0, BLOCK_C)
+    of_row = vectors + row * 4 * BLOCK_C + channel
+    direct, offset = tl.load(of_row + 2 * BLOCK_C), tl.load(of_row + 3 * BLOCK_C)
+    acc += gl[:, None] * direct[None, :] + offset[None, :]
+    store_tile(grad_sheets + row * size, pixel, inside, acc, BLOCK_C)
