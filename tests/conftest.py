@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fused import set_backend
+from fused.backends.triton import INTERPRETER
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -24,6 +26,19 @@ def _poisoned_and_seeded() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     set_backend(None)
+
+
+@pytest.fixture(autouse=INTERPRETER)
+def _sanitized() -> Iterator[None]:
+    """FUSED_TRITON_INTERPRETER=1: every Triton launch is checked, with one configuration of it."""
+    from triton_sanitizer import sanitized
+
+    from fused.backends.triton import configs
+
+    index = os.environ.get("FUSED_TRITON_CONFIG")
+    forced = contextlib.nullcontext() if index is None else configs.forced(int(index))
+    with forced, sanitized():
+        yield
 
 
 def shared_path(*parts: str) -> Path:

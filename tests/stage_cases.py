@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
-from fused import ops
+from fused import backends, ops
+from fused.backends import BACKENDS
 from fused.contract import EPS, TOLERANCES, statistics_dtype
 
 OPS = {op.name: op for op in ops.STAGE_OPS}
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed")
+# float32 means float32: a GPU's convolutions would round to tf32 unless told.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test runs: a device, and one backend, or (None) all that can run there."""
+
+    device: str
+    backend: str | None = None
+
+    def __str__(self) -> str:
+        return "cpu" if self.device == "cpu" else f"gpu-{self.backend}"
+
+
+GPU = torch.cuda.is_available()
+# The same tests run on the GPU where there is one; `-k gpu-triton` takes one backend's.
+GPU_BACKENDS = ("reference", "triton", "cuda") if GPU else ()
+PLACES = (Place("cpu"), *(Place("cuda", name) for name in GPU_BACKENDS))
+DEVICES = [pytest.param("cpu"), *([pytest.param("cuda", id="gpu")] if GPU else [])]
+
+
+@contextlib.contextmanager
+def chosen(backend: str) -> Iterator[str | None]:
+    """The `backend=` under which the ops run this backend's kernels, forward and backward.
+
+    "reference" as an argument would mean its plain maths and PyTorch's own backward; its kernels
+    are what auto comes to when there is nothing else.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "reference":
+            patch.setattr(backends, "BACKENDS", {"reference": BACKENDS["reference"]})
+        yield None if backend == "reference" else backend
 
 
 @dataclass(frozen=True)
@@ -45,7 +81,7 @@ def layout_of(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "strided":
-        wide = torch.zeros(*x.shape[:3], 2 * x.shape[3] + 1, dtype=x.dtype)
+        wide = x.new_zeros(*x.shape[:3], 2 * x.shape[3] + 1)
         wide[..., 1::2] = x
         return wide[..., 1::2]
     if layout == "transposed":
@@ -166,7 +202,9 @@ def arguments(
     return values | _norm(draw, "bn_{}", "running_{}", s.channels, training)
 
 
-def convert(op: str, named: dict[str, Any], dtype: torch.dtype, layout: str) -> list[Any]:
+def convert(
+    op: str, named: dict[str, Any], dtype: torch.dtype, layout: str, device: str = "cpu"
+) -> list[Any]:
     """Arguments in the op's order: maps in `dtype` and `layout`, the rest as in training."""
     stage, other = OPS[op], statistics_dtype(dtype)
 
@@ -176,8 +214,8 @@ def convert(op: str, named: dict[str, Any], dtype: torch.dtype, layout: str) -> 
         if not isinstance(value, torch.Tensor):
             return value
         if name in stage.maps:
-            return layout_of(value.to(dtype), layout)
-        return value.to(other)
+            return layout_of(value.to(device, dtype), layout)
+        return value.to(device, other)
 
     return [one(name, named[name]) for name in stage.inputs]
 
@@ -201,7 +239,7 @@ def differentiable(op: str, outputs: Any) -> list[torch.Tensor]:
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
     """‖got − want‖ / ‖want‖, against at least 0.1·sqrt(numel) where want vanishes (golden)."""
-    got, want = got.detach().double(), want.detach().double()
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
     floor = max(want.norm().item(), 0.1 * want.numel() ** 0.5)
     return (got - want).norm().item() / floor if want.numel() else 0.0
 

@@ -74,8 +74,15 @@ def test_a_budget_without_a_kernel_is_told() -> None:
     assert "is not built any more" in told
 
 
+def test_the_triton_part_of_the_file_is_kept_apart() -> None:
+    cuda, triton = budgets.parts(f"[stage]\n\n{budgets.TRITON_MARK}[triton]\n")
+    assert cuda == "[stage]\n\n"
+    assert triton == f"{budgets.TRITON_MARK}[triton]\n"
+    assert budgets.parts("[stage]\n") == ("[stage]\n", "")
+
+
 def test_stored_budgets_allow_no_spill() -> None:
-    everything = budgets.tomllib.loads(budgets.BUDGETS.read_text())
+    everything = budgets.stored()
     assert everything
     for kernels in everything.values():
         for kernel, by_architecture in kernels.items():
@@ -86,7 +93,7 @@ def test_stored_budgets_allow_no_spill() -> None:
 @needs_nvcc
 def test_every_kernel_is_within_its_budget() -> None:
     usages = budgets.measure_all(NVCC)
-    assert budgets.past_budget(usages, budgets.tomllib.loads(budgets.BUDGETS.read_text())) == []
+    assert budgets.past_budget(usages, budgets.stored()) == []
 
 
 @needs_nvcc

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SHARED, shared_path
 from safetensors.torch import load_file
-from stage_cases import error, tolerance
+from stage_cases import DEVICES, error, tolerance
 
 from fused import FusedCIEMA, FusedMSFF
 from fused.backends.reference.published import PublishedCIEMA, PublishedMSFF
@@ -50,22 +50,24 @@ def build(case: dict[str, Any], form: str) -> torch.nn.Module:
     return kind(case["stage_channels"], case["out_channels"], **backend)
 
 
-def run(case: dict[str, Any], form: str, mode: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def run(
+    case: dict[str, Any], form: str, mode: str, dtype: torch.dtype, device: str
+) -> dict[str, torch.Tensor]:
     """All tensors that a golden file may hold, by their names there."""
     weights = golden_weights()
-    module = build(case, form).to(dtype)
+    module = build(case, form).to(device, dtype)
     module.load_state_dict(weights.fill(module.state_dict(), case["seed"]), strict=True)
     module.train(mode == "train")
     inputs = [weights.draw(s, case["seed"] + 1 + i) for i, s in enumerate(case["inputs"])]
-    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    inputs = [x.to(device, dtype).requires_grad_() for x in inputs]
     out = module(inputs if case["kind"] == "msff" else inputs[0])
-    out.backward(weights.draw(tuple(out.shape), case["grad_out_seed"]).to(dtype))
+    out.backward(weights.draw(tuple(out.shape), case["grad_out_seed"]).to(out))
     got = {f"{mode}.out": out.detach()}
     got |= {f"{mode}.grad_in{i}": x.grad for i, x in enumerate(inputs)}
     got |= {f"{mode}.grad.{key}": p.grad for key, p in module.named_parameters()}
     if mode == "train":
         got |= {f"train.after.{key}": b for key, b in module.named_buffers()}
-    return got
+    return {key: value.cpu() for key, value in got.items()}
 
 
 def errors(case: dict[str, Any], got: dict[str, torch.Tensor], mode: str) -> dict[str, float]:
@@ -94,9 +96,10 @@ def test_golden_numbers_are_there_where_they_are_promised() -> None:
 @pytest.mark.skipif(not CASES, reason="shared/golden is not beside the project")
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(("name", "form"), FORMS)
-def test_float64_matches(name: str, form: str, mode: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_float64_matches(device: str, name: str, form: str, mode: str) -> None:
     (case,) = (c for c in CASES if c["file"] == name)
-    found = errors(case, run(case, form, mode, torch.float64), mode)
+    found = errors(case, run(case, form, mode, torch.float64, device), mode)
     assert found
     worst = max(found, key=found.__getitem__)
     assert found[worst] <= tolerance(torch.float64)[0], (worst, found[worst])
@@ -107,9 +110,11 @@ def test_float64_matches(name: str, form: str, mode: str) -> None:
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c["kind"] != "net"], ids=lambda case: case["file"].split(".")[0]
 )
-def test_float32_blocks_match(case: dict[str, Any], mode: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_blocks_match(device: str, case: dict[str, Any], mode: str) -> None:
     out_tolerance, grad_tolerance = tolerance(torch.float32)
-    for name, value in errors(case, run(case, "auto", mode, torch.float32), mode).items():
+    got = run(case, "auto", mode, torch.float32, device)
+    for name, value in errors(case, got, mode).items():
         limit = out_tolerance if name.endswith(".out") else grad_tolerance
         assert value <= limit, (name, value)
 
@@ -119,16 +124,17 @@ def test_float32_blocks_match(case: dict[str, Any], mode: str) -> None:
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c["kind"] == "net"], ids=lambda case: case["file"].split(".")[0]
 )
+@pytest.mark.parametrize("device", DEVICES)
 def test_float32_network_matches(
-    case: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+    device: str, case: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batch norm over a few pixels amplifies rounding in the backbone, in eager PyTorch alike."""
-    found = errors(case, run(case, "auto", mode, torch.float32), mode)
+    found = errors(case, run(case, "auto", mode, torch.float32, device), mode)
     out_tolerance, grad_tolerance = tolerance(torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr(FusedCIEMA, "forward", PublishedCIEMA.forward)
         patch.setattr(FusedMSFF, "forward", PublishedMSFF.forward)
-        eager = errors(case, run(case, "auto", mode, torch.float32), mode)
+        eager = errors(case, run(case, "auto", mode, torch.float32, device), mode)
     for name, value in found.items():
         limit = out_tolerance if name.endswith(".out") else max(grad_tolerance, 2 * eager[name])
         assert value <= limit, (name, value, eager[name])

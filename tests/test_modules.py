@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from stage_cases import error
+from stage_cases import DEVICES, error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,9 +38,7 @@ def same(block: nn.Module, published: nn.Module, x: torch.Tensor) -> None:
             module.zero_grad()
             leaf = x.clone().requires_grad_()
             out = module(leaf)
-            (
-                out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-            ).sum().backward()
+            (out * torch.linspace(-1, 1, out.numel()).to(out).view_as(out)).sum().backward()
             grads = [p.grad for p in module.parameters() if p.grad is not None]
             results.append([out, leaf.grad, *grads, *module.state_dict().values()])
         assert len(results[0]) == len(results[1])
@@ -48,11 +46,12 @@ def same(block: nn.Module, published: nn.Module, x: torch.Tensor) -> None:
             torch.testing.assert_close(got.double(), want.double(), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("statistics", ["sequential", "pooled"])
-def test_equals_the_published_form(statistics: str) -> None:
-    published, block = pair(bn_statistics=statistics)
+def test_equals_the_published_form(statistics: str, device: str) -> None:
+    published, block = (m.to(device) for m in pair(bn_statistics=statistics))
     assert block.modular_reason() is None
-    same(block, published, torch.randn(3, 24, 5, 6).double())
+    same(block, published, torch.randn(3, 24, 5, 6).double().to(device))
     published.load_state_dict(block.state_dict(), strict=True)
 
 
@@ -65,11 +64,13 @@ def test_same_seed_gives_the_same_initial_weights() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
 
 
-def test_msff_equals_the_published_form() -> None:
-    published = PublishedMSFF([4, 6, 8], 5).double()
-    block = FusedMSFF([4, 6, 8], 5).double()
+@pytest.mark.parametrize("device", DEVICES)
+def test_msff_equals_the_published_form(device: str) -> None:
+    published = PublishedMSFF([4, 6, 8], 5).double().to(device)
+    block = FusedMSFF([4, 6, 8], 5).double().to(device)
     block.load_state_dict(published.state_dict(), strict=True)
-    maps = [torch.randn(2, c, s, t).double() for c, s, t in ((4, 9, 4), (6, 5, 7), (8, 2, 2))]
+    sizes = ((4, 9, 4), (6, 5, 7), (8, 2, 2))
+    maps = [torch.randn(2, c, s, t).double().to(device) for c, s, t in sizes]
     for training in (True, False):
         block.train(training), published.train(training)
         torch.testing.assert_close(block(maps), published(maps))
@@ -231,18 +232,19 @@ def test_a_block_itself_can_be_fused() -> None:
 # ------------------------------------------------------------------ what PyTorch does to modules
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("training", [False, True])
 def test_compile_fullgraph_without_recompiles_over_batch_sizes(
-    training: bool, backend: str | None
+    training: bool, backend: str | None, device: str
 ) -> None:
     torch._dynamo.reset()
-    block = FusedCIEMA(16, 4, backend=backend).train(training)
+    block = FusedCIEMA(16, 4, backend=backend).train(training).to(device)
     eager = copy.deepcopy(block)
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     # torch's own convolution guards on a batch below 16, so these stay on one side of it.
     for index, batch in enumerate((19, 16, 23)):
-        x = torch.randn(batch, 16, 4, 3, requires_grad=training)
+        x = torch.randn(batch, 16, 4, 3).to(device).requires_grad_(training)
         twin = x.detach().clone().requires_grad_(training)
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
             got = compiled(x)
@@ -255,33 +257,36 @@ def test_compile_fullgraph_without_recompiles_over_batch_sizes(
         torch.testing.assert_close(block.state_dict()[key], value, msg=key)
 
 
-def test_compile_of_the_network_with_inductor() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_of_the_network_with_inductor(device: str) -> None:
     torch._dynamo.reset()
-    model = MobileSteelNet(4, width=0.125).eval()
+    model = MobileSteelNet(4, width=0.125).eval().to(device)
     compiled = torch.compile(model, fullgraph=True)
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64).to(device)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_export_with_a_dynamic_batch(backend: str | None) -> None:
-    model = MobileSteelNet(4, width=0.125, backend=backend).eval()
+def test_export_with_a_dynamic_batch(backend: str | None, device: str) -> None:
+    model = MobileSteelNet(4, width=0.125, backend=backend).eval().to(device)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(
-        *(model, (torch.randn(2, 3, 64, 64),)), dynamic_shapes={"images": {0: batch}}
+        *(model, (torch.randn(2, 3, 64, 64).to(device),)), dynamic_shapes={"images": {0: batch}}
     )
-    images = torch.randn(3, 3, 64, 64)
+    images = torch.randn(3, 3, 64, 64).to(device)
     torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-5)
     ops = {str(node.target) for node in program.graph.nodes}
     assert any(name.startswith("ciema.") for name in ops) == (backend is None)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_trains_with_float32_parameters(dtype: torch.dtype) -> None:
-    block = FusedCIEMA(24, 4, 4)
-    x = torch.randn(2, 24, 5, 6, requires_grad=True)
-    with torch.autocast("cpu", dtype):
+def test_autocast_trains_with_float32_parameters(dtype: torch.dtype, device: str) -> None:
+    block = FusedCIEMA(24, 4, 4).to(device)
+    x = torch.randn(2, 24, 5, 6).to(device).requires_grad_()
+    with torch.autocast(device, dtype):
         out = block(x)
     assert out.dtype == dtype
     out.float().sum().backward()
@@ -290,10 +295,11 @@ def test_autocast_trains_with_float32_parameters(dtype: torch.dtype) -> None:
     assert block.final_fusion[1].running_mean.dtype == torch.float32
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_whole_modules_in_another_dtype(dtype: torch.dtype) -> None:
-    block = FusedCIEMA(24, 4, 4, dtype=dtype)
-    out = block(torch.randn(2, 24, 5, 6, dtype=dtype))
+def test_whole_modules_in_another_dtype(dtype: torch.dtype, device: str) -> None:
+    block = FusedCIEMA(24, 4, 4, device=device, dtype=dtype)
+    out = block(torch.randn(2, 24, 5, 6, device=device, dtype=dtype))
     out.sum().backward()
     assert out.dtype == dtype
     assert {p.grad.dtype for p in block.parameters()} == {dtype}
@@ -324,9 +330,11 @@ def test_meta_device_construction_and_forward() -> None:
     assert real.eval()(torch.randn(1, 64, 3, 3)).isfinite().all()
 
 
-def test_channels_last_in_and_out() -> None:
-    for block in (FusedCIEMA(24, 4, 4), FusedCIEMA(24, 4, 4, backend="reference")):
-        plain = torch.randn(2, 24, 5, 6)
+@pytest.mark.parametrize("device", DEVICES)
+def test_channels_last_in_and_out(device: str) -> None:
+    for backend in (None, "reference"):
+        block = FusedCIEMA(24, 4, 4, backend=backend, device=device)
+        plain = torch.randn(2, 24, 5, 6).to(device)
         x = plain.contiguous(memory_format=torch.channels_last).requires_grad_()
         block = copy.deepcopy(block).to(memory_format=torch.channels_last)
         out = block(x)
@@ -334,8 +342,8 @@ def test_channels_last_in_and_out() -> None:
         out.sum().backward()
         assert x.grad.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(block.eval()(x), block(plain), rtol=1e-4, atol=1e-5)
-    msff = FusedMSFF([4, 6])
-    maps = [torch.randn(2, 4, 6, 6), torch.randn(2, 6, 3, 3)]
+    msff = FusedMSFF([4, 6], device=device)
+    maps = [torch.randn(2, 4, 6, 6).to(device), torch.randn(2, 6, 3, 3).to(device)]
     maps = [m.contiguous(memory_format=torch.channels_last).requires_grad_() for m in maps]
     out = msff(maps)
     out.sum().backward()
@@ -343,10 +351,11 @@ def test_channels_last_in_and_out() -> None:
         assert t.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_activation_checkpointing() -> None:
-    block = FusedCIEMA(24, 4, 4)
+@pytest.mark.parametrize("device", DEVICES)
+def test_activation_checkpointing(device: str) -> None:
+    block = FusedCIEMA(24, 4, 4).to(device)
     twin = copy.deepcopy(block)
-    x = torch.randn(2, 24, 5, 6)
+    x = torch.randn(2, 24, 5, 6).to(device)
     for module, run in ((block, block), (twin, lambda v: checkpoint(twin, v, use_reentrant=False))):
         module.zero_grad()
         run(x).square().sum().backward()
@@ -354,10 +363,11 @@ def test_activation_checkpointing() -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_spatial_gate_leaves_buffers_alone() -> None:
-    block = FusedCIEMA(24, 4, 4)
+@pytest.mark.parametrize("device", DEVICES)
+def test_spatial_gate_leaves_buffers_alone(device: str) -> None:
+    block = FusedCIEMA(24, 4, 4).to(device)
     before = copy.deepcopy(block.state_dict())
-    gate = block.spatial_gate(torch.randn(2, 24, 5, 6))
+    gate = block.spatial_gate(torch.randn(2, 24, 5, 6).to(device))
     assert gate.shape == (2, 4, 5, 6)
     assert bool((gate > 0).all())
     assert bool((gate < 1).all())

@@ -8,8 +8,11 @@ from stage_cases import (
     AWKWARD,
     LAYOUTS,
     OPS,
+    PLACES,
+    Place,
     Sizes,
     arguments,
+    chosen,
     convert,
     differentiable,
     error,
@@ -18,7 +21,9 @@ from stage_cases import (
     tolerance,
 )
 
+from fused import FusedCIEMA
 from fused.backends import BACKENDS
+from fused.backends.reference.published import PublishedCIEMA
 from fused.contract import memory_format
 
 MODES = [(False, "sequential"), (True, "sequential"), (True, "pooled")]
@@ -32,10 +37,22 @@ def modes(op: str) -> list[tuple[bool, str]]:
     return MODES[:2] if op in ("msff", "gated_fusion") else MODES[:1]
 
 
-def backends_for(op: str, dtype: torch.dtype) -> list[str]:
-    """The backends that can run an op on the CPU here; all must agree."""
-    x = torch.zeros(1, 4, 2, 2, dtype=dtype)
-    return [b.name for b in BACKENDS.values() if b.why_not(op, x) is None]
+def backends_for(op: str, dtype: torch.dtype, place: Place) -> list[str]:
+    """The backends that can run an op here; all must agree."""
+    x = torch.zeros(1, 4, 2, 2, dtype=dtype, device=place.device)
+    asked = list(BACKENDS) if place.backend is None else [place.backend]
+    reasons = {name: BACKENDS[name].why_not(op, x) for name in asked}
+    if all(reasons.values()):
+        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    return [name for name, reason in reasons.items() if reason is None]
+
+
+def block_backend(place: Place, dtype: torch.dtype) -> str | None:
+    """The `backend=` of a whole block; skips where a stage of it cannot run."""
+    if place.backend is not None:
+        for stage in FusedCIEMA.fused_stages:
+            backends_for(stage, dtype, place)
+    return place.backend
 
 
 def oracle(op: str, named: dict, grads: list[torch.Tensor] | None) -> tuple[list, list]:
@@ -63,8 +80,10 @@ def rounded(op: str, named: dict, dtype: torch.dtype) -> dict:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_forward_and_gradients(op: str, dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_forward_and_gradients(place: Place, op: str, dtype: torch.dtype, layout: str) -> None:
     out_tolerance, grad_tolerance = tolerance(dtype)
+    backends = backends_for(op, dtype, place)
     for sizes in AWKWARD:
         for training, bn_statistics in modes(op):
             pixels = sizes.batch * sizes.height * sizes.width
@@ -75,17 +94,18 @@ def test_forward_and_gradients(op: str, dtype: torch.dtype, layout: str) -> None
             seeds = [torch.randn_like(o) for o in differentiable(op, reference)]
             seeds = [g.to(dtype).double() for g in seeds]
             reference, want = oracle(op, named, seeds)
-            for backend in backends_for(op, dtype):
+            for backend in backends:
                 where = f"{op} {backend} {sizes} training={training} {bn_statistics}"
-                args = convert(op, named, dtype, layout)
+                args = convert(op, named, dtype, layout, place.device)
                 leaves = require_grad(op, args)
-                outputs = OPS[op](*args, backend=None if backend == "reference" else backend)
+                with chosen(backend) as name:
+                    outputs = OPS[op](*args, backend=name)
+                    results = differentiable(op, outputs)
+                    upstream = [g.to(o) for g, o in zip(seeds, results, strict=True)]
+                    upstream = [layout_of(g, layout) if g.dim() == 4 else g for g in upstream]
+                    gradients = torch.autograd.grad(results, leaves, upstream)
                 for name, got, wanted in zip(OPS[op].outputs, outputs, reference, strict=True):
                     assert error(got, wanted) <= out_tolerance, f"{where}: {name}"
-                results = differentiable(op, outputs)
-                upstream = [g.to(o.dtype) for g, o in zip(seeds, results, strict=True)]
-                upstream = [layout_of(g, layout) if g.dim() == 4 else g for g in upstream]
-                gradients = torch.autograd.grad(results, leaves, upstream)
                 for leaf, got, wanted in zip(leaves, gradients, want, strict=True):
                     assert got.dtype == leaf.dtype
                     shape = tuple(leaf.shape)
@@ -95,48 +115,51 @@ def test_forward_and_gradients(op: str, dtype: torch.dtype, layout: str) -> None
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_two_runs_give_the_same_bits(op: str) -> None:
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_two_runs_give_the_same_bits(place: Place, op: str) -> None:
+    if place.backend is not None:
+        backends_for(op, torch.float32, place)
     sizes = Sizes(2, 64, 11, 9, 4)
     runs = []
     for _ in range(2):
-        args = convert(op, arguments(op, sizes, True), torch.float32, "contiguous")
+        args = convert(op, arguments(op, sizes, True), torch.float32, "contiguous", place.device)
         leaves = require_grad(op, args)
-        outputs = OPS[op](*args)
-        results = differentiable(op, outputs)
-        runs.append([*outputs, *torch.autograd.grad(results, leaves, results)])
+        with chosen(place.backend or "auto") as name:
+            outputs = OPS[op](*args, backend=name)
+            results = differentiable(op, outputs)
+            runs.append([*outputs, *torch.autograd.grad(results, leaves, results)])
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_error_is_at_most_twice_that_of_eager_pytorch(dtype: torch.dtype) -> None:
-    from fused import FusedCIEMA
-    from fused.backends.reference.published import PublishedCIEMA
-
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_error_is_at_most_twice_that_of_eager_pytorch(place: Place, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     x = torch.randn(2, 64, 15, 13).to(dtype)
     want_module = PublishedCIEMA(64, 4).double()
     want = want_module(x.double())
-    fused = FusedCIEMA(64, 4).to(dtype)
-    eager = PublishedCIEMA(64, 4).to(dtype)
+    fused = FusedCIEMA(64, 4, backend=block_backend(place, dtype)).to(place.device, dtype)
+    eager = PublishedCIEMA(64, 4).to(place.device, dtype)
     fused.load_state_dict(want_module.state_dict())
     eager.load_state_dict(want_module.state_dict())
     want = want_module.eval()(x.double())
     fused.eval(), eager.eval()
+    x = x.to(place.device)
     ours, theirs = error(fused(x), want), error(eager(x), want)
     assert ours <= tolerance(dtype)[0]
     assert ours <= 2 * theirs, (ours, theirs)
 
 
-def test_nan_and_infinity_propagate_as_in_eager() -> None:
-    from fused import FusedCIEMA
-    from fused.backends.reference.published import PublishedCIEMA
-
-    published = PublishedCIEMA(16, 2).eval()
-    block = FusedCIEMA(16, 2).eval()
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_nan_and_infinity_propagate_as_in_eager(place: Place) -> None:
+    published = PublishedCIEMA(16, 2).eval().to(place.device)
+    backend = block_backend(place, torch.float32)
+    block = FusedCIEMA(16, 2, backend=backend).eval().to(place.device)
     block.load_state_dict(published.state_dict())
     for value in (float("nan"), float("inf"), -float("inf")):
         x = torch.randn(2, 16, 5, 5)
         x[0, 3, 2, 2] = value
+        x = x.to(place.device)
         assert torch.equal(block(x).isnan(), published(x).isnan()), value
         assert block(x)[1].isfinite().all()

@@ -30,7 +30,7 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "channel_statistics": ("channel_statistics", "forward"),
     "channel_statistics_backward": ("channel_statistics", "backward"),
     "msff": ("msff", "forward"),
-    "msff_backward": ("msff", "backward"),
+    "msff_backward": ("msff_backward", "backward"),
     "channel_interaction": ("channel_interaction", "forward"),
     "channel_interaction_backward": ("channel_interaction_backward", "backward"),
     "coordinate_attention": ("coordinate_attention", "forward"),
