@@ -51,31 +51,43 @@ def _add(kernel: str, half: Candidates, single: Candidates | None = None) -> Non
 for _kernel in ("forward", "backward"):
     _add(
         f"coordinate_attention_{_kernel}_kernel",
-        tuple(Config({"BLOCK_W": width}, 4, 2, fp_fusion=False) for width in (64, 16)),
+        tuple(
+            Config({"BLOCK_W": width}, warps, 2, fp_fusion=False)
+            for width, warps in ((64, 8), (16, 4))
+        ),
     )
 _add("sum_partials_kernel", (Config({"BLOCK_N": 256}, 4, 1),))
 _add("cross_spatial_pack_kernel", (Config({"BLOCK_N": 256}, 4, 1),))
-for _kernel in ("forward", "branches", "features"):
+for _kernel in ("forward", "features", "recompute", "reduce"):
+    _merge = {"BLOCK_R": 16} if _kernel == "reduce" else {}
     _add(
         f"cross_spatial_{_kernel}_kernel",
-        (Config({"BLOCK_P": 128}, 4, 3), Config({"BLOCK_P": 64}, 4, 2)),
-        (Config({"BLOCK_P": 64}, 4, 2), Config({"BLOCK_P": 32}, 4, 2)),
+        (Config({"BLOCK_P": 128, **_merge}, 8, 2), Config({"BLOCK_P": 64, **_merge}, 4, 2)),
+        (Config({"BLOCK_P": 16, **_merge}, 4, 1),),  # three float32 features fill the registers
     )
 _add(
-    "cross_spatial_reduce_kernel",
-    (Config({"BLOCK_P": 128, "BLOCK_R": 16}, 4, 2), Config({"BLOCK_P": 64, "BLOCK_R": 16}, 4, 2)),
-    (Config({"BLOCK_P": 64, "BLOCK_R": 16}, 4, 2),),
+    "cross_spatial_branches_kernel",
+    (Config({"BLOCK_P": 128}, 8, 3), Config({"BLOCK_P": 64}, 4, 2)),
+    (Config({"BLOCK_P": 32}, 4, 2),),
 )
-for _kernel in ("recompute", "inputs_backward", "convolutions_backward"):
+for _kernel in ("inputs_backward", "convolutions_backward"):
     _add(
         f"cross_spatial_{_kernel}_kernel",
         (Config({"BLOCK_P": 128}, 4, 3), Config({"BLOCK_P": 64}, 4, 2)),
         (Config({"BLOCK_P": 64}, 4, 2), Config({"BLOCK_P": 32}, 4, 2)),
     )
 _add("cross_spatial_vectors_kernel", (Config({}, 4, 1),))
-for _kernel in ("attention_backward", "features_backward"):
-    _add(f"cross_spatial_{_kernel}_kernel", (Config({"BLOCK_P": 64}, 8, 2),))
-_add("cross_spatial_branches_backward_kernel", (Config({"BLOCK_W": 64}, 4, 2),))
+_add(
+    "cross_spatial_attention_backward_kernel",
+    (Config({"BLOCK_P": 128}, 8, 2), Config({"BLOCK_P": 64}, 4, 2)),
+    (Config({"BLOCK_P": 32}, 8, 2),),
+)
+_add(
+    "cross_spatial_features_backward_kernel",
+    (Config({"BLOCK_P": 128}, 8, 2), Config({"BLOCK_P": 64}, 4, 2)),
+    (Config({"BLOCK_P": 16}, 8, 2),),
+)
+_add("cross_spatial_branches_backward_kernel", (Config({"BLOCK_W": 64}, 8, 2),))
 _add("cross_spatial_gate_kernel", (Config({"BLOCK_P": 128, "BLOCK_R": 16}, 4, 1),))
 
 # -------------------------------------------------------- channel_statistics, channel_interaction
@@ -97,7 +109,10 @@ _POINTWISE = (
     ),
     Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 3),
 )
-_POINTWISE_SINGLE = (Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 3),)
+_POINTWISE_SINGLE = (
+    Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 2, pixels=1024),
+    Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
+)
 
 
 def _with(candidates: Candidates, **blocks: int) -> Candidates:
@@ -117,22 +132,50 @@ _add(
 )
 _add("channel_interaction_weights_kernel", (Config({"BLOCK_C": 16, "BLOCK_HIDDEN": 64}),))
 
+# -------------------------------------------------------------------------------------------- msff
+
+for _kernel in ("product", "forward", "backward", "weight"):
+    _add(f"msff_{_kernel}_kernel", _POINTWISE, _POINTWISE_SINGLE)
+for _kernel in ("moments", "sums"):
+    _add(f"msff_{_kernel}_kernel", (Config({"BLOCK_C": 16, "BLOCK_PARTS": 64}),))
+_add("msff_resize_backward_kernel", (Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 64}),))
+
 # ------------------------------------------------------------------------------------ gated_fusion
 
 _LARGE = {"BLOCK_P": 128, "BLOCK_O": 128, "BLOCK_K": 32}
 _SMALL = {"BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_K": 32}
-for _kernel in ("fold", "gate", "hidden", "expand", "logits"):
+_SINGLE = (Config({**_SMALL, "BLOCK_K": 16}, 4, 2), Config({**_SMALL, "BLOCK_P": 32}, 4, 2))
+for _kernel in ("fold", "gate", "hidden", "expand", "logits", "grad_expanded", "grad_hidden"):
     _add(
         f"gated_fusion_{_kernel}_kernel",
-        (Config(_LARGE, 8, 3, shared_bytes=96 * 1024, pixels=8192), Config(_SMALL, 4, 3)),
-        (Config({**_SMALL, "BLOCK_K": 16}, 8, 2), Config({**_SMALL, "BLOCK_P": 32}, 4, 2)),
+        (Config(_LARGE, 8, 4, shared_bytes=96 * 1024, pixels=3072), Config(_SMALL, 4, 3)),
+        _SINGLE,
     )
-for _kernel in ("norm", "mean"):
-    _add(f"gated_fusion_{_kernel}_kernel", (Config({"BLOCK_C": 16, "BLOCK_ROWS": 32}, 4, 2),))
-_add(
-    "gated_fusion_out_kernel",
-    (Config({"BLOCK_P": 64, "BLOCK_C": 32, "BLOCK_ROWS": 16}, 4, 2),),
+_add(  # its epilogue holds five tiles
+    "gated_fusion_grad_input_kernel",
+    (
+        Config({**_LARGE, "BLOCK_O": 64}, 8, 4, shared_bytes=96 * 1024, pixels=3072),
+        Config(_SMALL, 4, 3),
+    ),
+    _SINGLE,
 )
+_MERGE = {"BLOCK_C": 16, "BLOCK_ROWS": 32}
+_add("gated_fusion_norm_kernel", (Config({**_MERGE, "BLOCK_N": 1024}, 4, 2),))
+for _kernel in ("mean", "grad_norm"):
+    _add(f"gated_fusion_{_kernel}_kernel", (Config(_MERGE, 4, 2),))
+_WALK = {"BLOCK_P": 64, "BLOCK_C": 32}
+_add("gated_fusion_sums_kernel", (Config({**_WALK, "BLOCK_N": 1024}, 4, 2),))
+for _kernel in ("out", "grad_logits"):
+    _add(f"gated_fusion_{_kernel}_kernel", (Config({**_WALK, "BLOCK_ROWS": 16}, 4, 2),))
+_add(
+    "gated_fusion_weights_kernel",
+    (
+        Config({"BLOCK_P": 32, "BLOCK_I": 128, "BLOCK_O": 128}, 8, 3, shared_bytes=96 * 1024),
+        Config({"BLOCK_P": 32, "BLOCK_I": 64, "BLOCK_O": 64}, 4, 2),
+    ),
+    (Config({"BLOCK_P": 16, "BLOCK_I": 64, "BLOCK_O": 64}, 4, 2),),
+)
+_add("gated_fusion_reduce_kernel", (Config({"BLOCK_N": 1024}, 4, 2),))
 
 _forced: list[int] = []
 

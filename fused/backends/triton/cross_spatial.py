@@ -29,8 +29,9 @@ from .cross_spatial_tiles import (
     cross_spatial_pack_kernel,
     features_tile,
     folded_running,
+    hidden_zero,
     load_tile,
-    reduced_tile,
+    reduced_tile_running,
     softmax,
     store_tile,
     vector,
@@ -52,24 +53,29 @@ _BANDS_PER_MULTIPROCESSOR = 2
 
 @triton.jit
 def _network_tile(
-    x, packed, pixel, first_row, end_row, W, scale1, shift1, scale3, shift3, scale5, shift5,
-    reduce_scale, reduce_shift, alpha,
+    x, packed, pixel, first_row, end_row, W, zero,
+    attention_weight, attention_bias, attention_mean, attention_var, attention_eps,
+    reduce_weight, reduce_bias, reduce_mean, reduce_var, reduce_eps, alpha, c,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of one branch at a tile, (BLOCK_P, BLOCK_C) float32."""
     f1, f3, f5 = features_tile(
-        x, packed, pixel, first_row, end_row, W, BLOCK_C, BLOCK_P, PRECISION
+        x, packed, pixel, first_row, end_row, W, zero, BLOCK_C, BLOCK_P, PRECISION
     )
-    reduced = reduced_tile(
-        f1, f3, f5, packed, scale1, shift1, scale3, shift3, scale5, shift5,
+    reduced = reduced_tile_running(
+        f1, f3, f5, packed, attention_weight + zero, attention_bias + zero,
+        attention_mean + zero, attention_var + zero, attention_eps, c,
         BLOCK_C, BLOCK_P, PRECISION,
     )  # fmt: skip
     row = pixel // W
-    inside = (row >= first_row) & (row < end_row)
-    centre = load_tile(x, pixel, inside, BLOCK_C)
+    centre = load_tile(x, pixel, (row >= first_row) & (row < end_row), BLOCK_C)
     feat_weight = weight_tile(packed, TILE_CHANNEL_FEAT, BLOCK_C)
     feat = tl.dot(centre, feat_weight, input_precision=PRECISION)
-    return reduced * reduce_scale[None, :] + reduce_shift[None, :] + alpha * feat
+    scale, shift = folded_running(
+        reduce_weight + zero, reduce_bias + zero, reduce_mean + zero, reduce_var + zero,
+        reduce_eps, c, BLOCK_C,
+    )  # fmt: skip
+    return reduced * scale[None, :] + shift[None, :] + tl.load(alpha + zero).to(tl.float32) * feat
 
 
 @triton.jit
@@ -137,26 +143,12 @@ def cross_spatial_forward_kernel(
     for start in range(first_x * W, end_x * W, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         x = conv3x3_tile(
-            copy, packed, bias, pixel, first_row, end_row, W, BLOCK_C, BLOCK_P, PRECISION
-        )
+            copy, packed, bias, pixel, first_row, end_row, W, hidden_zero(start),
+            BLOCK_C, BLOCK_P, PRECISION,
+        )  # fmt: skip
         store_tile(x2, pixel, pixel < end_x * W, x, BLOCK_C)
     tl.debug_barrier()
 
-    scale1, shift1 = folded_running(
-        attention_weight, attention_bias, attention_mean, attention_var, attention_eps, c, BLOCK_C
-    )
-    scale3, shift3 = folded_running(
-        attention_weight + c, attention_bias + c, attention_mean + c, attention_var + c,
-        attention_eps, c, BLOCK_C,
-    )  # fmt: skip
-    scale5, shift5 = folded_running(
-        attention_weight + 2 * c, attention_bias + 2 * c, attention_mean + 2 * c,
-        attention_var + 2 * c, attention_eps, c, BLOCK_C,
-    )  # fmt: skip
-    reduce_scale, reduce_shift = folded_running(
-        reduce_weight, reduce_bias, reduce_mean, reduce_var, reduce_eps, c, BLOCK_C
-    )
-    alpha_value = tl.load(alpha).to(tl.float32)
     own_y = y + slab * 2 * P * BLOCK_C
     channel = tl.arange(0, BLOCK_C)
     own_partial = partial + slab * BANDS * 2 * BLOCK_C
@@ -165,10 +157,13 @@ def cross_spatial_forward_kernel(
         for start in range(top * W, end * W, BLOCK_P):
             pixel = start + tl.arange(0, BLOCK_P)
             inside = pixel < end * W
+            zero = hidden_zero(start)
             value = _network_tile(
-                x1 + branch * size, packed, pixel, first_x, end_x, W,
-                scale1, shift1, scale3, shift3, scale5, shift5, reduce_scale, reduce_shift,
-                alpha_value, BLOCK_C, BLOCK_P, PRECISION,
+                x1 + branch * size, packed + zero * (BLOCK_C * BLOCK_C), pixel,
+                first_x, end_x, W, zero,
+                attention_weight, attention_bias, attention_mean, attention_var, attention_eps,
+                reduce_weight, reduce_bias, reduce_mean, reduce_var, reduce_eps, alpha, c,
+                BLOCK_C, BLOCK_P, PRECISION,
             )  # fmt: skip
             store_tile(own_y + branch * P * BLOCK_C, pixel, inside, value, BLOCK_C)
             total += tl.sum(tl.where(inside[:, None], value, 0.0), axis=0)

@@ -31,7 +31,7 @@ from .reduction import sum_partials
 
 _SCRATCH = (
     *("sheets", "features", "reduced", "sums", "packed", "vectors", "totals", "partials"),
-    *("grad_features", "grad_sheets"),
+    *("grad_features", "grad_sheets", "slopes", "means"),
 )
 
 
@@ -123,19 +123,27 @@ class _Backward:
         of_attention = self.floats(2 * self.slabs, 9 * self.c**2)
         sizes = (self.slabs, self.groups, self.height, self.width, self.c, norms.count)
         weight, _, *statistics = norms.reduce
-        inputs = (self.features, self.reduced, self.vectors, self.totals, sums)
-        rest = (self.packed, grad_w, w, *norms.attention, weight, *statistics, *sizes, *norms.eps)
+        slopes, means = (self.floats(2 * self.slabs, n, self.block) for n in (12, 18))
+        maps = (self.features, self.reduced)
+        rest = (self.packed, grad_w, w, *norms.attention)
         common = {
             "BATCH": norms.batch,
             "PER_GROUP": norms.per_group,
             "PRECISION": dot_precision(self.e),
         }
         rows = (2 * self.slabs,)
-        self.launch(cross_spatial_attention_backward_kernel, rows, *inputs, of_reduce, *rest, **common)
+        self.launch(
+            cross_spatial_attention_backward_kernel,
+            (*rows, 3),
+            *(*maps, self.vectors, self.totals, slopes, sums, of_reduce, *rest),
+            *(weight, *statistics, *sizes, *norms.eps),
+            **common,
+        )
         self.launch(
             cross_spatial_features_backward_kernel,
-            rows,
-            *(*inputs, self.grad_features, of_attention, *rest),
+            (*rows, 3),
+            *(*maps, slopes, sums, means, self.grad_features, of_attention, *rest),
+            *(*sizes, norms.eps[0]),
             **common,
         )
         return sums, of_reduce, of_attention

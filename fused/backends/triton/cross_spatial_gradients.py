@@ -26,13 +26,12 @@ from .cross_spatial_tiles import (
     TILE_SPATIAL1,
     TILE_SPATIAL3,
     TILE_SPATIAL5,
-    attention_logits,
     features_tile,
-    folded_running,
+    hidden_zero,
     load_shifted,
     load_tile,
     outer_tap,
-    reduced_tile,
+    reduced_tile_running,
     store_tile,
     sum_rows,
     vector,
@@ -74,26 +73,21 @@ def cross_spatial_recompute_kernel(
     at = _set_row(row, slabs, G, PER_GROUP)
     weight, bias = attention_weight, attention_bias
     mean, var = attention_mean + at * 3 * c, attention_var + at * 3 * c
-    scale1, shift1 = folded_running(weight, bias, mean, var, eps, c, BLOCK_C)
-    scale3, shift3 = folded_running(
-        weight + c, bias + c, mean + c, var + c, eps, c, BLOCK_C
-    )
-    scale5, shift5 = folded_running(
-        weight + 2 * c, bias + 2 * c, mean + 2 * c, var + 2 * c, eps, c, BLOCK_C
-    )
     centre = vector(reduce_mean + at * c, c, BLOCK_C, 0.0)
     x, out = sheets + row * size, features + row * 3 * size
-    zero = tl.zeros((BLOCK_C,), tl.float32)
-    weighted_r, total_r, weighted_x, total_x, total = zero, zero, zero, zero, 0.0
+    none = tl.zeros((BLOCK_C,), tl.float32)
+    weighted_r, total_r, weighted_x, total_x, total = none, none, none, none, 0.0
     for start in range(0, P, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
+        zero = hidden_zero(start)
+        tiles = packed + zero * (BLOCK_C * BLOCK_C)
         inside = pixel < P
-        f1, f3, f5 = features_tile(x, packed, pixel, 0, H, W, BLOCK_C, BLOCK_P, PRECISION)
+        f1, f3, f5 = features_tile(x, tiles, pixel, 0, H, W, zero, BLOCK_C, BLOCK_P, PRECISION)
         store_tile(out, pixel, inside, f1, BLOCK_C)
         store_tile(out + size, pixel, inside, f3, BLOCK_C)
         store_tile(out + 2 * size, pixel, inside, f5, BLOCK_C)
-        r = reduced_tile(
-            f1, f3, f5, packed, scale1, shift1, scale3, shift3, scale5, shift5,
+        r = reduced_tile_running(
+            f1, f3, f5, tiles, weight + zero, bias + zero, mean + zero, var + zero, eps, c,
             BLOCK_C, BLOCK_P, PRECISION,
         )  # fmt: skip
         store_tile(reduced + row * size, pixel, inside, r, BLOCK_C)
@@ -111,7 +105,7 @@ def cross_spatial_recompute_kernel(
     tl.store(own + BLOCK_C, total_r)
     tl.store(own + 2 * BLOCK_C, weighted_x)
     tl.store(own + 3 * BLOCK_C, total_x)
-    tl.store(own + 4 * BLOCK_C, zero + total)
+    tl.store(own + 4 * BLOCK_C, none + total)
 
 
 # --------------------------------------------------------------------------------------- vectors
@@ -181,8 +175,8 @@ def cross_spatial_vectors_kernel(
     var2 = reduce_var + _set_row(slabs + group, slabs, G, PER_GROUP) * c
     rstd1 = 1.0 / tl.sqrt_rn(vector(var1, c, BLOCK_C, 1.0) + eps)
     rstd2 = 1.0 / tl.sqrt_rn(vector(var2, c, BLOCK_C, 1.0) + eps)
-    zero = tl.zeros((BLOCK_C,), tl.float32)
-    sum0_1, sum1_1, sum0_2, sum1_2, grad_alpha = zero, zero, zero, zero, 0.0
+    none = tl.zeros((BLOCK_C,), tl.float32)
+    sum0_1, sum1_1, sum0_2, sum1_2, grad_alpha = none, none, none, none, 0.0
     grad_feat = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
     for slab in range(group, slabs, G):
         own1, own2 = sums + slab * 5 * BLOCK_C, sums + (slabs + slab) * 5 * BLOCK_C
@@ -224,245 +218,203 @@ def cross_spatial_vectors_kernel(
 
 
 @triton.jit
-def reduced_gradient_vectors(
-    vectors, totals, row, weight, mean, var, slabs, G, c, count, eps,
+def _store_slopes(
+    slopes, vectors, totals, row, weight, mean, var, slabs, G, c, count, eps,
     BATCH: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """R's gradient is q0·gl + q1 + q2·(R − μ): q0, q1, q2, μ; `count` values share statistics."""
+    """R's gradient is q0·gl + q1 + q2·(R − μ): q0, q1, q2, μ to slopes (4, BLOCK_C).
+
+    `count` values share a set of statistics.
+    """
     channel = tl.arange(0, BLOCK_C)
     at = _set_row(row, slabs, G, PER_GROUP)
-    centre = vector(mean + at * c, c, BLOCK_C, 0.0)
     rstd = 1.0 / tl.sqrt_rn(vector(var + at * c, c, BLOCK_C, 1.0) + eps)
     scale = vector(weight, c, BLOCK_C, 0.0) * rstd
     direct = tl.load(vectors + row * 4 * BLOCK_C + channel)
     offset = tl.load(vectors + row * 4 * BLOCK_C + BLOCK_C + channel)
     slope = tl.zeros((BLOCK_C,), tl.float32)
     if BATCH:
-        first, rows = at, 1
+        rows = 1
         if not PER_GROUP:
             rows = 2 * G
         stride = 2 * BLOCK_C
-        sum0 = sum_rows(totals, first, 1, rows, stride, BLOCK_C, BLOCK_C, 16)
-        sum1 = sum_rows(totals + BLOCK_C, first, 1, rows, stride, BLOCK_C, BLOCK_C, 16)
-        offset -= sum0 / count
+        offset -= sum_rows(totals, at, 1, rows, stride, BLOCK_C, BLOCK_C, 16) / count
+        sum1 = sum_rows(totals + BLOCK_C, at, 1, rows, stride, BLOCK_C, BLOCK_C, 16)
         slope -= scale * rstd * sum1 / count
-    return scale * direct, scale * offset, slope, centre
+    own = slopes + channel
+    tl.store(own, scale * direct)
+    tl.store(own + BLOCK_C, scale * offset)
+    tl.store(own + 2 * BLOCK_C, slope)
+    tl.store(own + 3 * BLOCK_C, vector(mean + at * c, c, BLOCK_C, 0.0))
 
 
 @triton.jit
-def reduced_gradient(
-    reduced, gl, pixel, inside, q0, q1, q2, centre, BLOCK_C: tl.constexpr
-):
+def _reduced_gradient(reduced, slopes, gl, pixel, inside, BLOCK_C: tl.constexpr):
     """Gradient of R at a tile, in the dtype of the products, zero outside."""
+    channel = tl.arange(0, BLOCK_C)
+    q0, q1 = tl.load(slopes + channel), tl.load(slopes + BLOCK_C + channel)
+    q2, centre = tl.load(slopes + 2 * BLOCK_C + channel), tl.load(slopes + 3 * BLOCK_C + channel)
     r = load_tile(reduced, pixel, inside, BLOCK_C).to(tl.float32)
     grad = gl[:, None] * q0[None, :] + q1[None, :] + (r - centre[None, :]) * q2[None, :]
     return tl.where(inside[:, None], grad, 0.0).to(reduced.dtype.element_ty)
 
 
 @triton.jit
-def attention_gradient(
-    f1, f3, f5, own, grad_r, packed, weight, bias, mean, var, eps, c, K: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+def _attention_gradient(
+    features, size, pixel, inside, zero, own, grad_r, packed, weight, bias, mean, var, eps, c, k,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For features K: A, its normalised logits n, the gradients of A ⊙ f and of BN's output."""
-    mean_c, var_c = vector(mean + K * c, c, BLOCK_C, 0.0), vector(var + K * c, c, BLOCK_C, 1.0)
-    rstd = 1.0 / tl.sqrt_rn(var_c + eps)
-    gamma = vector(weight + K * c, c, BLOCK_C, 0.0)
-    beta = vector(bias + K * c, c, BLOCK_C, 0.0)
-    logits = attention_logits(f1, f3, f5, packed, K, BLOCK_C, PRECISION)
-    n = (logits - mean_c[None, :]) * rstd[None, :]
+    """For features k: A, its normalised logits n, the gradients of A ⊙ f and of BN's output.
+
+    The 3c features come from memory one third after the other: float32 has no registers for all.
+    """
+    rstd = 1.0 / tl.sqrt_rn(vector(var + k * c, c, BLOCK_C, 1.0) + eps)
+    gamma = vector(weight + k * c, c, BLOCK_C, 0.0)
+    beta = vector(bias + k * c, c, BLOCK_C, 0.0)
+    logits = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for i in range(0, 3 + zero):
+        f = load_tile(features + i * size, pixel, inside, BLOCK_C)
+        tile = weight_tile(packed, TILE_ATTENTION + 3 * k + i, BLOCK_C)
+        logits = tl.dot(f, tile, logits, input_precision=PRECISION)
+    n = (logits - vector(mean + k * c, c, BLOCK_C, 0.0)[None, :]) * rstd[None, :]
     attention = tl.sigmoid(n * gamma[None, :] + beta[None, :])
-    back = weight_tile_transposed(packed, TILE_REDUCE + K, BLOCK_C)
+    back = weight_tile_transposed(packed, TILE_REDUCE + k, BLOCK_C)
     grad_weighted = tl.dot(grad_r, back, input_precision=PRECISION)
     grad = grad_weighted * own.to(tl.float32) * attention * (1.0 - attention)
     return attention, n, grad_weighted, grad, gamma * rstd
 
 
 @triton.jit
-def _attention_step(
-    f1, f3, f5, own, grad_r, sum0, sum1, grad_weight, packed, weight, bias, mean, var, eps, c,
-    K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add a tile to T0 and T1 of features K and to Wr's gradient (outputs, inputs)."""
-    attention, n, _, grad, _ = attention_gradient(
-        f1, f3, f5, own, grad_r, packed, weight, bias, mean, var, eps, c, K, BLOCK_C, PRECISION
-    )
-    weighted = (attention * own.to(tl.float32)).to(own.dtype)
-    grad_weight = tl.dot(tl.trans(grad_r), weighted, grad_weight, input_precision=PRECISION)
-    return sum0 + tl.sum(grad, axis=0), sum1 + tl.sum(grad * n, axis=0), grad_weight
-
-
-@triton.jit
 def cross_spatial_attention_backward_kernel(
-    features, reduced, vectors, totals, sums, partials, packed, grad_w, w,
+    features, reduced, vectors, totals, slopes, sums, partials, packed, grad_w, w,
     weight, bias, attention_mean, attention_var, reduce_weight, reduce_mean, reduce_var,
     slabs, G, H, W, c, count, attention_eps, reduce_eps,
     BATCH: tl.constexpr, PER_GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: sums (2·slabs, 2, 3c): T0, T1 of A's norm; partials (2·slabs, c·3c): Wr's."""
-    row = tl.program_id(0).to(tl.int64)
+    """Grid (rows, 3), program k for features k.
+
+    sums (2·slabs, 2, 3c): T0, T1 of A's norm; partials (2·slabs, c·3c): Wr's gradient; slopes
+    (2·slabs, 3, 4, BLOCK_C), the same for every k.
+    """
+    row, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     P = H * W
     size = P * BLOCK_C
     at = _set_row(row, slabs, G, PER_GROUP)
     mean, var = attention_mean + at * 3 * c, attention_var + at * 3 * c
-    q0, q1, q2, centre = reduced_gradient_vectors(
-        vectors, totals, row, reduce_weight, reduce_mean, reduce_var, slabs, G, c, count,
-        reduce_eps, BATCH, PER_GROUP, BLOCK_C,
+    own_slopes = slopes + (row * 3 + k) * 4 * BLOCK_C
+    _store_slopes(
+        own_slopes, vectors, totals, row, reduce_weight, reduce_mean, reduce_var, slabs, G, c,
+        count, reduce_eps, BATCH, PER_GROUP, BLOCK_C,
     )  # fmt: skip
+    tl.debug_barrier()  # other threads of this program read them
     source = features + row * 3 * size
-    zero = tl.zeros((BLOCK_C,), tl.float32)
-    t0_1, t0_3, t0_5, t1_1, t1_3, t1_5 = zero, zero, zero, zero, zero, zero
-    grad1 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
-    grad3 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
-    grad5 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    sum0 = tl.zeros((BLOCK_C,), tl.float32)
+    sum1 = tl.zeros((BLOCK_C,), tl.float32)
+    grad_weight = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
     for start in range(0, P, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         inside = pixel < P
-        f1 = load_tile(source, pixel, inside, BLOCK_C)
-        f3 = load_tile(source + size, pixel, inside, BLOCK_C)
-        f5 = load_tile(source + 2 * size, pixel, inside, BLOCK_C)
+        zero = hidden_zero(start)
+        tiles = packed + zero * (BLOCK_C * BLOCK_C)
+        own = load_tile(source + k * size, pixel, inside, BLOCK_C)
         gl = _logit_gradient(grad_w, w, row % slabs, P, pixel, inside)
-        grad_r = reduced_gradient(
-            reduced + row * size, gl, pixel, inside, q0, q1, q2, centre, BLOCK_C
+        grad_r = _reduced_gradient(
+            reduced + row * size, own_slopes + zero, gl, pixel, inside, BLOCK_C
         )
-        t0_1, t1_1, grad1 = _attention_step(
-            f1, f3, f5, f1, grad_r, t0_1, t1_1, grad1, packed, weight, bias, mean, var,
-            attention_eps, c, 0, BLOCK_C, PRECISION,
+        attention, n, _, grad, _ = _attention_gradient(
+            source, size, pixel, inside, zero, own, grad_r, tiles, weight + zero, bias + zero,
+            mean + zero, var + zero, attention_eps, c, k, BLOCK_C, BLOCK_P, PRECISION,
         )  # fmt: skip
-        t0_3, t1_3, grad3 = _attention_step(
-            f1, f3, f5, f3, grad_r, t0_3, t1_3, grad3, packed, weight, bias, mean, var,
-            attention_eps, c, 1, BLOCK_C, PRECISION,
-        )  # fmt: skip
-        t0_5, t1_5, grad5 = _attention_step(
-            f1, f3, f5, f5, grad_r, t0_5, t1_5, grad5, packed, weight, bias, mean, var,
-            attention_eps, c, 2, BLOCK_C, PRECISION,
-        )  # fmt: skip
+        sum0 += tl.sum(grad, axis=0)
+        sum1 += tl.sum(grad * n, axis=0)
+        weighted = (attention * own.to(tl.float32)).to(own.dtype)
+        grad_weight = tl.dot(tl.trans(grad_r), weighted, grad_weight, input_precision=PRECISION)
     channel = tl.arange(0, BLOCK_C)
     ok = channel < c
-    own_sums = sums + row * 6 * c + channel
-    tl.store(own_sums, t0_1, mask=ok)
-    tl.store(own_sums + c, t0_3, mask=ok)
-    tl.store(own_sums + 2 * c, t0_5, mask=ok)
-    tl.store(own_sums + 3 * c, t1_1, mask=ok)
-    tl.store(own_sums + 4 * c, t1_3, mask=ok)
-    tl.store(own_sums + 5 * c, t1_5, mask=ok)
-    out = partials + row * 3 * c * c + channel[:, None] * 3 * c + channel[None, :]
-    square = ok[:, None] & ok[None, :]
-    tl.store(out, grad1, mask=square)
-    tl.store(out + c, grad3, mask=square)
-    tl.store(out + 2 * c, grad5, mask=square)
+    own_sums = sums + row * 6 * c + k * c + channel
+    tl.store(own_sums, sum0, mask=ok)
+    tl.store(own_sums + 3 * c, sum1, mask=ok)
+    out = partials + row * 3 * c * c + channel[:, None] * 3 * c + k * c + channel[None, :]
+    tl.store(out, grad_weight, mask=ok[:, None] & ok[None, :])
 
 
 @triton.jit
-def _features_step(
-    f1, f3, f5, own, grad_r, sum0, sum1, grad1, grad3, grad5, own_grad,
-    weight1, weight3, weight5, packed, weight, bias, mean, var, eps, c,
-    K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+def _store_means(
+    means, sums, row, slabs, G, c, count,
+    BATCH: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Add what goes through features K's attention to the gradients of f and of Wa's three tiles.
-
-    Returns them, own_grad last: the gradient of features K itself, which A scales.
-    """
-    attention, n, grad_weighted, grad, scale = attention_gradient(
-        f1, f3, f5, own, grad_r, packed, weight, bias, mean, var, eps, c, K, BLOCK_C, PRECISION
-    )
-    grad = ((grad - sum0[None, :] - n * sum1[None, :]) * scale[None, :]).to(own.dtype)
-    first = TILE_ATTENTION + 3 * K
-    back = weight_tile_transposed(packed, first, BLOCK_C)
-    grad1 = tl.dot(grad, back, grad1, input_precision=PRECISION)
-    back = weight_tile_transposed(packed, first + 1, BLOCK_C)
-    grad3 = tl.dot(grad, back, grad3, input_precision=PRECISION)
-    back = weight_tile_transposed(packed, first + 2, BLOCK_C)
-    grad5 = tl.dot(grad, back, grad5, input_precision=PRECISION)
-    # Pixels outside have no features, so whatever their gradient is adds nothing here.
-    turned = tl.trans(grad)
-    weight1 = tl.dot(turned, f1, weight1, input_precision=PRECISION)
-    weight3 = tl.dot(turned, f3, weight3, input_precision=PRECISION)
-    weight5 = tl.dot(turned, f5, weight5, input_precision=PRECISION)
-    own_grad = grad_weighted * attention
-    return grad1, grad3, grad5, weight1, weight3, weight5, own_grad
+    """T0 and T1 of A's norm over `count` values, to means (6, BLOCK_C); 0 if frozen."""
+    channel = tl.arange(0, BLOCK_C)
+    if PER_GROUP:
+        first, step, rows = (row // slabs) * slabs + (row % slabs) % G, G, slabs // G
+    else:
+        first, step, rows = row * 0, 1, 2 * slabs
+    for k in range(0, 6):
+        mean = tl.zeros((BLOCK_C,), tl.float32)
+        if BATCH:
+            mean = sum_rows(sums + k * c, first, step, rows, 6 * c, c, BLOCK_C, 16) / count
+        tl.store(means + k * BLOCK_C + channel, mean)
 
 
 @triton.jit
 def cross_spatial_features_backward_kernel(
-    features, reduced, vectors, totals, sums, grad_features, partials, packed, grad_w, w,
-    weight, bias, attention_mean, attention_var, reduce_weight, reduce_mean, reduce_var,
-    slabs, G, H, W, c, count, attention_eps, reduce_eps,
+    features, reduced, slopes, sums, means, grad_features, partials, packed, grad_w, w,
+    weight, bias, attention_mean, attention_var, slabs, G, H, W, c, count, attention_eps,
     BATCH: tl.constexpr, PER_GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: gradient of f (2·slabs, 3, P, BLOCK_C); partials (2·slabs, 3c·3c): Wa's."""
-    row = tl.program_id(0).to(tl.int64)
+    """Grid (rows, 3): the gradient of f_j (2·slabs, 3, P, BLOCK_C); partials (2·slabs, 3c·3c): Wa's.
+
+    Every j repeats the attention, and a rolled loop goes over its three outputs k: nine tiles of
+    Wa's gradient, or the weights of three steps at once, would not fit the registers.
+    """
+    row, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     P = H * W
     size = P * BLOCK_C
     at = _set_row(row, slabs, G, PER_GROUP)
     mean, var = attention_mean + at * 3 * c, attention_var + at * 3 * c
-    q0, q1, q2, centre = reduced_gradient_vectors(
-        vectors, totals, row, reduce_weight, reduce_mean, reduce_var, slabs, G, c, count,
-        reduce_eps, BATCH, PER_GROUP, BLOCK_C,
-    )  # fmt: skip
-    zero = tl.zeros((BLOCK_C,), tl.float32)
-    t0_1, t0_3, t0_5, t1_1, t1_3, t1_5 = zero, zero, zero, zero, zero, zero
-    if BATCH:
-        if PER_GROUP:
-            first, step, rows = (row // slabs) * slabs + (row % slabs) % G, G, slabs // G
-        else:
-            first, step, rows = row * 0, 1, 2 * slabs
-        stride = 6 * c
-        t0_1 = sum_rows(sums, first, step, rows, stride, c, BLOCK_C, 16) / count
-        t0_3 = sum_rows(sums + c, first, step, rows, stride, c, BLOCK_C, 16) / count
-        t0_5 = sum_rows(sums + 2 * c, first, step, rows, stride, c, BLOCK_C, 16) / count
-        t1_1 = sum_rows(sums + 3 * c, first, step, rows, stride, c, BLOCK_C, 16) / count
-        t1_3 = sum_rows(sums + 4 * c, first, step, rows, stride, c, BLOCK_C, 16) / count
-        t1_5 = sum_rows(sums + 5 * c, first, step, rows, stride, c, BLOCK_C, 16) / count
-    w11 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
-    w13, w15, w31, w33, w35, w51, w53, w55 = w11, w11, w11, w11, w11, w11, w11, w11
-    source, out = features + row * 3 * size, grad_features + row * 3 * size
+    of_program = means + (row * 3 + j) * 6 * BLOCK_C
+    _store_means(of_program, sums, row, slabs, G, c, count, BATCH, PER_GROUP, BLOCK_C)
+    tl.debug_barrier()  # other threads of this program read them
+    channel = tl.arange(0, BLOCK_C)
+    w1 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    w3, w5 = w1, w1
+    source, out = features + row * 3 * size, grad_features + (row * 3 + j) * size
     for start in range(0, P, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         inside = pixel < P
-        f1 = load_tile(source, pixel, inside, BLOCK_C)
-        f3 = load_tile(source + size, pixel, inside, BLOCK_C)
-        f5 = load_tile(source + 2 * size, pixel, inside, BLOCK_C)
+        zero = hidden_zero(start)
+        tiles = packed + zero * (BLOCK_C * BLOCK_C)
+        of_j = load_tile(source + j * size, pixel, inside, BLOCK_C)
         gl = _logit_gradient(grad_w, w, row % slabs, P, pixel, inside)
-        grad_r = reduced_gradient(
-            reduced + row * size, gl, pixel, inside, q0, q1, q2, centre, BLOCK_C
-        )
-        g1 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        g3, g5 = g1, g1
-        g1, g3, g5, w11, w13, w15, own = _features_step(
-            f1, f3, f5, f1, grad_r, t0_1, t1_1, g1, g3, g5, g1, w11, w13, w15, packed,
-            weight, bias, mean, var, attention_eps, c, 0, BLOCK_C, PRECISION,
-        )  # fmt: skip
-        g1 += own
-        g1, g3, g5, w31, w33, w35, own = _features_step(
-            f1, f3, f5, f3, grad_r, t0_3, t1_3, g1, g3, g5, g1, w31, w33, w35, packed,
-            weight, bias, mean, var, attention_eps, c, 1, BLOCK_C, PRECISION,
-        )  # fmt: skip
-        g3 += own
-        g1, g3, g5, w51, w53, w55, own = _features_step(
-            f1, f3, f5, f5, grad_r, t0_5, t1_5, g1, g3, g5, g1, w51, w53, w55, packed,
-            weight, bias, mean, var, attention_eps, c, 2, BLOCK_C, PRECISION,
-        )  # fmt: skip
-        g5 += own
-        store_tile(out, pixel, inside, g1, BLOCK_C)
-        store_tile(out + size, pixel, inside, g3, BLOCK_C)
-        store_tile(out + 2 * size, pixel, inside, g5, BLOCK_C)
-    channel = tl.arange(0, BLOCK_C)
+        own_slopes = slopes + row * 12 * BLOCK_C + zero
+        grad_r = _reduced_gradient(reduced + row * size, own_slopes, gl, pixel, inside, BLOCK_C)
+        acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for k in range(0, 3 + zero):
+            own = load_tile(source + k * size, pixel, inside, BLOCK_C)
+            attention, n, grad_weighted, grad, scale = _attention_gradient(
+                source, size, pixel, inside, zero, own, grad_r, tiles, weight, bias, mean, var,
+                attention_eps, c, k, BLOCK_C, BLOCK_P, PRECISION,
+            )  # fmt: skip
+            of_k = of_program + k * BLOCK_C + channel
+            sum0, sum1 = tl.load(of_k), tl.load(of_k + 3 * BLOCK_C)
+            grad = ((grad - sum0[None, :] - n * sum1[None, :]) * scale[None, :]).to(own.dtype)
+            back = weight_tile_transposed(tiles, TILE_ATTENTION + 3 * k + j, BLOCK_C)
+            acc = tl.dot(grad, back, acc, input_precision=PRECISION)
+            # A scales features k itself, so their own gradient has a second part.
+            acc += tl.where(j == k, grad_weighted * attention, 0.0)
+            # Pixels outside have no features, so whatever their gradient is adds nothing here.
+            part = tl.dot(tl.trans(grad), of_j, input_precision=PRECISION)
+            w1 += tl.where(k == 0, part, 0.0)
+            w3 += tl.where(k == 1, part, 0.0)
+            w5 += tl.where(k == 2, part, 0.0)
+        store_tile(out, pixel, inside, acc, BLOCK_C)
     ok = (channel[:, None] < c) & (channel[None, :] < c)
-    target = partials + row * 9 * c * c + channel[:, None] * 3 * c + channel[None, :]
-    tl.store(target, w11, mask=ok)
-    tl.store(target + c, w13, mask=ok)
-    tl.store(target + 2 * c, w15, mask=ok)
-    target += 3 * c * c
-    tl.store(target, w31, mask=ok)
-    tl.store(target + c, w33, mask=ok)
-    tl.store(target + 2 * c, w35, mask=ok)
-    target += 3 * c * c
-    tl.store(target, w51, mask=ok)
-    tl.store(target + c, w53, mask=ok)
-    tl.store(target + 2 * c, w55, mask=ok)
+    target = partials + row * 9 * c * c + channel[:, None] * 3 * c + j * c + channel[None, :]
+    tl.store(target, w1, mask=ok)
+    tl.store(target + 3 * c * c, w3, mask=ok)
+    tl.store(target + 6 * c * c, w5, mask=ok)
 
 
 @triton.jit
@@ -477,8 +429,9 @@ def cross_spatial_inputs_backward_kernel(
     pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < P
     source = grad_features + row * 3 * size
+    zero = hidden_zero(tl.program_id(1))
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for tap in range(9):
+    for tap in range(0, 9 + zero):
         dy, dx = tap // 3 - 1, tap % 3 - 1
         g3 = load_shifted(source + size, pixel, -dy, -dx, 0, H, W, BLOCK_C)
         k3 = weight_tile_transposed(packed, TILE_SPATIAL3 + tap, BLOCK_C)
@@ -486,7 +439,7 @@ def cross_spatial_inputs_backward_kernel(
         g5 = load_shifted(source + 2 * size, pixel, -dy, -dx, 0, H, W, BLOCK_C)
         k5 = weight_tile_transposed(packed, TILE_SPATIAL5 + (dy + 2) * 5 + dx + 2, BLOCK_C)
         acc = tl.dot(g5, k5, acc, input_precision=PRECISION)
-    for tap in range(16):
+    for tap in range(0, 16 + zero):
         dy, dx = outer_tap(tap)
         g5 = load_shifted(source + 2 * size, pixel, -dy, -dx, 0, H, W, BLOCK_C)
         k5 = weight_tile_transposed(packed, TILE_SPATIAL5 + (dy + 2) * 5 + dx + 2, BLOCK_C)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .cross_spatial_tiles import (
     TILE_CONV3X3,
+    hidden_zero,
     load_shifted,
     load_tile,
     vector,
@@ -41,12 +42,12 @@ def _load_gate(alpha, size, position, inside, c, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _conv3x3_backward(
-    grad_x2, packed, pixel, H, W,
+    grad_x2, packed, pixel, H, W, zero,
     BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of K3 ∗ e for e at pixels, (BLOCK_W, BLOCK_C) float32."""
     acc = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    for tap in range(9):
+    for tap in range(0, 9 + zero):
         g = load_shifted(grad_x2, pixel, 1 - tap // 3, 1 - tap % 3, 0, H, W, BLOCK_C)
         k = weight_tile_transposed(packed, TILE_CONV3X3 + tap, BLOCK_C)
         acc = tl.dot(g, k, acc, input_precision=PRECISION)
@@ -85,7 +86,9 @@ def cross_spatial_branches_backward_kernel(
             inside = column < W
             # Columns past the end lie in the next row, where load_shifted would find neighbours.
             pixel = tl.where(inside, row * W + column, H * W + 2 * W)
-            acc = _conv3x3_backward(grad_x2, packed, pixel, H, W, BLOCK_C, BLOCK_W, PRECISION)
+            acc = _conv3x3_backward(
+                grad_x2, packed, pixel, H, W, hidden_zero(row), BLOCK_C, BLOCK_W, PRECISION
+            )
             bias += tl.sum(load_tile(grad_x2, pixel, inside, BLOCK_C).to(tl.float32), axis=0)
             g = load_tile(grad_x1, pixel, inside, BLOCK_C).to(tl.float32)
             x = _load_map(source, pixel, inside, c, stride_c, stride_p, BLOCK_C)

@@ -80,6 +80,16 @@ def weight_tile_transposed(packed, t, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def hidden_zero(start):
+    """0 as the compiler cannot tell it, from a pixel number: a slab has less than 2**30 pixels.
+
+    Added to a pointer it keeps the loads of a dozen weight tiles inside the loop over pixels, and
+    to a bound it keeps the loops over taps rolled: both would fill all registers otherwise.
+    """
+    return start >> 30
+
+
+@triton.jit
 def load_tile(sheet, pixel, inside, BLOCK_C: tl.constexpr):
     """Pixels of a sheet, (BLOCK_P, BLOCK_C), zero where not inside."""
     channel = tl.arange(0, BLOCK_C)
@@ -141,12 +151,12 @@ def copy_and_normalise(
 
 @triton.jit
 def conv3x3_tile(
-    copy, packed, bias, pixel, first_row, end_row, W,
+    copy, packed, bias, pixel, first_row, end_row, W, zero,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x2 = K3 ∗ e + b3 at a tile, (BLOCK_P, BLOCK_C) float32."""
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for tap in range(9):
+    for tap in range(0, 9 + zero):
         x = load_shifted(copy, pixel, tap // 3 - 1, tap % 3 - 1, first_row, end_row, W, BLOCK_C)
         k = weight_tile(packed, TILE_CONV3X3 + tap, BLOCK_C)
         acc = tl.dot(x, k, acc, input_precision=PRECISION)
@@ -158,7 +168,7 @@ def conv3x3_tile(
 
 @triton.jit
 def features_tile(
-    x, packed, pixel, first_row, end_row, W,
+    x, packed, pixel, first_row, end_row, W, zero,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The three convolutions of X at a tile, (BLOCK_P, BLOCK_C) each, rounded to X's dtype.
@@ -167,14 +177,14 @@ def features_tile(
     """
     f3 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     f5 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for tap in range(9):
+    for tap in range(0, 9 + zero):
         dy, dx = tap // 3 - 1, tap % 3 - 1
         value = load_shifted(x, pixel, dy, dx, first_row, end_row, W, BLOCK_C)
         k3 = weight_tile(packed, TILE_SPATIAL3 + tap, BLOCK_C)
         f3 = tl.dot(value, k3, f3, input_precision=PRECISION)
         k5 = weight_tile(packed, TILE_SPATIAL5 + (dy + 2) * 5 + dx + 2, BLOCK_C)
         f5 = tl.dot(value, k5, f5, input_precision=PRECISION)
-    for tap in range(16):
+    for tap in range(0, 16 + zero):
         dy, dx = outer_tap(tap)
         value = load_shifted(x, pixel, dy, dx, first_row, end_row, W, BLOCK_C)
         k5 = weight_tile(packed, TILE_SPATIAL5 + (dy + 2) * 5 + dx + 2, BLOCK_C)
@@ -231,6 +241,23 @@ def folded_running(weight, bias, mean, var, eps, c, BLOCK_C: tl.constexpr):
     """As `folded`, from pointers to saved statistics."""
     mean_c, var_c = vector(mean, c, BLOCK_C, 0.0), vector(var, c, BLOCK_C, 1.0)
     return folded(weight, bias, mean_c, var_c, eps, c, BLOCK_C)
+
+
+@triton.jit
+def reduced_tile_running(
+    f1, f3, f5, packed, weight, bias, mean, var, eps, c,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `reduced_tile`, from pointers: vectors held over a loop would cost 64 registers."""
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    a, b = folded_running(weight, bias, mean, var, eps, c, BLOCK_C)
+    acc = reduce_step(f1, f3, f5, f1, acc, packed, a, b, 0, BLOCK_C, PRECISION)
+    a, b = folded_running(weight + c, bias + c, mean + c, var + c, eps, c, BLOCK_C)
+    acc = reduce_step(f1, f3, f5, f3, acc, packed, a, b, 1, BLOCK_C, PRECISION)
+    a, b = folded_running(
+        weight + 2 * c, bias + 2 * c, mean + 2 * c, var + 2 * c, eps, c, BLOCK_C
+    )
+    return reduce_step(f1, f3, f5, f5, acc, packed, a, b, 2, BLOCK_C, PRECISION)
 
 
 # -------------------------------------------------------------------------------------- moments

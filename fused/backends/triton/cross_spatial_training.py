@@ -21,6 +21,7 @@ from .cross_spatial_tiles import (
     copy_and_normalise,
     features_tile,
     folded,
+    hidden_zero,
     load_tile,
     merge_rows,
     merge_two,
@@ -61,7 +62,8 @@ def cross_spatial_branches_kernel(
     bias = vector(conv3x3_bias, c, BLOCK_C, 0.0)
     for start in range(0, P, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
-        x = conv3x3_tile(copy, packed, bias, pixel, 0, H, W, BLOCK_C, BLOCK_P, PRECISION)
+        zero = hidden_zero(start)
+        x = conv3x3_tile(copy, packed, bias, pixel, 0, H, W, zero, BLOCK_C, BLOCK_P, PRECISION)
         store_tile(x2, pixel, pixel < P, x, BLOCK_C)
 
 
@@ -76,24 +78,26 @@ def cross_spatial_features_kernel(
     size = P * BLOCK_C
     x, out = sheets + row * size, features + row * 3 * size
     channel = tl.arange(0, BLOCK_C)
-    zero = tl.zeros((BLOCK_C,), tl.float32)
-    mean1, mean3, mean5, m2_1, m2_3, m2_5, total = zero, zero, zero, zero, zero, zero, zero
+    none = tl.zeros((BLOCK_C,), tl.float32)
+    mean1, mean3, mean5, m2_1, m2_3, m2_5, total = none, none, none, none, none, none, none
     count = 0.0
     for start in range(0, P, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
+        zero = hidden_zero(start)
+        tiles = packed + zero * (BLOCK_C * BLOCK_C)
         inside = pixel < P
         part = tl.sum(inside.to(tl.float32), axis=0)
-        f1, f3, f5 = features_tile(x, packed, pixel, 0, H, W, BLOCK_C, BLOCK_P, PRECISION)
+        f1, f3, f5 = features_tile(x, tiles, pixel, 0, H, W, zero, BLOCK_C, BLOCK_P, PRECISION)
         store_tile(out, pixel, inside, f1, BLOCK_C)
         store_tile(out + size, pixel, inside, f3, BLOCK_C)
         store_tile(out + 2 * size, pixel, inside, f5, BLOCK_C)
-        logits = attention_logits(f1, f3, f5, packed, 0, BLOCK_C, PRECISION)
+        logits = attention_logits(f1, f3, f5, tiles, 0, BLOCK_C, PRECISION)
         mean_b, m2_b = tile_moments(logits, inside, part)
         mean1, m2_1, _ = merge_two(mean1, m2_1, count, mean_b, m2_b, part)
-        logits = attention_logits(f1, f3, f5, packed, 1, BLOCK_C, PRECISION)
+        logits = attention_logits(f1, f3, f5, tiles, 1, BLOCK_C, PRECISION)
         mean_b, m2_b = tile_moments(logits, inside, part)
         mean3, m2_3, _ = merge_two(mean3, m2_3, count, mean_b, m2_b, part)
-        logits = attention_logits(f1, f3, f5, packed, 2, BLOCK_C, PRECISION)
+        logits = attention_logits(f1, f3, f5, tiles, 2, BLOCK_C, PRECISION)
         mean_b, m2_b = tile_moments(logits, inside, part)
         mean5, m2_5, count = merge_two(mean5, m2_5, count, mean_b, m2_b, part)
         total += tl.sum(load_tile(x, pixel, inside, BLOCK_C).to(tl.float32), axis=0)
@@ -164,13 +168,15 @@ def cross_spatial_reduce_kernel(
     count = 0.0
     for start in range(0, P, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
+        zero = hidden_zero(start)
+        tiles = packed + zero * (BLOCK_C * BLOCK_C)
         inside = pixel < P
         part = tl.sum(inside.to(tl.float32), axis=0)
         f1 = load_tile(source, pixel, inside, BLOCK_C)
         f3 = load_tile(source + size, pixel, inside, BLOCK_C)
         f5 = load_tile(source + 2 * size, pixel, inside, BLOCK_C)
         r = reduced_tile(
-            f1, f3, f5, packed, scale1, shift1, scale3, shift3, scale5, shift5,
+            f1, f3, f5, tiles, scale1, shift1, scale3, shift3, scale5, shift5,
             BLOCK_C, BLOCK_P, PRECISION,
         )  # fmt: skip
         store_tile(out, pixel, inside, r, BLOCK_C)
