@@ -24,7 +24,7 @@ def update_running_statistics(
     if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return
     means = mean.reshape(-1, norm.num_features)
-    variances = var.reshape(-1, norm.num_features) * (count / (count - 1))
+    variances, unbiased = var.reshape(-1, norm.num_features), count / (count - 1)
     calls, dtype = means.shape[0], means.dtype
     tracked = norm.num_batches_tracked
     if norm.momentum is None:
@@ -33,11 +33,24 @@ def update_running_statistics(
         total = (tracked + calls).to(dtype)
         keep = tracked.to(dtype) / total
         weights = (1 / total).expand(calls)
-    else:
-        rho = norm.momentum
-        keep = means.new_tensor((1 - rho) ** calls)
-        weights = means.new_tensor([rho * (1 - rho) ** (calls - 1 - k) for k in range(calls)])
+        tracked.add_(calls)
+        for running, values in (
+            (norm.running_mean, means),
+            (norm.running_var, variances * unbiased),
+        ):
+            running.copy_(running.to(dtype) * keep + weights @ values)
+        return
+    rho = norm.momentum
+    # Made on the device: a copy from the host would wait for it, and no CUDA graph could hold it.
+    age = torch.arange(calls - 1, -1, -1, dtype=dtype, device=means.device)
+    weights = torch.pow(1 - rho, age)
     if tracked is not None:
         tracked.add_(calls)
-    for running, values in ((norm.running_mean, means), (norm.running_var, variances)):
-        running.copy_(running.to(dtype) * keep + weights @ values)
+    for running, values, scale in (
+        (norm.running_mean, means, rho),
+        (norm.running_var, variances, rho * unbiased),
+    ):
+        new = torch.addmv(
+            running.to(dtype), values.mT, weights, beta=(1 - rho) ** calls, alpha=scale
+        )
+        running.copy_(new)

@@ -188,7 +188,9 @@ def explain(subject: torch.Tensor | nn.Module) -> Explanation:
             continue
         name, x = requested(module.backend), module.probe()
         groups = getattr(module, "groups", None)
-        lines += [line for stage in stages for line in _explain_stage(block, stage, x, name, groups)]
+        lines += [
+            line for stage in stages for line in _explain_stage(block, stage, x, name, groups)
+        ]
     if not lines:
         kind = type(subject).__name__
         raise ValueError(f"explain: {kind} holds no FusedCIEMA or FusedMSFF block; see fused.fuse")

@@ -40,13 +40,13 @@ def relu(value):
 @triton.jit
 def pointwise_product(
     weight, weight_strides, x, x_strides, gate, row, pixel, rows, channels, pixels,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """W ∗ x for `BLOCK_M` output channels × `BLOCK_N` pixels of one sample, in float32.
 
     Args:
-        weight: (rows, channels), any dtype; it is cast to that of x.
+        weight: (rows, channels), any dtype; it is rounded to that of x.
         weight_strides: along rows and channels.
         x: the sample's map.
         x_strides: along batch, channel and pixel.
@@ -56,6 +56,7 @@ def pointwise_product(
         rows: number of output channels.
         channels: number of input channels.
         pixels: number of pixels.
+        SPLIT: what the rounding takes from a wider weight is multiplied too.
         WIDE: offsets need 64 bits.
         PRECISION: of the product, as `tl.dot` calls it.
         BLOCK_M: length of `row`.
@@ -80,7 +81,11 @@ def pointwise_product(
             mask=known[:, None] & (pixel < pixels)[None, :],
             other=0.0,
         )
-        total = tl.dot(w.to(value.dtype), value, total, input_precision=PRECISION)
+        rounded = w.to(value.dtype)
+        total = tl.dot(rounded, value, total, input_precision=PRECISION)
+        if SPLIT and w.dtype != value.dtype:
+            rest = (w - rounded.to(w.dtype)).to(value.dtype)
+            total = tl.dot(rest, value, total, input_precision=PRECISION)
     return total
 
 
@@ -154,16 +159,17 @@ def channel_interaction_forward_kernel(
     e += batch * e_strides[0]
     partials += batch * tiles * 2 * hidden
 
+    product = pointwise_product(
+        *(interaction_weight, (channels, 1), x, x_strides, None),
+        *(row, pixel, channels, channels, pixels, False, WIDE, PRECISION),
+        *(BLOCK_M, BLOCK_N, BLOCK_K),
+    )
     a = _gate(
         *(partials, excite_weight, row, channels, hidden, tiles),
         *(BLOCK_M, BLOCK_HIDDEN, BLOCK_TILES),
     )
     if pixel_tile == 0:
         tl.store(gate + batch * channels + row, a, mask=row < channels)
-    product = pointwise_product(
-        *(interaction_weight, (channels, 1), x, x_strides, None),
-        *(row, pixel, channels, channels, pixels, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
-    )
     mask = (row < channels)[:, None] & (pixel < pixels)[None, :]
     own = tile_offsets(row, pixel, x_strides, WIDE)
     value = tl.load(x + own, mask=mask, other=0.0).to(tl.float32)

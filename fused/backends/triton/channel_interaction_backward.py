@@ -280,7 +280,8 @@ def channel_interaction_backward_kernel(
     gate += batch * channels
     total = pointwise_product(
         *(interaction_weight, (1, channels), grad_e, grad_strides, gate),
-        *(row, pixel, channels, channels, pixels, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
+        *(row, pixel, channels, channels, pixels, False, WIDE, PRECISION),
+        *(BLOCK_M, BLOCK_N, BLOCK_K),
     )
     mask = inside[:, None] & (pixel < pixels)[None, :]
     own = tile_offsets(row, pixel, grad_strides, WIDE)

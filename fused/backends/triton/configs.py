@@ -191,7 +191,8 @@ def shared_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 64 * 1024
     properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    # ROCm knows no larger limit that a kernel could ask for; its 64 KiB are what there is.
+    return int(getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
 
 
 def choose(kernel: str, x: torch.Tensor, pixels: int) -> Config:

@@ -43,9 +43,7 @@ def _load_gates(alpha, position, inside, size, c, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _pool(
-    e, pooled, H, W, c, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr
-):
+def _pool(e, pooled, H, W, c, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
     """Row means, then column means, to pooled (H + W, BLOCK_C)."""
     channel = tl.arange(0, BLOCK_C)
     for row in range(0, H):
@@ -97,7 +95,7 @@ def coordinate_attention_forward_kernel(
     G, H, W, c, eps, stride_b, stride_c, stride_p,
     BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """alpha_h (slabs, c, H), alpha_w (slabs, c, W), mean and rstd (slabs, c); one program a slab."""
+    """alpha_h (slabs, c, H), alpha_w (…, W), mean and rstd (slabs, c); one program a slab."""
     slab = tl.program_id(0).to(tl.int64)
     source = e + (slab // G) * stride_b + (slab % G) * c * stride_c
     p = pooled + slab * (H + W) * BLOCK_C
@@ -238,7 +236,7 @@ def coordinate_attention_backward_kernel(
 def forward(
     e: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
 ) -> tuple[torch.Tensor, ...]:
-    """As the reference's: alpha_h (B, C, H), alpha_w (B, C, W), mean and rstd (B, C); one launch."""
+    """As the reference's: alpha_h (B, C, H), alpha_w (…, W), mean and rstd (B, C); one launch."""
     e = flat(e)
     batch, channels, height, width = e.shape
     c, slabs = channels // groups, batch * groups

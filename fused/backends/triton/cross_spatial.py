@@ -174,9 +174,7 @@ def cross_spatial_forward_kernel(
     arrived = tl.atomic_add(counters + slab, 1, sem="acq_rel")
     if arrived == BANDS - 1:
         tl.debug_barrier()
-        _draw_gate(
-            own_y, own_partial, w, softmax1, softmax2, slab, P, c, BANDS, BLOCK_C, BLOCK_P
-        )
+        _draw_gate(own_y, own_partial, w, softmax1, softmax2, slab, P, c, BANDS, BLOCK_C, BLOCK_P)
 
 
 # ------------------------------------------------------------------------------------- launchers
@@ -270,7 +268,15 @@ def forward(
         sets = 2 * groups if bn_statistics == "sequential" else 1
     wide = softmax1.new_empty((sets, 3 * c))
     narrow = softmax1.new_empty((sets, c))
-    results = (w, softmax1, softmax2, wide, torch.empty_like(wide), narrow, torch.empty_like(narrow))
+    results = (
+        w,
+        softmax1,
+        softmax2,
+        wide,
+        torch.empty_like(wide),
+        narrow,
+        torch.empty_like(narrow),
+    )
     if training:
         _training(
             *(e, vectors, packed, results, groups, bn_statistics == "pooled"),

@@ -18,13 +18,15 @@ from .cross_spatial_gradients import (
     cross_spatial_attention_backward_kernel,
     cross_spatial_features_backward_kernel,
     cross_spatial_inputs_backward_kernel,
-    cross_spatial_recompute_kernel,
-    cross_spatial_vectors_kernel,
 )
 from .cross_spatial_parameters import (
     TAP_ROWS,
     cross_spatial_branches_backward_kernel,
     cross_spatial_convolutions_backward_kernel,
+)
+from .cross_spatial_recompute import (
+    cross_spatial_recompute_kernel,
+    cross_spatial_vectors_kernel,
 )
 from .launch import cdiv, dot_precision, flat, launch, multiprocessors, strides
 from .reduction import sum_partials
@@ -204,12 +206,9 @@ def _norms(
     eps: tuple[float, float],
     values: tuple[int, int],
 ) -> _Norms:
-    """Saved statistics in training, running ones in evaluation; `values` a (branch, group), sets."""
-    if training:
-        statistics = saved
-    else:
-        # The contract refuses evaluation without running statistics.
-        statistics = tuple(s for s in running if s is not None)
+    """Saved statistics in training, else running ones; `values` of a (branch, group), and sets."""
+    # The contract refuses evaluation without running statistics.
+    statistics = saved if training else tuple(s for s in running if s is not None)
     per_group = training and bn_statistics == "sequential"
     count = values[0] if per_group else values[0] * values[1]
     return _Norms(
@@ -290,16 +289,17 @@ def backward(
     columns = (
         *((gn_weight, of_branches, 0), (gn_bias, of_branches, c)),
         *((conv3x3_weight, of_kernels, 35 * c * c), (conv3x3_bias, of_branches, 2 * c)),
-        *((spatial_conv1_weight, of_kernels, 34 * c * c), (spatial_conv3_weight, of_kernels, 25 * c * c)),
+        *(
+            (spatial_conv1_weight, of_kernels, 34 * c * c),
+            (spatial_conv3_weight, of_kernels, 25 * c * c),
+        ),
         *((spatial_conv5_weight, of_kernels, 0), (attention_weight, of_attention, 0)),
         *((attention_bn_weight, of_norm, 3 * c), (attention_bn_bias, of_norm, 0)),
         *((reduce_weight, of_reduce, 0), (reduce_bn_weight, of_gate, 0)),
         *((reduce_bn_bias, of_gate, c), (channel_feat_weight, of_gate, 2 * c)),
         (alpha, of_gate, 2 * c + c * c),
     )
-    grads = [
-        torch.empty_like(p, memory_format=torch.contiguous_format) for p, _, _ in columns
-    ]
+    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p, _, _ in columns]
     parts = zip(columns, grads, strict=True)
     sum_partials(e, [(partials, first, grad) for (_, partials, first), grad in parts])
     return (grad_e, *grad_vectors, *grads)

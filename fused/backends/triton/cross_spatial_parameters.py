@@ -125,9 +125,7 @@ def cross_spatial_branches_backward_kernel(
 
 
 @triton.jit
-def _tap(
-    grad, x, acc, pixel, dy, dx, H, W, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr
-):
+def _tap(grad, x, acc, pixel, dy, dx, H, W, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
     """Add Σ over pixels of gradᵀ·x(moved by (dy, dx)), (outputs, inputs)."""
     value = load_shifted(x, pixel, dy, dx, 0, H, W, BLOCK_C)
     return tl.dot(grad, value, acc, input_precision=PRECISION)
@@ -138,9 +136,10 @@ def cross_spatial_convolutions_backward_kernel(
     sheets, grad_features, grad_sheets, partials, slabs, H, W, c, shares,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (TAP_ROWS, shares of the rows); partials (shares, 44·c·c), kernels one after another:
+    """Grid (TAP_ROWS, shares of the rows); partials (shares, 44·c·c).
 
-    5×5, 3×3, 1×1 of the network, 3×3 of e, each (outputs, inputs, taps) as the parameter is.
+    The kernels stand one after another: 5×5, 3×3, 1×1 of the network, 3×3 of e, each (outputs,
+    inputs, taps) as the parameter is.
     """
     job, share = tl.program_id(0), tl.program_id(1)
     wide = share.to(tl.int64) * 0

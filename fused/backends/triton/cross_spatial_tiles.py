@@ -254,9 +254,7 @@ def reduced_tile_running(
     acc = reduce_step(f1, f3, f5, f1, acc, packed, a, b, 0, BLOCK_C, PRECISION)
     a, b = folded_running(weight + c, bias + c, mean + c, var + c, eps, c, BLOCK_C)
     acc = reduce_step(f1, f3, f5, f3, acc, packed, a, b, 1, BLOCK_C, PRECISION)
-    a, b = folded_running(
-        weight + 2 * c, bias + 2 * c, mean + 2 * c, var + 2 * c, eps, c, BLOCK_C
-    )
+    a, b = folded_running(weight + 2 * c, bias + 2 * c, mean + 2 * c, var + 2 * c, eps, c, BLOCK_C)
     return reduce_step(f1, f3, f5, f5, acc, packed, a, b, 2, BLOCK_C, PRECISION)
 
 

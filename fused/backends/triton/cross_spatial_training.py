@@ -265,10 +265,14 @@ def cross_spatial_gate_kernel(
     constant = tl.sum(shift1 * s2 + shift2 * s1, axis=0)
     pixel = part * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < P
-    total = load_tile(reduced + row1 * size, pixel, inside, BLOCK_C).to(tl.float32) * of_r1[None, :]
-    total += load_tile(reduced + row2 * size, pixel, inside, BLOCK_C).to(tl.float32) * of_r2[None, :]
-    total += load_tile(sheets + row1 * size, pixel, inside, BLOCK_C).to(tl.float32) * of_x1[None, :]
-    total += load_tile(sheets + row2 * size, pixel, inside, BLOCK_C).to(tl.float32) * of_x2[None, :]
+    value = load_tile(reduced + row1 * size, pixel, inside, BLOCK_C)
+    total = value.to(tl.float32) * of_r1[None, :]
+    value = load_tile(reduced + row2 * size, pixel, inside, BLOCK_C)
+    total += value.to(tl.float32) * of_r2[None, :]
+    value = load_tile(sheets + row1 * size, pixel, inside, BLOCK_C)
+    total += value.to(tl.float32) * of_x1[None, :]
+    value = load_tile(sheets + row2 * size, pixel, inside, BLOCK_C)
+    total += value.to(tl.float32) * of_x2[None, :]
     gate = tl.sigmoid(tl.sum(total, axis=1) + constant)
     at = w + slab * P + pixel
     tl.store(at, gate.to(w.dtype.element_ty), mask=inside)

@@ -2,7 +2,8 @@
 
 Evaluation is here, training in `gated_fusion_training`. Two launches (identity 5.3):
     fold    r = relu(scale1 ⊙ (W1∗s) + shift1); further programs of the same launch compute
-            combined = (Wf_m·D2)·W2 and bias = Wf_m·shift2 from the weights
+            combined = (Wf_m·D2)·W2 and bias = Wf_m·shift2 from the weights, the latter as a part of
+            affine3, norm 3's scale and shift
     gate    out, φ = σ(scale3 ⊙ (Wf_s∗s + combined·r + bias) + shift3); or its sums (identity 5.6)
 Layouts: maps NCHW or channels_last by strides, w spread over the c channels of its group on load.
 Programs of a product: (pixel tile of a sample, channel tile), see `gated_fusion_products`.
@@ -18,15 +19,13 @@ import triton
 import triton.language as tl
 
 from . import configs, launch
+from .gated_fusion_case import Case, Norm, matrix_strides
 from .gated_fusion_products import (
-    Case,
-    Norm,
     add_gated_product,
     add_product,
     load_gates,
     load_tile,
     load_vector,
-    matrix_strides,
     norm_affine,
     place,
     store_tile,
@@ -39,13 +38,13 @@ from .gated_fusion_training import forward_saving
 @triton.jit
 def gated_fusion_fold_kernel(
     e, w, squeeze_weight, mean1, var1, weight1, bias1, expand_weight, mean2, var2, weight2, bias2,
-    fusion_weight, r, combined, bias, e_strides, w_strides, squeeze_strides, expand_strides,
-    fusion_strides, r_strides, channels, squeezed, size, pixels, tiles, column_tiles, products,
-    folds, eps1, eps2,
+    fusion_weight, mean3, var3, weight3, bias3, r, combined, affine3,
+    e_strides, w_strides, squeeze_strides, expand_strides, fusion_strides, r_strides,
+    channels, squeezed, size, pixels, tiles, column_tiles, products, folds, eps1, eps2, eps3,
     ONE_GROUP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`products` programs of r, `folds` of combined (C, C//4), the others of bias (C,)."""
+    """`products` programs of r, `folds` of combined (C, C//4), the others of affine3 (2, C)."""
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK_K)
     of_m = fusion_weight + channels * fusion_strides[0]
@@ -99,14 +98,20 @@ def gated_fusion_fold_kernel(
             at = row[:, None] * fusion_strides[1] + (k + lane)[None, :] * fusion_strides[0]
             left = tl.load(of_m + at, mask=(row < channels)[:, None] & some[None, :], other=0.0)
             total += left.to(tl.float32) * shift[None, :]
-        tl.store(bias + row, tl.sum(total, axis=1), mask=row < channels)
+        known = row < channels
+        scale, shift = norm_affine(
+            load_vector(mean3, row, known), load_vector(var3, row, known),
+            load_vector(weight3, row, known), load_vector(bias3, row, known), eps3,
+        )  # fmt: skip
+        tl.store(affine3 + row, scale, mask=known)
+        tl.store(affine3 + channels + row, shift + tl.sum(total, axis=1) * scale, mask=known)
 
 
 @triton.jit
 def gated_fusion_gate_kernel(
-    e, w, r, combined, bias, fusion_weight, mean3, var3, weight3, bias3, out, sums,
+    e, w, r, combined, affine3, fusion_weight, out, sums,
     e_strides, w_strides, r_strides, fusion_strides, out_strides,
-    channels, squeezed, size, pixels, tiles, column_tiles, eps3,
+    channels, squeezed, size, pixels, tiles, column_tiles,
     ONE_GROUP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -125,11 +130,8 @@ def gated_fusion_gate_kernel(
         acc, r, combined, None, sample, pixel, inside, column, known, squeezed,
         r_strides, (1, squeezed), False, BLOCK_K, WIDE, PRECISION,
     )  # fmt: skip
-    scale, shift = norm_affine(
-        load_vector(mean3, column, known), load_vector(var3, column, known),
-        load_vector(weight3, column, known), load_vector(bias3, column, known), eps3,
-    )  # fmt: skip
-    shift += load_vector(bias, column, known) * scale
+    scale = load_vector(affine3, column, known)
+    shift = load_vector(affine3 + channels, column, known)
     phi = tl.sigmoid(acc * scale[None, :] + shift[None, :])
     ok = inside[:, None] & known[None, :]
     gate = load_gates(w, sample, pixel, column, ok, size, w_strides, WIDE)
@@ -162,30 +164,30 @@ def gated_fusion_mean_kernel(
 def _fold(
     case: Case, squeeze: torch.Tensor, expand: torch.Tensor, fusion: torch.Tensor, norms: list[Norm]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """r (B, C//4, H, W), combined (C, C//4) in the map's dtype, bias (C,)."""
-    norm1, norm2, _ = norms
+    """r (B, C//4, H, W), combined (C, C//4) in the map's dtype, affine3 (2, C)."""
+    vectors = [(norm.mean, norm.var, norm.weight, norm.bias) for norm in norms]
     tiling = case.tiling(gated_fusion_fold_kernel, case.squeezed)
     r = case.new_map(case.squeezed)
     combined = case.e.new_empty(case.channels, case.squeezed)
-    bias = case.new_floats(case.channels)
+    affine3 = case.new_floats(2, case.channels)
     row_tiles = launch.cdiv(case.channels, tiling.block_p)
     (products,) = tiling.grid
     folds = row_tiles * tiling.column_tiles
     launch.launch(
         gated_fusion_fold_kernel,
         (products + folds + row_tiles,),
-        *(case.e, case.w, squeeze, norm1.mean, norm1.var, norm1.weight, norm1.bias),
-        *(expand, norm2.mean, norm2.var, norm2.weight, norm2.bias, fusion, r, combined, bias),
+        *(case.e, case.w, squeeze, *vectors[0], expand, *vectors[1], fusion, *vectors[2]),
+        *(r, combined, affine3),
         *(*case.strides, *map(matrix_strides, (squeeze, expand, fusion)), launch.strides(r)),
         *(case.channels, case.squeezed, case.size, case.pixels, tiling.tiles, tiling.column_tiles),
-        *(products, folds, norm1.eps, norm2.eps),
+        *(products, folds, *(norm.eps for norm in norms)),
         config=tiling.config,
-        scratch=("r", "combined", "bias"),
+        scratch=("r", "combined", "affine3"),
         ONE_GROUP=case.one_group(tiling),
         WIDE=case.wide,
         PRECISION=case.precision,
     )
-    return r, combined, bias
+    return r, combined, affine3
 
 
 def _evaluate(
@@ -198,22 +200,19 @@ def _evaluate(
     mean: bool,
 ) -> torch.Tensor:
     """Out, or with `mean` its means over H×W (B, C) in float32."""
-    r, combined, bias = _fold(case, squeeze, expand, fusion, norms)
+    r, combined, affine3 = _fold(case, squeeze, expand, fusion, norms)
     tiling = case.tiling(gated_fusion_gate_kernel, case.channels)
     out = None if mean else case.new_map(case.channels)
     sums = case.new_floats(tiling.parts, case.channels) if mean else None
-    norm3 = norms[2]
     launch.launch(
         gated_fusion_gate_kernel,
         tiling.grid,
-        *(case.e, case.w, r, combined, bias, fusion),
-        *(norm3.mean, norm3.var, norm3.weight, norm3.bias, out, sums),
+        *(case.e, case.w, r, combined, affine3, fusion, out, sums),
         *(*case.strides, launch.strides(r), matrix_strides(fusion)),
         (0, 0, 0) if out is None else launch.strides(out),
         *(case.channels, case.squeezed, case.size, case.pixels, tiling.tiles, tiling.column_tiles),
-        norm3.eps,
         config=tiling.config,
-        scratch=("r", "combined", "bias", "sums"),
+        scratch=("r", "combined", "affine3", "sums"),
         ONE_GROUP=case.one_group(tiling),
         WIDE=case.wide,
         PRECISION=case.precision,
@@ -264,12 +263,16 @@ def forward(
     """
     case = Case(e, w)
     weights = (squeeze_weight, expand_weight, fusion_weight)
-    given = (
-        (bn1_weight, bn1_bias, running_mean1, running_var1, eps1, case.squeezed),
-        (bn2_weight, bn2_bias, running_mean2, running_var2, eps2, case.channels),
-        (bn3_weight, bn3_bias, running_mean3, running_var3, eps3, case.channels),
+    running = (
+        *((running_mean1, running_var1), (running_mean2, running_var2)),
+        (running_mean3, running_var3),
     )
-    norms = [case.norm(*one, training=training) for one in given]
+    statistics = ((None, None),) * 3 if training else running
+    norms = [
+        case.norm(bn1_weight, bn1_bias, *statistics[0], eps1),
+        case.norm(bn2_weight, bn2_bias, *statistics[1], eps2),
+        case.norm(bn3_weight, bn3_bias, *statistics[2], eps3),
+    ]
     if not training and not save:
         out = _evaluate(case, *weights, norms, mean=False)
         return (out, *(e.new_empty(0) for _ in range(2)), *(case.new_floats(0) for _ in range(6)))

@@ -13,20 +13,10 @@ normalised.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
-from ...contract import memory_format
-from . import configs, launch
 from .device import merge_moments, offset
-
-# Programs of an elementwise kernel: enough for the largest GPU, few enough that each may begin by
-# merging all parts of its channels.
-TARGET_PROGRAMS = 512
-
 
 # ------------------------------------------------------------------------------------------- tiles
 
@@ -71,6 +61,13 @@ def load_vector(x, index, ok):
     return tl.load(x + index, mask=ok, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def packed_numbers(weight, n, start, size):
+    """Numbers n − start of a contiguous weight of `size` in float32, zero where it has none."""
+    ok = (n >= start) & (n < start + size)
+    return tl.load(weight + n - start, mask=ok, other=0.0).to(tl.float32)
+
+
 # ---------------------------------------------------------------------------------------- products
 
 
@@ -82,7 +79,7 @@ def add_gated_product(
 ):  # fmt: skip
     """Acc + Σ_k s[p, k]·weight[k, column] with s = e ⊙ w, over all channels.
 
-    ONE_GROUP: BLOCK_K channels never straddle groups, so a row of w serves a tile.
+    ONE_GROUP: BLOCK_K channels never straddle groups, so a tile needs one value of w a pixel.
     """
     lane = tl.arange(0, BLOCK_K)
     e += sample * e_strides[0]
@@ -96,7 +93,7 @@ def add_gated_product(
         first = tl.cast(k, tl.int64)
         value = tl.load(e + first * e_strides[1] + e_at, mask=ok, other=0.0)
         if ONE_GROUP:
-            row = w + first // size * w_strides[1]
+            row = w + tl.cast(k // size, tl.int64) * w_strides[1]
             gate = tl.load(row + w_at, mask=inside, other=0.0)[:, None]
         else:
             spread = offset((k + lane) // size, w_strides[1], WIDE)
@@ -165,6 +162,19 @@ def norm_affine(mean, var, weight, bias, eps):
 
 
 @triton.jit
+def norm_backward(grad, value_at, ok, slopes, channel, some, channels, TRAINING: tl.constexpr):
+    """BNᵀ of a tile: gain·grad + slope·(value − mean) + level, rounded as `grad` is."""
+    result = grad.to(tl.float32) * tl.load(slopes + channel, mask=some, other=0.0)[None, :]
+    if TRAINING:
+        slope = tl.load(slopes + channels + channel, mask=some, other=0.0)
+        level = tl.load(slopes + 2 * channels + channel, mask=some, other=0.0)
+        mean = tl.load(slopes + 3 * channels + channel, mask=some, other=0.0)
+        value = tl.load(value_at, mask=ok, other=0.0).to(tl.float32)
+        result += slope[None, :] * (value - mean[None, :]) + level[None, :]
+    return result.to(grad.dtype)
+
+
+@triton.jit
 def store_with_moments(
     acc, out, moments, part, sample, pixel, inside, column, known, columns, out_strides,
     WIDE: tl.constexpr,
@@ -207,155 +217,3 @@ def batch_statistics(
         seen += count
     mean, m2, total = merge_moments(mean, m2, seen[:, None])
     return mean, m2 / total
-
-
-# -------------------------------------------------------------------------------------- host side
-
-
-class Tiling(NamedTuple):
-    """How a product's programs cover its result.
-
-    Attributes:
-        config: blocks, warps, stages.
-        tiles: pixel tiles of one sample.
-        parts: pixel tiles of all samples.
-        column_tiles: channel tiles.
-    """
-
-    config: configs.Config
-    tiles: int
-    parts: int
-    column_tiles: int
-
-    @property
-    def grid(self) -> launch.Grid:
-        """One program a part and channel tile."""
-        return (self.parts * self.column_tiles,)
-
-    @property
-    def block_p(self) -> int:
-        """Pixels of a tile."""
-        return self.config.blocks["BLOCK_P"]
-
-
-class Spans(NamedTuple):
-    """How the programs of an elementwise kernel cover a map: channel blocks × runs of parts.
-
-    Attributes:
-        config: blocks, warps, stages.
-        tiles: pixel tiles of one sample.
-        parts: pixel tiles of all samples.
-        run: parts that one program walks through.
-        runs: programs along the parts.
-        blocks: channel blocks.
-    """
-
-    config: configs.Config
-    tiles: int
-    parts: int
-    run: int
-    runs: int
-    blocks: int
-
-    @property
-    def grid(self) -> launch.Grid:
-        """One program a run and channel block."""
-        return (self.runs * self.blocks,)
-
-
-class Norm(NamedTuple):
-    """One batch norm; mean and var are running statistics in evaluation, outputs in training."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
-    eps: float
-
-
-class Case:
-    """The maps of one call and the sizes that its launches need.
-
-    Attributes:
-        e: the map (B, C, H, W), its pixels one axis.
-        w: the gates (B, G, H, W), likewise.
-        squeezed: C // 4.
-        size: C / G.
-        pixels: H·W.
-        total: B·H·W.
-        wide: whether offsets need 64 bits.
-        precision: of products.
-    """
-
-    def __init__(self, e: torch.Tensor, w: torch.Tensor, *others: torch.Tensor) -> None:
-        """From the op's maps; `others` also count for `wide`."""
-        self.e, self.w = launch.flat(e), launch.flat(w)
-        self.batch, self.channels, height, width = e.shape
-        self.squeezed, self.size = self.channels // 4, self.channels // w.shape[1]
-        self.pixels = height * width
-        self.total = self.batch * self.pixels
-        self.shape = (height, width)
-        self.memory_format = memory_format(e)
-        self.wide = launch.is_wide(self.e, self.w, *others)
-        self.precision = launch.dot_precision(e)
-
-    @property
-    def strides(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Strides of e and of w."""
-        return launch.strides(self.e), launch.strides(self.w)
-
-    def new_map(self, channels: int) -> torch.Tensor:
-        """An empty map (B, channels, H, W) in e's dtype and memory format."""
-        shape = (self.batch, channels, *self.shape)
-        e = self.e
-        return torch.empty(
-            shape, dtype=e.dtype, device=e.device, memory_format=self.memory_format
-        )
-
-    def new_floats(self, *shape: int) -> torch.Tensor:
-        """Empty float32 scratch."""
-        return torch.empty(shape, dtype=torch.float32, device=self.e.device)
-
-    def norm(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        running_mean: torch.Tensor | None,
-        running_var: torch.Tensor | None,
-        eps: float,
-        channels: int,
-        *,
-        training: bool,
-    ) -> Norm:
-        """A norm of the running statistics, or in training with room for the batch's."""
-        if training:
-            mean, var = self.new_floats(channels), self.new_floats(channels)
-            return Norm(weight, bias, mean, var, eps)
-        assert running_mean is not None  # the contract refuses evaluation without them
-        assert running_var is not None
-        return Norm(weight, bias, running_mean, running_var, eps)
-
-    def tiling(self, kernel: Any, columns: int) -> Tiling:
-        """Tiles of a product with `columns` output channels."""
-        config = configs.choose(kernel.__name__, self.e, self.total)
-        tiles = launch.cdiv(self.pixels, config.blocks["BLOCK_P"])
-        column_tiles = launch.cdiv(columns, config.blocks["BLOCK_O"])
-        return Tiling(config, tiles, self.batch * tiles, column_tiles)
-
-    def spans(self, kernel: Any) -> Spans:
-        """Runs of an elementwise kernel over all C channels."""
-        config = configs.choose(kernel.__name__, self.e, self.total)
-        tiles = launch.cdiv(self.pixels, config.blocks["BLOCK_P"])
-        blocks = launch.cdiv(self.channels, config.blocks["BLOCK_C"])
-        parts = self.batch * tiles
-        run = launch.cdiv(parts, launch.cdiv(TARGET_PROGRAMS, blocks))
-        return Spans(config, tiles, parts, run, launch.cdiv(parts, run), blocks)
-
-    def one_group(self, tiling: Tiling) -> bool:
-        """Whether a product's BLOCK_K channels of s lie in one group."""
-        return self.size % tiling.config.blocks["BLOCK_K"] == 0
-
-
-def matrix_strides(weight: torch.Tensor) -> tuple[int, int]:
-    """Strides of a 1×1 convolution's weight (O, I, 1, 1) as weight[i, o]."""
-    return weight.stride(1), weight.stride(0)

@@ -5,7 +5,8 @@
 
 Six launches: hidden, norm 1, expand, norm 2, logits, out. A product leaves the moments of its
 tiles; `norm` merges them to statistics and to the scale and shift that the next product applies on
-load; `out` merges those of norm 3 itself. Frozen norms take the same way without moments.
+load; `out` merges those of norm 3 itself. Frozen norms take the same way without moments. Under
+autocast, where the weights are float32, norm 1's launch also rounds those of the later products.
 Layouts: maps NCHW or channels_last by strides, w spread over the c channels of its group on load.
 Programs: of a product (pixel tile of a sample, channel tile), see `gated_fusion_products`; of norm
 a channel block; of out (run of pixel tiles, channel block).
@@ -21,18 +22,16 @@ import triton
 import triton.language as tl
 
 from . import configs, launch
+from .gated_fusion_case import Case, Norm, Packed, Tiling, matrix_strides
 from .gated_fusion_products import (
-    Case,
-    Norm,
-    Tiling,
     add_gated_product,
     add_product,
     batch_statistics,
     load_gates,
     load_tile,
     load_vector,
-    matrix_strides,
     norm_affine,
+    packed_numbers,
     place,
     store_tile,
     store_with_moments,
@@ -67,26 +66,36 @@ def gated_fusion_hidden_kernel(
 
 @triton.jit
 def gated_fusion_norm_kernel(
-    moments, mean, var, weight, bias, affine, channels, parts, tiles, pixels, eps,
-    TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    moments, mean, var, weight, bias, affine, expand, fusion, packed,
+    channels, parts, tiles, pixels, eps, blocks, of_expand, of_fusion,
+    TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Scale and shift (2, C) of a norm; with moments also mean and var, else from them."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = channel < channels
-    if moments is not None:
-        average, variance = batch_statistics(
-            moments, channel, known, channels, parts, tiles, pixels, TILE, BLOCK_ROWS, BLOCK_C
-        )
-        tl.store(mean + channel, average, mask=known)
-        tl.store(var + channel, variance, mask=known)
+    """Scale and shift (2, C) of a norm; with moments also mean and var, else from them.
+
+    Programs: `blocks` channel blocks; others pack the weights of the products to come.
+    """
+    program = tl.program_id(0)
+    if program < blocks:
+        channel = program * BLOCK_C + tl.arange(0, BLOCK_C)
+        known = channel < channels
+        if moments is not None:
+            average, variance = batch_statistics(
+                moments, channel, known, channels, parts, tiles, pixels, TILE, BLOCK_ROWS, BLOCK_C
+            )
+            tl.store(mean + channel, average, mask=known)
+            tl.store(var + channel, variance, mask=known)
+        else:
+            average, variance = load_vector(mean, channel, known), load_vector(var, channel, known)
+        factor, summand = load_vector(weight, channel, known), load_vector(bias, channel, known)
+        scale, shift = norm_affine(average, variance, factor, summand, eps)
+        tl.store(affine + channel, scale, mask=known)
+        tl.store(affine + channels + channel, shift, mask=known)
     else:
-        average, variance = load_vector(mean, channel, known), load_vector(var, channel, known)
-    scale, shift = norm_affine(
-        average, variance, load_vector(weight, channel, known), load_vector(bias, channel, known),
-        eps,
-    )  # fmt: skip
-    tl.store(affine + channel, scale, mask=known)
-    tl.store(affine + channels + channel, shift, mask=known)
+        if packed is not None:
+            n = (program - blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+            value = packed_numbers(expand, n, 0, of_expand)
+            value += packed_numbers(fusion, n, of_expand, of_fusion)
+            tl.store(packed + n, value.to(packed.dtype.element_ty), mask=n < of_expand + of_fusion)
 
 
 @triton.jit
@@ -207,7 +216,7 @@ def launch_expand(
         *(launch.strides(hidden), matrix_strides(weight), launch.strides(expanded)),
         *(case.squeezed, case.channels, case.pixels, tiling.tiles, tiling.column_tiles),
         config=tiling.config,
-        scratch=("hidden", "affine1", "expanded", "moments"),
+        scratch=("hidden", "affine1", "weight", "expanded", "moments"),
         WIDE=case.wide,
         PRECISION=case.precision,
     )
@@ -215,19 +224,27 @@ def launch_expand(
 
 
 def _launch_norm(
-    case: Case, norm: Norm, moments: torch.Tensor | None, tiling: Tiling
+    case: Case,
+    norm: Norm,
+    moments: torch.Tensor | None,
+    tiling: Tiling,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """Scale and shift (2, C) of a norm; fills its mean and var from moments if there are any."""
     (channels,) = norm.weight.shape
     affine = case.new_floats(2, channels)
     config = configs.choose(gated_fusion_norm_kernel.__name__, case.e, case.total)
+    blocks = launch.cdiv(channels, config.blocks["BLOCK_C"])
+    numbers = None if packed is None else packed.numbers
+    sources = (None, None) if packed is None or numbers is None else packed.sources
     launch.launch(
         gated_fusion_norm_kernel,
-        (launch.cdiv(channels, config.blocks["BLOCK_C"]),),
-        *(moments, norm.mean, norm.var, norm.weight, norm.bias, affine),
-        *(channels, tiling.parts, tiling.tiles, case.pixels, norm.eps),
+        (blocks + (0 if packed is None else packed.programs(config)),),
+        *(moments, norm.mean, norm.var, norm.weight, norm.bias, affine, *sources, numbers),
+        *(channels, tiling.parts, tiling.tiles, case.pixels, norm.eps, blocks),
+        *((0, 0) if packed is None else packed.sizes),
         config=config,
-        scratch=("moments", "affine"),
+        scratch=("moments", "affine", "packed"),
         TILE=tiling.block_p,
     )
     return affine
@@ -273,7 +290,7 @@ def _launch_logits(
         *(*strides, launch.strides(logits)),
         *(case.channels, case.size, case.pixels, tiling.tiles, tiling.column_tiles),
         config=tiling.config,
-        scratch=("expanded", "affine2", "moments"),
+        scratch=("expanded", "affine2", "weight", "moments"),
         ONE_GROUP=case.one_group(tiling),
         WIDE=case.wide,
         PRECISION=case.precision,
@@ -293,7 +310,9 @@ def forward_saving(
     """Out, hidden and logits; in training the norms' mean and var are written."""
     norm1, norm2, norm3 = norms
     hidden, moments, tiling = _launch_hidden(case, squeeze, statistics=training)
-    affine = _launch_norm(case, norm1, moments, tiling)
+    packed = case.packed(expand, fusion)
+    expand, fusion = packed.weights
+    affine = _launch_norm(case, norm1, moments, tiling, packed)
     expanded, moments, tiling = launch_expand(case, hidden, affine, expand, statistics=training)
     affine = _launch_norm(case, norm2, moments, tiling)
     logits, moments, tiling = _launch_logits(case, expanded, affine, fusion, statistics=training)

@@ -37,9 +37,7 @@ def sum_partials_kernel(
             tl.store(outs[k] + at, total.to(outs[k].dtype.element_ty), mask=ok)
 
 
-def sum_partials(
-    x: torch.Tensor, parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]]
-) -> None:
+def sum_partials(x: torch.Tensor, parts: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
     """Fill outputs with sums over rows; one launch.
 
     Args:
