@@ -28,6 +28,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = ROOT / "benchmarks" / "gpu_budgets.toml"
+TRITON_MARK = "# ---- Triton kernels\n"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # As setup.py builds them.
 _NVCC_FLAGS = (
@@ -187,6 +188,20 @@ def measure_all(nvcc: str, architectures: Iterable[int] = ARCHITECTURES) -> list
     return sorted(usages, key=lambda u: (u.source, u.kernel, u.architecture))
 
 
+def parts(text: str) -> tuple[str, str]:
+    """The budgets file's part for CUDA, written here, and Triton's, which triton_budgets.py writes.
+
+    The second begins at the line that says so.
+    """
+    cuda, mark, triton = text.partition(TRITON_MARK)
+    return cuda, mark + triton
+
+
+def stored() -> dict[str, Any]:
+    """The budgets of the CUDA kernels."""
+    return tomllib.loads(parts(BUDGETS.read_text())[0])
+
+
 def past_budget(usages: Iterable[Usage], budgets: dict[str, Any]) -> list[str]:
     """One sentence for every kernel that uses more than its budget, or has none, or is gone."""
     complaints = []
@@ -268,9 +283,11 @@ def main() -> int:
     if options.update:
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
         release = _captured(r"release ([\d.]+)", told.stdout)
-        BUDGETS.write_text(as_toml(usages, f"Compiler: nvcc {release}."))
+        _, triton = parts(BUDGETS.read_text())
+        cuda = as_toml(usages, f"Compiler: nvcc {release}.")
+        BUDGETS.write_text(f"{cuda}\n{triton}" if triton else cuda)
         return 0
-    complaints = past_budget(usages, tomllib.loads(BUDGETS.read_text()))
+    complaints = past_budget(usages, stored())
     print("\n".join(complaints), file=sys.stderr)
     return 1 if complaints else 0
 

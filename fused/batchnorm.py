@@ -42,15 +42,20 @@ def update_running_statistics(
         return
     rho = norm.momentum
     # Made on the device: a copy from the host would wait for it, and no CUDA graph could hold it.
-    age = torch.arange(calls - 1, -1, -1, dtype=dtype, device=means.device)
-    weights = torch.pow(1 - rho, age)
+    weights = means.new_ones(1)
+    if calls > 1:
+        age = torch.arange(calls - 1, -1, -1, dtype=dtype, device=means.device)
+        weights = torch.pow(1 - rho, age)
     if tracked is not None:
         tracked.add_(calls)
     for running, values, scale in (
         (norm.running_mean, means, rho),
         (norm.running_var, variances, rho * unbiased),
     ):
-        new = torch.addmv(
-            running.to(dtype), values.mT, weights, beta=(1 - rho) ** calls, alpha=scale
-        )
-        running.copy_(new)
+        rest = (1 - rho) ** calls
+        if running.dtype == dtype:
+            running.addmv_(values.mT, weights, beta=rest, alpha=scale)
+        else:
+            running.copy_(
+                torch.addmv(running.to(dtype), values.mT, weights, beta=rest, alpha=scale)
+            )

@@ -12,6 +12,7 @@ import torch
 
 from fused import backends, ops
 from fused.backends import BACKENDS
+from fused.backends.triton import INTERPRETER
 from fused.contract import EPS, TOLERANCES, statistics_dtype
 
 OPS = {op.name: op for op in ops.STAGE_OPS}
@@ -28,13 +29,17 @@ class Place:
     backend: str | None = None
 
     def __str__(self) -> str:
-        return "cpu" if self.device == "cpu" else f"gpu-{self.backend}"
+        if self.device == "cpu":
+            return "cpu" if self.backend is None else f"interpreted-{self.backend}"
+        return f"gpu-{self.backend}"
 
 
 GPU = torch.cuda.is_available()
 # The same tests run on the GPU where there is one; `-k gpu-triton` takes one backend's.
 GPU_BACKENDS = ("reference", "triton", "cuda") if GPU else ()
 PLACES = (Place("cpu"), *(Place("cuda", name) for name in GPU_BACKENDS))
+if INTERPRETER:  # a process of its own, in which nothing else is worth the time
+    PLACES = (Place("cpu", "triton"),)
 DEVICES = [pytest.param("cpu"), *([pytest.param("cuda", id="gpu")] if GPU else [])]
 
 

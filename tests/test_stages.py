@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
 from stage_cases import (
@@ -24,6 +27,7 @@ from stage_cases import (
 from fused import FusedCIEMA
 from fused.backends import BACKENDS
 from fused.backends.reference.published import PublishedCIEMA
+from fused.backends.triton import INTERPRETER, configs
 from fused.contract import memory_format
 
 MODES = [(False, "sequential"), (True, "sequential"), (True, "pooled")]
@@ -77,41 +81,81 @@ def rounded(op: str, named: dict, dtype: torch.dtype) -> dict:
     return {k: one(v) if k in OPS[op].maps else v for k, v in named.items()}
 
 
+def cases(
+    op: str, dtype: torch.dtype, layout: str
+) -> Iterator[tuple[Sizes, bool, str, AbstractContextManager[None]]]:
+    """Sizes, modes, and the configuration of Triton's kernels to take: all of them.
+
+    In the interpreter all would take an hour, so that dtypes and layouts share them in turn.
+    """
+    if not INTERPRETER:
+        yield from ((s, *mode, nullcontext()) for s in AWKWARD for mode in modes(op))
+        return
+    turn = DTYPES.index(dtype) + 4 * LAYOUTS.index(layout)
+    for k in range(2):
+        sizes, mode = AWKWARD[(turn + 3 * k) % len(AWKWARD)], modes(op)[(turn + k) % len(modes(op))]
+        yield sizes, *mode, configs.forced(turn + k)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_forward_and_gradients(place: Place, op: str, dtype: torch.dtype, layout: str) -> None:
-    out_tolerance, grad_tolerance = tolerance(dtype)
     backends = backends_for(op, dtype, place)
-    for sizes in AWKWARD:
-        for training, bn_statistics in modes(op):
-            pixels = sizes.batch * sizes.height * sizes.width
-            if training and pixels == 1:
-                continue
-            named = rounded(op, arguments(op, sizes, training, bn_statistics), dtype)
-            reference, _ = oracle(op, named, None)
-            seeds = [torch.randn_like(o) for o in differentiable(op, reference)]
-            seeds = [g.to(dtype).double() for g in seeds]
-            reference, want = oracle(op, named, seeds)
-            for backend in backends:
-                where = f"{op} {backend} {sizes} training={training} {bn_statistics}"
-                args = convert(op, named, dtype, layout, place.device)
-                leaves = require_grad(op, args)
-                with chosen(backend) as name:
-                    outputs = OPS[op](*args, backend=name)
-                    results = differentiable(op, outputs)
-                    upstream = [g.to(o) for g, o in zip(seeds, results, strict=True)]
-                    upstream = [layout_of(g, layout) if g.dim() == 4 else g for g in upstream]
-                    gradients = torch.autograd.grad(results, leaves, upstream)
-                for name, got, wanted in zip(OPS[op].outputs, outputs, reference, strict=True):
-                    assert error(got, wanted) <= out_tolerance, f"{where}: {name}"
-                for leaf, got, wanted in zip(leaves, gradients, want, strict=True):
-                    assert got.dtype == leaf.dtype
-                    shape = tuple(leaf.shape)
-                    assert error(got, wanted) <= grad_tolerance, f"{where}: grad {shape}"
-                    if leaf.dim() == 4 and leaf is leaves[0]:
-                        assert memory_format(got) == memory_format(leaf), where
+    for sizes, training, bn_statistics, config in cases(op, dtype, layout):
+        if training and sizes.batch * sizes.height * sizes.width == 1:
+            training = False
+        with config:
+            compare(op, sizes, (training, bn_statistics), dtype, layout, (place.device, backends))
+
+
+@pytest.mark.skipif(not INTERPRETER, reason="FUSED_TRITON_INTERPRETER is not 1")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_paper_width_groups_with_tails(op: str, training: bool) -> None:
+    """32 channels a group, as the paper has, over maps that no block size divides."""
+    sizes = Sizes(1, 64, 35, 29, 2)
+    if (training, "sequential") not in modes(op):
+        pytest.skip(f"{op} knows no training mode")
+    where = ("cpu", ["triton"])
+    compare(op, sizes, (training, "sequential"), torch.float16, "contiguous", where)
+
+
+def compare(
+    op: str,
+    sizes: Sizes,
+    mode: tuple[bool, str],
+    dtype: torch.dtype,
+    layout: str,
+    where: tuple[str, list[str]],
+) -> None:
+    """Outputs and gradients of an op on `where`, (device, backends), against the float64 maths."""
+    (training, bn_statistics), (device, backends) = mode, where
+    out_tolerance, grad_tolerance = tolerance(dtype)
+    named = rounded(op, arguments(op, sizes, training, bn_statistics), dtype)
+    reference, _ = oracle(op, named, None)
+    seeds = [torch.randn_like(o) for o in differentiable(op, reference)]
+    seeds = [g.to(dtype).double() for g in seeds]
+    reference, want = oracle(op, named, seeds)
+    for backend in backends:
+        told = f"{op} {backend} {sizes} training={training} {bn_statistics}"
+        args = convert(op, named, dtype, layout, device)
+        leaves = require_grad(op, args)
+        with chosen(backend) as name:
+            outputs = OPS[op](*args, backend=name)
+            results = differentiable(op, outputs)
+            upstream = [g.to(o) for g, o in zip(seeds, results, strict=True)]
+            upstream = [layout_of(g, layout) if g.dim() == 4 else g for g in upstream]
+            gradients = torch.autograd.grad(results, leaves, upstream)
+        for name, got, wanted in zip(OPS[op].outputs, outputs, reference, strict=True):
+            assert error(got, wanted) <= out_tolerance, f"{told}: {name}"
+        for leaf, got, wanted in zip(leaves, gradients, want, strict=True):
+            assert got.dtype == leaf.dtype
+            shape = tuple(leaf.shape)
+            assert error(got, wanted) <= grad_tolerance, f"{told}: grad {shape}"
+            if leaf.dim() == 4 and leaf is leaves[0]:
+                assert memory_format(got) == memory_format(leaf), told
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -4,7 +4,7 @@ Fakes, kernels' checks, tests and rooflines read it; nothing here computes on da
 the paper: `B` batch, `C` channels, `G` groups, `c = C / G` a group's width, `H`, `W` spatial.
 """
 
-from .cost import Cost, Problem, cost, saved_bytes
+from .cost import LAUNCHES, Cost, Problem, cost, saved_bytes
 from .legality import (
     BN_STATISTICS,
     EPS,
@@ -28,6 +28,7 @@ __all__ = [
     "CHECKS",
     "EPS",
     "FLOAT_DTYPES",
+    "LAUNCHES",
     "OUTPUTS",
     "SAVED",
     "STAGES",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -48,16 +49,25 @@ class Cost:
 
     Attributes:
         flop: floating-point operations of the products, two a multiply-add.
-        bytes: traffic of maps through device memory; a (sample, group) slab stays on chip.
+        bytes: what its launches read and write of the op's maps, its inputs, outputs and saved
+            maps: traffic through device memory. Within a launch a byte counts once.
         saved: bytes kept for the backward, parameters not counted.
+        scratch: what its launches read and write of maps of their own; one image's fit the
+            second-level cache of a large GPU.
     """
 
     flop: int
     bytes: int
     saved: int
+    scratch: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flop + other.flop, self.bytes + other.bytes, self.saved + other.saved)
+        return Cost(
+            self.flop + other.flop,
+            self.bytes + other.bytes,
+            self.saved + other.saved,
+            self.scratch + other.scratch,
+        )
 
 
 def _multiply_adds(stage: str, p: Problem, published: bool) -> int:
@@ -90,23 +100,54 @@ def _recomputed_multiply_adds(stage: str, p: Problem) -> int:
     return 0
 
 
-def _map_passes(stage: str, direction: str) -> float:
-    """Reads and writes of a C-channel map; w and vectors are below one pass in 32."""
-    forward = {
-        "msff": 1.0,  # write; the small maps are counted beside
-        "channel_interaction": 3.0,  # x for statistics, x for the product, e out
-        "coordinate_attention": 1.0,
-        "cross_spatial": 1.0,
-        "gated_fusion": 3.5,  # e twice, hidden out and in, out
-    }
-    backward = {
-        "msff": 2.0,  # grad twice: batch-norm sums, then the product
-        "channel_interaction": 4.0,  # grad twice, x, grad_x
-        "coordinate_attention": 2.0,
-        "cross_spatial": 2.0,
-        "gated_fusion": 7.75,  # grad, e, logits twice; hidden and its gradient; grad_e
-    }
-    return (forward if direction == "forward" else backward)[stage]
+class Passes(NamedTuple):
+    """Reads and writes of one call, in maps of C channels, of w, and of scratch.
+
+    Attributes:
+        maps: of C-channel maps that are inputs, outputs or saved.
+        gates: of the (B, G, H, W) gate w or its gradient.
+        features: of the maps that go into MSFF, or their gradients.
+        scratch: of C-channel maps of the op's own.
+    """
+
+    maps: float
+    gates: int = 0
+    features: int = 0
+    scratch: float = 0.0
+
+
+# By (stage, "evaluation", "training" or "backward"), as the Triton backend's launches do it; the
+# sanitizer's log of accesses is compared with these (tests/test_triton_traffic.py).
+_PASSES: dict[tuple[str, str], Passes] = {
+    ("msff", "evaluation"): Passes(1.0, features=1),
+    ("msff", "training"): Passes(1.0, features=2),
+    ("msff", "backward"): Passes(2.0, features=4, scratch=4.0),
+    # x for the statistics, x for the product, e; twice the gradient, x, x's gradient.
+    ("channel_interaction", "evaluation"): Passes(3.0),
+    ("channel_interaction", "training"): Passes(3.0),
+    ("channel_interaction", "backward"): Passes(4.0),
+    ("coordinate_attention", "evaluation"): Passes(1.0),
+    ("coordinate_attention", "training"): Passes(1.0),
+    ("coordinate_attention", "backward"): Passes(2.0),
+    # Scratch: three sheets, y of both branches; in training three thirds of features twice.
+    ("cross_spatial", "evaluation"): Passes(1.0, gates=1, scratch=10.0),
+    ("cross_spatial", "training"): Passes(1.0, gates=1, scratch=24.0),
+    ("cross_spatial", "backward"): Passes(3.0, gates=8, scratch=56.0),
+    # e twice, out; hidden is scratch unless it is kept, and so are the logits.
+    ("gated_fusion", "evaluation"): Passes(3.0, gates=2, scratch=0.5),
+    ("gated_fusion", "training"): Passes(6.5, gates=3, scratch=2.0),
+    ("gated_fusion", "backward"): Passes(12.0, gates=5, scratch=11.75),
+}
+
+# Launches of one call on a GPU, at most: evaluation, training, backward. Those of MSFF are for
+# three maps of which one has the target size.
+LAUNCHES: dict[str, tuple[int, int, int]] = {
+    "msff": (3, 6, 13),
+    "channel_interaction": (2, 2, 4),
+    "coordinate_attention": (1, 1, 2),
+    "cross_spatial": (2, 5, 10),
+    "gated_fusion": (2, 6, 10),
+}
 
 
 def cost(
@@ -116,8 +157,9 @@ def cost(
     dtype: torch.dtype = torch.float32,
     direction: str = "forward",
     published: bool = False,
+    training: bool = False,
 ) -> Cost:
-    """FLOP, bytes and saved bytes of one stage.
+    """FLOP, bytes, scratch and saved bytes of one stage.
 
     Args:
         stage: one of `STAGES`.
@@ -125,6 +167,7 @@ def cost(
         dtype: of the maps.
         direction: "forward" or "backward"; the backward counts what it recomputes.
         published: count MSFF's product at the target size, as the published form does it.
+        training: a forward with batch statistics, which keeps maps for its backward.
     """
     if direction not in ("forward", "backward"):
         raise ValueError(f"direction={direction!r}, expected 'forward' or 'backward'")
@@ -134,9 +177,12 @@ def cost(
     size = dtype.itemsize
     map_bytes = problem.channels * problem.pixels * size
     small = sum(c * h * w for c, h, w in problem.features) * problem.batch * size
-    traffic = int(_map_passes(stage, direction) * map_bytes)
-    traffic += small * (1 if direction == "forward" else 2) if stage == "msff" else 0
-    return Cost(2 * multiply_adds, traffic, saved_bytes(stage, problem, dtype))
+    forward_form = "training" if training else "evaluation"
+    passes = _PASSES[stage, forward_form if direction == "forward" else direction]
+    gate_bytes = problem.groups * problem.pixels * size
+    traffic = passes.maps * map_bytes + passes.gates * gate_bytes + passes.features * small
+    scratch = passes.scratch * map_bytes
+    return Cost(2 * multiply_adds, int(traffic), saved_bytes(stage, problem, dtype), int(scratch))
 
 
 def saved_bytes(stage: str, problem: Problem, dtype: torch.dtype) -> int:

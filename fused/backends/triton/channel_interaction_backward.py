@@ -178,8 +178,9 @@ def channel_interaction_hidden_kernel(
         back += tl.sum(excite * grad_logit[None, :], axis=1)
     tl.store(activation + batch * hidden + unit, relu(from_mean) + relu(from_maximum), mask=known)
     grad_hidden += batch * 2 * hidden + unit
-    tl.store(grad_hidden, tl.where(from_mean > 0, back, 0.0), mask=known)
-    tl.store(grad_hidden + hidden, tl.where(from_maximum > 0, back, 0.0), mask=known)
+    # As PyTorch's ReLU, whose gradient a NaN lets through.
+    tl.store(grad_hidden, tl.where(from_mean <= 0, 0.0, back), mask=known)
+    tl.store(grad_hidden + hidden, tl.where(from_maximum <= 0, 0.0, back), mask=known)
 
 
 @triton.jit

@@ -134,8 +134,20 @@ _add("channel_interaction_weights_kernel", (Config({"BLOCK_C": 16, "BLOCK_HIDDEN
 
 # -------------------------------------------------------------------------------------------- msff
 
-for _kernel in ("product", "forward", "backward", "weight"):
+for _kernel in ("product", "weight"):
     _add(f"msff_{_kernel}_kernel", _POINTWISE, _POINTWISE_SINGLE)
+for _kernel in ("forward", "backward"):
+    _add(  # four neighbours of every small map are in flight: tiles for a few values a thread
+        f"msff_{_kernel}_kernel",
+        (
+            Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3, pixels=1024),
+            Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 4, 3),
+        ),
+        (
+            Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8, 2, pixels=1024),
+            Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 2),
+        ),
+    )
 for _kernel in ("moments", "sums"):
     _add(f"msff_{_kernel}_kernel", (Config({"BLOCK_C": 16, "BLOCK_PARTS": 64}),))
 _add("msff_resize_backward_kernel", (Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 64}),))

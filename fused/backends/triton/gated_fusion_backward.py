@@ -140,7 +140,7 @@ def _launch_grad_expanded(
         *(launch.strides(expanded), launch.strides(grad_expanded)),
         *(case.channels, case.pixels, tiling.tiles, tiling.column_tiles, norm2.eps),
         config=tiling.config,
-        scratch=("grad_logits", "weight", "expanded", "grad_expanded", "sums"),
+        scratch=("grad_logits", "expanded", "grad_expanded", "sums"),
         WIDE=case.wide,
         PRECISION=case.precision,
     )
@@ -172,15 +172,7 @@ def _launch_grad_hidden(
         *(launch.strides(hidden), launch.strides(grad_hidden)),
         *(case.channels, case.squeezed, case.pixels, tiling.tiles, tiling.column_tiles, norm1.eps),
         config=tiling.config,
-        scratch=(
-            "grad_expanded",
-            "expanded",
-            "slopes2",
-            "weight",
-            "affine1",
-            "grad_hidden",
-            "sums",
-        ),
+        scratch=("grad_expanded", "expanded", "slopes2", "affine1", "grad_hidden", "sums"),
         TRAINING=training,
         WIDE=case.wide,
         PRECISION=case.precision,
@@ -202,11 +194,11 @@ def _launch_grad_input(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """grad_e, grad_w, and the pieces (pieces, B, G, H, W) still to be added into grad_w."""
     groups = case.w.shape[1]
-    config = case.tiling(gated_fusion_grad_input_kernel, case.channels).config
-    span = min(launch.power_of_two(case.size, 1), config.blocks["BLOCK_O"])
+    tiling = case.tiling(gated_fusion_grad_input_kernel, case.channels)
+    width = tiling.config.blocks["BLOCK_O"]
+    span = min(launch.power_of_two(case.size, 1), width)
     pieces = launch.cdiv(case.size, span)
-    columns = launch.cdiv(groups, config.blocks["BLOCK_O"] // span) * pieces
-    tiling = case.tiling(gated_fusion_grad_input_kernel, columns * config.blocks["BLOCK_O"])
+    tiling = tiling._replace(column_tiles=launch.cdiv(groups, width // span) * pieces)
     grad_e = case.new_map(case.channels)
     grad_w = torch.empty(
         case.w.shape, dtype=case.w.dtype, device=case.w.device, memory_format=memory_format(case.w)
@@ -225,14 +217,7 @@ def _launch_grad_input(
         *(case.channels, case.squeezed, groups, case.size, case.pixels),
         *(tiling.tiles, tiling.column_tiles, pieces, target.numel()),
         config=tiling.config,
-        scratch=(
-            "grad_logits",
-            "fusion_weight",
-            "grad_hidden",
-            "slopes1",
-            "squeeze_weight",
-            "affine3",
-        )
+        scratch=("grad_logits", "grad_hidden", "slopes1", "affine3")
         + (() if pieces_w is None else ("grad_w",)),
         SPAN=span,
         TRAINING=training,

@@ -216,7 +216,7 @@ def launch_expand(
         *(launch.strides(hidden), matrix_strides(weight), launch.strides(expanded)),
         *(case.squeezed, case.channels, case.pixels, tiling.tiles, tiling.column_tiles),
         config=tiling.config,
-        scratch=("hidden", "affine1", "weight", "expanded", "moments"),
+        scratch=("affine1", "expanded", "moments"),
         WIDE=case.wide,
         PRECISION=case.precision,
     )
@@ -290,7 +290,7 @@ def _launch_logits(
         *(*strides, launch.strides(logits)),
         *(case.channels, case.size, case.pixels, tiling.tiles, tiling.column_tiles),
         config=tiling.config,
-        scratch=("expanded", "affine2", "weight", "moments"),
+        scratch=("expanded", "affine2", "moments"),
         ONE_GROUP=case.one_group(tiling),
         WIDE=case.wide,
         PRECISION=case.precision,

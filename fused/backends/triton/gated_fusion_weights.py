@@ -8,8 +8,8 @@ Layouts: maps NCHW or channels_last by strides. A tile of a gradient is (inputs,
 Programs: (run of pixel tiles, tile of one of the four products). Every run stores its sums in
 partials (runs, numbers), the weights' numbers one behind the other as they are contiguous; the
 second launch adds the runs in order, and the pieces of grad_w.
-Bytes: 8 passes over the map (z and s twice, m, expanded twice, hidden and h thrice) for each 128
-channels of the other operand, most of them from L2; the partials, written and read.
+Bytes: 7.75 passes over the map (z, e and expanded twice, m, hidden twice, h), again for every tile
+of the other operand, but then from L2; the partials, written and read.
 Precision: operands in the map's dtype, sums in float32.
 """
 

@@ -24,7 +24,7 @@ and statistics are float32; operands of the products have the maps' dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -227,6 +227,10 @@ class Inputs(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     shape: tuple[int, int, int, int]
 
+    def product_names(self) -> Iterator[str]:
+        """What `launch` calls the products, which are scratch."""
+        return (f"products[{index}]" for index in range(len(self.products)))
+
     def native_arguments(self) -> tuple[object, object, int, object, tuple[int, int]]:
         """The map of target size, its strides and channels, its weights and their strides."""
         if self.native is None:
@@ -307,7 +311,7 @@ def _fused(
         *(rows, channels, pixels, width, eps, x_strides, part_strides),
         None if out is None else strides(out),
         config=config,
-        scratch=("products", "moments"),
+        scratch=("moments", *inputs.product_names()),
         WIDE=is_wide(*inputs.maps, *inputs.products, *(() if out is None else (out,))),
         PRECISION=dot_precision(like),
     )
@@ -333,7 +337,10 @@ def forward(
     )
     norm = (bn_weight.contiguous(), bn_bias.contiguous())
     if not training:
-        _fused(inputs, (*norm, running_mean, running_var), out, None, eps)
+        assert running_mean is not None
+        assert running_var is not None
+        vectors = (*norm, running_mean.contiguous(), running_var.contiguous())
+        _fused(inputs, vectors, out, None, eps)
         mean = torch.empty(0, dtype=torch.float32, device=like.device)
         return out, mean, torch.empty_like(mean)
     batch, rows, height, width = inputs.shape

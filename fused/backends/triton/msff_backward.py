@@ -221,7 +221,7 @@ def _recompute(
         *(strides(grad_out), x_strides, part_strides),
         None if grad_z is None else strides(grad_z),
         config=config,
-        scratch=("products", "sums", "totals", "grad_z"),
+        scratch=("sums", "totals", "grad_z", *inputs.product_names()),
         WIDE=is_wide(*inputs.maps, *inputs.products, grad_out),
         PRECISION=dot_precision(like),
     )
