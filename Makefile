@@ -8,6 +8,8 @@ OUT ?= demo-output
 DATA ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
+INTERPRETED := tests/test_stages.py $(addprefix tests/test_triton_,network.py traffic.py \
+  sanitizer.py gated_fusion.py)
 SOURCES := $(shell find csrc fused -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test lint check bench clean
@@ -35,9 +37,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread a worker: two workers with two threads each would fight for two cores.
+# One thread a worker: two workers with two threads each would fight for two cores. Whether Triton
+# interprets its kernels or compiles them is settled when it is imported: the second run interprets.
 check: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+	FUSED_TRITON_INTERPRETER=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(INTERPRETED)
 
 test: lint check
 
