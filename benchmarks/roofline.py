@@ -4,9 +4,9 @@
 `fused.contract.cost`, launches and their grids those that the launchers make (captured without a
 GPU), registers and instructions those of the compiled kernels (gpu_budgets.toml). The model:
 
-* A stage's bytes are shared among its kernels in proportion to the tensors that these touch, its
-  FLOP among those with tensor-core instructions in proportion to their threads (if none has any,
-  among all of them, at the rate of ordinary multiply-adds).
+* A stage's bytes, those of its own scratch among them, are shared among its kernels in proportion
+  to the tensors that these touch; its FLOP among those with tensor-core instructions in proportion
+  to their threads (if none has any, among all of them, at the rate of ordinary multiply-adds).
 * A kernel takes the longer of its memory and its arithmetic time, and then `GAP` until the next
   one starts. Host code hides behind the GPU (or is in a CUDA graph); caches do not help.
 * Memory: the bandwidth of the data sheet, times `REACHED`, times what is in flight over what would
@@ -292,7 +292,8 @@ def network(device: Device, batch: int) -> list[Prediction]:
     for stage in STAGES:
         least = cost(stage, sizes, dtype=DTYPE)
         kernels = kernels_of(Call(stage, training=False, batch=batch), device, budget, COLUMNS)
-        parts.append(predict(stage, device, least.flop, least.bytes, kernels))
+        traffic = least.bytes + least.scratch
+        parts.append(predict(stage, device, least.flop, traffic, kernels))
     ciema = total("CIEMA", parts[2:])
     map_bytes = sizes.channels * sizes.pixels * DTYPE.itemsize
     head = map_bytes / device.bandwidth / LIBRARY + 2 * GAP

@@ -30,8 +30,8 @@ if __package__ in (None, ""):  # run as a file: find the packages beside it
 import torch
 
 from benchmarks import triton_capture
+from benchmarks.triton_capture import LAUNCHERS
 from benchmarks.triton_compile import TARGETS, compile_launch, compiling_for
-from fused.backends.triton import KERNELS
 from fused.backends.triton.launch import Launch
 
 TARGET = TARGETS["sm_80"]
@@ -51,7 +51,7 @@ PROVEN = (
     "msff_weight_kernel",
     "sum_partials_kernel",
 )
-# The others, and why.
+# The others, and why not, or not every form of them.
 NOT_PROVEN = {
     "channel_interaction_forward_kernel": _REDUCES,
     "channel_interaction_hidden_kernel": _REDUCES,
@@ -61,6 +61,36 @@ NOT_PROVEN = {
     "coordinate_attention_backward_kernel": _LONG,
     "coordinate_attention_forward_kernel": _LONG,
     "cross_spatial_attention_backward_kernel": _LONG,
+    "cross_spatial_branches_backward_kernel": _LONG,
+    "cross_spatial_convolutions_backward_kernel": _LONG,
+    "cross_spatial_features_backward_kernel": _LONG,
+    "cross_spatial_features_kernel": _LONG,
+    "cross_spatial_forward_kernel": _LONG,
+    "cross_spatial_gate_kernel": _REDUCES,
+    "cross_spatial_inputs_backward_kernel": _LONG,
+    "cross_spatial_recompute_kernel": _LONG,
+    "cross_spatial_reduce_kernel": _LONG,
+    "cross_spatial_vectors_kernel": _REDUCES,
+    "gated_fusion_expand_kernel": _LONG,
+    "gated_fusion_fold_kernel": _LONG,
+    "gated_fusion_gate_kernel": _LONG,
+    "gated_fusion_grad_expanded_kernel": _LONG,
+    "gated_fusion_grad_hidden_kernel": _LONG,
+    "gated_fusion_grad_input_kernel": _LONG,
+    "gated_fusion_grad_logits_kernel": _REDUCES,
+    "gated_fusion_grad_norm_kernel": _REDUCES,
+    "gated_fusion_hidden_kernel": _LONG,
+    "gated_fusion_logits_kernel": _REDUCES,
+    "gated_fusion_mean_kernel": _REDUCES,
+    "gated_fusion_norm_kernel": _REDUCES,
+    "gated_fusion_out_kernel": _REDUCES,
+    "gated_fusion_reduce_kernel": _REDUCES,
+    "gated_fusion_sums_kernel": _REDUCES,
+    "gated_fusion_weights_kernel": _LONG,
+    "msff_backward_kernel": _LONG,
+    "msff_forward_kernel": _LONG,
+    "msff_moments_kernel": _REDUCES,
+    "msff_sums_kernel": _REDUCES,
 }
 
 
@@ -85,7 +115,7 @@ def find_verifier() -> str | None:
     return str(beside) if beside.exists() else shutil.which("sentryward")
 
 
-def launches(ops: Iterable[str] = tuple(KERNELS)) -> Iterator[Launch]:
+def launches(ops: Iterable[str] = tuple(LAUNCHERS)) -> Iterator[Launch]:
     """Launches of the ops at a small size, in float16, with one warp a program."""
     triton_capture.module_tensors.cache_clear()
     try:
@@ -183,7 +213,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--op", action="append", choices=list(KERNELS), help="only this; repeatable"
+        "--op", action="append", choices=list(LAUNCHERS), help="only this; repeatable"
     )
     parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of a kernel")
     options = parser.parse_args()
@@ -192,7 +222,7 @@ def main() -> int:
         print("sentryward is not installed: pip install sentryward", file=sys.stderr)
         return 2
     failed = 0
-    for proof in prove_all(verifier, launches(options.op or KERNELS), options.seconds):
+    for proof in prove_all(verifier, launches(options.op or LAUNCHERS), options.seconds):
         print(f"{proof.kernel:45} {proof.result:10} {proof.reason}", flush=True)
         lost = proof.kernel in PROVEN and proof.result != "race_free"
         failed += lost or proof.result == "race"

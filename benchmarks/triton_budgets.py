@@ -3,11 +3,11 @@
 ``python benchmarks/triton_budgets.py`` compiles every kernel of the triton backend, in every
 configuration of its table, for every architecture (no GPU is needed), prints registers, shared
 memory, tensor-core instructions, occupancy and its limiter, and exits with 1 if a kernel is past
-its budget, has none or is gone. No kernel may spill registers, and no product of half precision may
-miss the tensor cores, whatever the file says.
+its budget, has none or is gone. No kernel may spill more than eight registers on NVIDIA GPUs, and no
+product of half precision may miss the tensor cores, whatever the file says.
 
-By default a third of the combinations is compiled, those that differ most. ``--all`` takes all of
-them, tells of budgets without a kernel, and is what ``--update`` (which writes the file) needs.
+By default a quarter of the combinations is compiled, those that differ most. ``--all`` takes all of
+them, takes hours on two cores, and tells of budgets without a kernel. ``--update`` writes the file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if __package__ in (None, ""):  # run as a file: find the packages beside it
 import triton
 
 from benchmarks import budgets
+from benchmarks.triton_capture import LAUNCHERS
 from benchmarks.triton_compile import TARGETS
 from benchmarks.triton_report import as_markdown, as_text
 from benchmarks.triton_usage import (
@@ -39,12 +40,16 @@ from benchmarks.triton_usage import (
     quick_jobs,
     rows,
 )
-from fused.backends.triton import INTERPRETER, KERNELS, configs
+from fused.backends.triton import INTERPRETER, configs
 
 # What a row of the file holds, in this order.
-_AT_MOST = ("registers", "shared_bytes")
+_AT_MOST = ("registers", "spill_bytes", "shared_bytes")
 _AT_LEAST = ("occupancy", "tensor_instructions", "products_per_issue", "wide_loads")
 COLUMNS = (*_AT_MOST, *_AT_LEAST)
+# Spills of AMD's targets are budgeted as the rest is; on these more than a few registers are faults.
+SPILL_FREE = tuple(name for name, target in TARGETS.items() if target.is_nvidia)
+# Bytes of a thread: up to eight registers, once a tile. The budgets and the report tell which.
+TOLERABLE_SPILL = 32
 
 
 def faults(found: Found) -> list[str]:
@@ -56,7 +61,7 @@ def faults(found: Found) -> list[str]:
             continue
         told.add((usage.key, usage.binary))
         code, where = usage.code, f"{usage.key}, {usage.call}"
-        if code.spill_bytes > 0:
+        if code.spill_bytes > TOLERABLE_SPILL and usage.key.target in SPILL_FREE:
             complaints.append(f"{where}: spills {code.spill_bytes} bytes of registers")
         if code.slow_products > 0:
             products = f"{code.slow_products} of {code.half_products} products"
@@ -120,9 +125,10 @@ def as_toml(found: Sequence[Row]) -> str:
     lines = [
         budgets.TRITON_MARK.rstrip(),
         "# What every compiled Triton kernel may use, by precision, layout of the maps and",
-        f"# configuration: [{', '.join(COLUMNS)}],",
-        "# the first two at most, the others at least; spills are never allowed. Written by",
-        "# `python benchmarks/triton_budgets.py --update`, see tests/test_triton_budgets.py.",
+        f"# configuration: {', '.join(_AT_MOST)} at most,",
+        f"# {', '.join(_AT_LEAST)} at least.",
+        "# Written by `python benchmarks/triton_budgets.py --update`, compared by",
+        "# tests/test_triton_budgets.py.",
         "[triton]",
         f'version = "{triton.__version__}"',
     ]
@@ -171,17 +177,17 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--all", action="store_true", help="compile everything, not the quick third"
+        "--all", action="store_true", help="compile everything, not the quick quarter"
     )
-    parser.add_argument("--update", action="store_true", help="write what is found; with --all")
+    parser.add_argument("--update", action="store_true", help="write what is found")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a report in Markdown")
-    for name, known in (("--target", TARGETS), ("--dtype", DTYPES), ("--op", KERNELS)):
+    for name, known in (("--target", TARGETS), ("--dtype", DTYPES), ("--op", LAUNCHERS)):
         parser.add_argument(
             name, action="append", choices=list(known), help="only this; repeatable"
         )
     options = parser.parse_args()
-    if options.update and (not options.all or _limited(options)):
-        parser.error("--update needs --all, without --target, --dtype and --op")
+    if options.update and _limited(options):
+        parser.error("--update writes the whole file: not with --target, --dtype or --op")
     return options
 
 

@@ -41,13 +41,25 @@ _MSFF_KEYS = {
 }
 
 
+def _gated_fusion_mean(*args: Any) -> object:
+    """The last stage reduced to what the network's head needs; no op of its own."""
+    from fused.backends.triton import gated_fusion
+
+    return gated_fusion.forward_mean(*args)
+
+
+LAUNCHERS: Mapping[str, Callable[..., object]] = {
+    **backend.KERNELS,
+    "gated_fusion_mean": _gated_fusion_mean,
+}
+
 # One mode for all: fake tensors of different modes do not mix.
 _FAKE = FakeTensorMode()
 
 
 @dataclass(frozen=True)
 class Call:
-    """One way to call an op: its name, and the mode that the arguments say."""
+    """One way to call a launcher: its name, and the mode that the arguments say."""
 
     op: str
     training: bool
@@ -57,13 +69,13 @@ class Call:
 
     @property
     def stage(self) -> str:
-        """The op without its direction."""
-        return self.op.removesuffix("_backward")
+        """The stage that it belongs to."""
+        return self.op.removesuffix("_backward").removesuffix("_mean")
 
     @property
     def is_backward(self) -> bool:
         """Whether it is a stage's backward."""
-        return self.op != self.stage
+        return self.op.endswith("_backward")
 
     def __str__(self) -> str:
         mode = "training" if self.training else "frozen" if self.is_backward else "evaluation"
@@ -73,16 +85,19 @@ class Call:
 
 
 def calls(ops: Iterable[str], layouts: Iterable[str]) -> list[Call]:
-    """The ops in every mode that they have and these layouts."""
-    found = []
-    for op in ops:
-        stage = op.removesuffix("_backward")
-        forms = BN_STATISTICS if stage == "cross_spatial" else BN_STATISTICS[:1]
-        modes = [(True, form) for form in forms]
-        if op == stage or "training" in OPS[stage].inputs:
-            modes.append((False, forms[0]))
-        found += [Call(op, *mode, layout) for mode in modes for layout in layouts]
-    return found
+    """The launchers `ops` in every mode that they have and these layouts."""
+    return [Call(op, *mode, layout) for op in ops for mode in _modes(op) for layout in layouts]
+
+
+def _modes(op: str) -> list[tuple[bool, str]]:
+    stage = op.removesuffix("_backward")
+    usual = BN_STATISTICS[0]
+    if op == "gated_fusion_mean":
+        return [(False, usual)]
+    modes = [(True, form) for form in BN_STATISTICS if form == usual or stage == "cross_spatial"]
+    if op == stage or "training" in OPS[stage].inputs:
+        modes.append((False, usual))
+    return modes
 
 
 def arguments(call: Call, dtype: torch.dtype) -> list[Any]:
@@ -92,7 +107,8 @@ def arguments(call: Call, dtype: torch.dtype) -> list[Any]:
     named = _forward_arguments(call, dtype, other, keeps_gradient)
     op = OPS[call.stage]
     if not call.is_backward:
-        return [named[name] for name in op.inputs]
+        absent = ("training", "save") if call.op == "gated_fusion_mean" else ()
+        return [named[name] for name in op.inputs if name not in absent]
     outputs = [
         torch.empty(spec.shape, dtype=spec.dtype, device="cuda")
         if len(spec.shape) != 4
@@ -186,7 +202,7 @@ def capture(
             would get them.
     """
     found: list[Launch] = []
-    kernel: Callable[..., object] = backend.KERNELS[call.op]
+    kernel = LAUNCHERS[call.op]
     forced = contextlib.nullcontext() if candidate is None else configs.forced(candidate)
     with _FAKE, _device(target), forced, intercept(found.append), torch.no_grad():
         kernel(*arguments(call, dtype))

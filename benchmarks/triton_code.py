@@ -237,6 +237,7 @@ def _inspect_amd(compiled: Any, target: Target) -> dict[str, Any]:
     waves = _captured(r"; Occupancy: (\d+)", text)
     percent, limiter = amd_occupancy(target, warps, waves, shared)
     loads = re.findall(r"^\s+((?:global|buffer|flat)_load_\w+)", text, re.M)
+    # Spilled scalar registers lie in lanes of vector registers, not in memory.
     scratch = max(
         _captured(r"\.private_segment_fixed_size: (\d+)", text),
         4 * _captured(r"\.vgpr_spill_count: (\d+)", text),
@@ -244,7 +245,7 @@ def _inspect_amd(compiled: Any, target: Target) -> dict[str, Any]:
     return {
         "threads": warps * target.gpu.warp_size,
         "registers": _captured(r"\.vgpr_count: +(\d+)", text),
-        "spill_bytes": scratch + 4 * _captured(r"\.sgpr_spill_count: (\d+)", text),
+        "spill_bytes": scratch,
         "shared_bytes": shared,
         "occupancy": percent,
         "limiter": limiter,

@@ -169,11 +169,12 @@ def test_launches_are_captured_on_every_target_without_a_gpu() -> None:
 
 
 def test_every_op_is_called_in_every_mode() -> None:
-    found = [str(call) for call in triton_capture.calls(["cross_spatial_backward"], ["contiguous"])]
-    assert found == [
+    ops = ["cross_spatial_backward", "gated_fusion_mean"]
+    assert [str(call) for call in triton_capture.calls(ops, ["contiguous"])] == [
         "cross_spatial_backward training sequential contiguous",
         "cross_spatial_backward training pooled contiguous",
         "cross_spatial_backward frozen contiguous",
+        "gated_fusion_mean evaluation contiguous",
     ]
 
 
@@ -215,6 +216,7 @@ def test_what_was_written_is_met() -> None:
     ("change", "complaint"),
     [
         ({"registers": 97}, "registers 97 > 96"),
+        ({"spill_bytes": 4}, "spill_bytes 4 > 0"),
         ({"shared_bytes": 8193}, "shared_bytes 8193 > 8192"),
         ({"occupancy": 25}, "occupancy 25 < 31"),
         ({"tensor_instructions": 15}, "tensor_instructions 15 < 16"),
@@ -258,6 +260,15 @@ def test_no_budget_allows_a_fault(change: dict, complaint: str) -> None:
     assert triton_budgets.faults([usage()]) == []
 
 
+def test_spills_are_faults_on_nvidia_and_budgeted_on_amd() -> None:
+    amd = usage(replace(KEY, target="gfx942"), spill_bytes=8)
+    assert triton_budgets.faults([amd]) == []
+    (told,) = triton_budgets.past_budget(
+        rows([amd]), stored(*rows([usage(replace(KEY, target="gfx942"), spill_bytes=4)]))
+    )
+    assert "spill_bytes 8 > 4" in told
+
+
 def test_what_does_not_compile_is_told() -> None:
     assert triton_budgets.faults([Failure("stage_kernel", "Error: no")]) == [
         "stage_kernel: Error: no"
@@ -268,7 +279,7 @@ def test_a_launcher_that_raises_is_a_failure(monkeypatch: pytest.MonkeyPatch) ->
     def wrong(*args: object) -> None:
         raise ValueError("wrong")
 
-    monkeypatch.setattr(triton_capture.backend, "KERNELS", {"channel_statistics": wrong})
+    monkeypatch.setattr(triton_capture, "LAUNCHERS", {"channel_statistics": wrong})
     found = measure(Job("sm_80", "float16", ("channel_statistics",), ("contiguous",)))
     assert {type(one) for one in found} == {Failure}
     assert "ValueError: wrong" in triton_budgets.faults(found)[0]
@@ -286,7 +297,7 @@ def test_layouts_that_compile_to_the_same_share_a_row() -> None:
     (row,) = rows([usage(), usage(last, preferred=True)])
     assert (row.key.layout, row.preferred) == ("any", True)
     assert len(rows([usage(), usage(last, binary="b")])) == 2
-    # The quick third compiles one layout and meets the budget of both.
+    # The quick quarter compiles one layout and meets the budget of both.
     assert triton_budgets.past_budget(rows([usage()]), stored(row), whole=False) == []
 
 

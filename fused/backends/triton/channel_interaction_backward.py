@@ -6,17 +6,20 @@ With outer = grad_e·xᵀ over the pixels of a sample (C, C), rows o and columns
     grad_x = Wciᵀ ∗ ((1 − a) ⊙ grad_e) + a ⊙ grad_e + grad_mean / P + grad_maximum at argmax
 and the MLP's gradients between the last two, as in the reference.
 
-Layouts: maps (B, C, H, W) by strides, vectors (B, C) float32, weights row-major. Four launches:
+Layouts: maps (B, C, H, W) by strides, vectors (B, C) float32, weights row-major. Three launches:
 1. `channel_interaction_outer_kernel`: one program for a tile of (o, i), over all samples in turn.
    outer stays in registers: its share of grad_a leaves as partials (B, tiles of i, C) float32, and
    grad_Wci is complete. grad_e and x are read once for every tile across them, mostly from cache.
 2. `channel_interaction_hidden_kernel`: one program for a sample and a tile of hidden units. Sums
    the partials in the order of the tiles, recomputes V1·mean and V1·maximum, goes back through V2.
-3. `channel_interaction_weights_kernel`: one program for a tile of channels: the gradients of V1 and
-   V2, summed over the samples in order, and those of mean and maximum.
-4. `channel_interaction_backward_kernel`: grid as in the forward, grad_e read, grad_x written; a
-   scales the weight, not grad_e, so that the map goes to the tensor cores as it is in memory.
-All sums are float32; operands of the products of maps have the map's dtype.
+3. `channel_interaction_backward_kernel`: grid as in the forward, grad_e read, grad_x written; a
+   scales the weight, not grad_e, so that the map goes to the tensor cores as it is in memory. Every
+   program takes its rows' gradients of mean and maximum from V1 itself (recomputed by every tile of
+   pixels, 32 kB of the second-level cache); those of the first pixels of sample 0 also sum the
+   gradients of their rows of V2 and columns of V1 over the samples, in order.
+Bytes: grad_e twice, x once, grad_x once. All sums are float32; operands of the products of maps
+have the map's dtype. The products are ours: the library would round outer to half precision, and
+keep it for every sample.
 """
 
 from __future__ import annotations
@@ -184,83 +187,81 @@ def channel_interaction_hidden_kernel(
 
 
 @triton.jit
-def channel_interaction_weights_kernel(
-    grad_logits,  # (B, C)
-    activation,  # (B, hidden)
-    grad_hidden,  # (B, 2, hidden)
-    mean,
-    maximum,
-    squeeze_weight,  # (hidden, C)
-    grad_squeeze,  # (hidden, C)
-    grad_excite,  # (C, hidden)
-    grad_mean,  # (B, C)
-    grad_maximum,  # (B, C)
-    batches,
-    channels,
-    hidden,
-    BLOCK_C: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-):
-    """Gradients of `BLOCK_C` columns of V1 and rows of V2, and of their mean and maximum."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < channels
+def _through_squeeze(
+    grad_hidden, squeeze_weight, row, channels, hidden,
+    BLOCK_M: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Gradients (BLOCK_M,) of one sample's mean and maximum from its grad_hidden (2, hidden)."""
+    of_mean = tl.zeros((BLOCK_M,), tl.float32)
+    of_maximum = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, hidden, BLOCK_HIDDEN):
         unit = start + tl.arange(0, BLOCK_HIDDEN)
         known = unit < hidden
-        squeeze = tl.zeros((BLOCK_C, BLOCK_HIDDEN), tl.float32)
-        excite = tl.zeros((BLOCK_C, BLOCK_HIDDEN), tl.float32)
-        at, here = channel, unit  # of sample 0
-        back = unit
+        weight = tl.load(
+            squeeze_weight + row[:, None] + unit[None, :] * channels,
+            mask=(row < channels)[:, None] & known[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        from_mean = tl.load(grad_hidden + unit, mask=known, other=0.0)
+        from_maximum = tl.load(grad_hidden + hidden + unit, mask=known, other=0.0)
+        of_mean += tl.sum(weight * from_mean[None, :], axis=1)
+        of_maximum += tl.sum(weight * from_maximum[None, :], axis=1)
+    return of_mean, of_maximum
+
+
+@triton.jit
+def _store_weight_gradients(
+    grad_logits, activation, grad_hidden, mean, maximum, grad_squeeze, grad_excite,
+    row, batches, channels, hidden, BLOCK_M: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `BLOCK_M` columns of V1 and rows of V2, over the samples in order."""
+    inside = row < channels
+    for start in range(0, hidden, BLOCK_HIDDEN):
+        unit = start + tl.arange(0, BLOCK_HIDDEN)
+        known = unit < hidden
+        squeeze = tl.zeros((BLOCK_M, BLOCK_HIDDEN), tl.float32)
+        excite = tl.zeros((BLOCK_M, BLOCK_HIDDEN), tl.float32)
+        at, back = row, unit
         for _ in range(batches):
             average = tl.load(mean + at, mask=inside, other=0.0)
             largest = tl.load(maximum + at, mask=inside, other=0.0)
-            grad_logit = tl.load(grad_logits + at, mask=inside, other=0.0)
-            active = tl.load(activation + here, mask=known, other=0.0)
             of_mean = tl.load(grad_hidden + back, mask=known, other=0.0)
             of_maximum = tl.load(grad_hidden + hidden + back, mask=known, other=0.0)
+            squeeze += average[:, None] * of_mean[None, :]
+            squeeze += largest[:, None] * of_maximum[None, :]
+            grad_logit = tl.load(grad_logits + at, mask=inside, other=0.0)
+            active = tl.load(activation + unit, mask=known, other=0.0)
             excite += grad_logit[:, None] * active[None, :]
-            squeeze += average[:, None] * of_mean[None, :] + largest[:, None] * of_maximum[None, :]
             at += channels
-            here += hidden
             back += 2 * hidden
+            activation += hidden
+        activation -= batches * hidden
         mask = inside[:, None] & known[None, :]
-        where = channel[:, None] + unit[None, :] * channels
+        where = row[:, None] + unit[None, :] * channels
         tl.store(grad_squeeze + where, squeeze.to(grad_squeeze.dtype.element_ty), mask=mask)
-        where = channel[:, None] * hidden + unit[None, :]
+        where = row[:, None] * hidden + unit[None, :]
         tl.store(grad_excite + where, excite.to(grad_excite.dtype.element_ty), mask=mask)
-    for _ in range(batches):
-        of_mean_sum = tl.zeros((BLOCK_C,), tl.float32)
-        of_maximum_sum = tl.zeros((BLOCK_C,), tl.float32)
-        for start in range(0, hidden, BLOCK_HIDDEN):
-            unit = start + tl.arange(0, BLOCK_HIDDEN)
-            known = unit < hidden
-            weight = tl.load(
-                squeeze_weight + channel[:, None] + unit[None, :] * channels,
-                mask=inside[:, None] & known[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            of_mean = tl.load(grad_hidden + unit, mask=known, other=0.0)
-            of_maximum = tl.load(grad_hidden + hidden + unit, mask=known, other=0.0)
-            of_mean_sum += tl.sum(weight * of_mean[None, :], axis=1)
-            of_maximum_sum += tl.sum(weight * of_maximum[None, :], axis=1)
-        tl.store(grad_mean + channel, of_mean_sum, mask=inside)
-        tl.store(grad_maximum + channel, of_maximum_sum, mask=inside)
-        grad_hidden += 2 * hidden
-        grad_mean += channels
-        grad_maximum += channels
 
 
 @triton.jit
 def channel_interaction_backward_kernel(
     grad_e,
     interaction_weight,  # (C, C)
+    squeeze_weight,  # (hidden, C)
     gate,
-    grad_mean,
-    grad_maximum,
+    mean,
+    maximum,
     argmax,
+    grad_logits,  # (B, C)
+    activation,  # (B, hidden)
+    grad_hidden,  # (B, 2, hidden)
     grad_x,
+    grad_squeeze,  # (hidden, C)
+    grad_excite,  # (C, hidden)
+    batches,
     channels,
     pixels,
+    hidden,
     grad_strides,
     x_strides,
     WIDE: tl.constexpr,
@@ -268,8 +269,9 @@ def channel_interaction_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
 ):
-    """grad_x of `BLOCK_M` channels × `BLOCK_N` pixels of one sample."""
+    """grad_x of `BLOCK_M` channels × `BLOCK_N` pixels of a sample; the first: V1's and V2's too."""
     row_tiles = tl.cdiv(channels, BLOCK_M)
     rest = tl.program_id(0) // row_tiles
     pixel_tiles = tl.cdiv(pixels, BLOCK_N)
@@ -278,24 +280,30 @@ def channel_interaction_backward_kernel(
     pixel = rest % pixel_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < channels
     grad_e += batch * grad_strides[0]
-    gate += batch * channels
     total = pointwise_product(
-        *(interaction_weight, (1, channels), grad_e, grad_strides, gate),
+        *(interaction_weight, (1, channels), grad_e, grad_strides, gate + batch * channels),
         *(row, pixel, channels, channels, pixels, False, WIDE, PRECISION),
         *(BLOCK_M, BLOCK_N, BLOCK_K),
     )
     mask = inside[:, None] & (pixel < pixels)[None, :]
     own = tile_offsets(row, pixel, grad_strides, WIDE)
     value = tl.load(grad_e + own, mask=mask, other=0.0).to(tl.float32)
-    a = tl.load(gate + row, mask=inside, other=0.0)
     place = batch * channels + row
-    everywhere = tl.load(grad_mean + place, mask=inside, other=0.0) / pixels
-    there = tl.load(grad_maximum + place, mask=inside, other=0.0)
+    total += tl.load(gate + place, mask=inside, other=0.0)[:, None] * value
+    of_mean, of_maximum = _through_squeeze(
+        *(grad_hidden + batch * 2 * hidden, squeeze_weight, row, channels, hidden),
+        *(BLOCK_M, BLOCK_HIDDEN),
+    )
     position = tl.load(argmax + place, mask=inside, other=-1).to(tl.int32)
-    total += a[:, None] * value + everywhere[:, None]
-    total += tl.where(position[:, None] == pixel[None, :], there[:, None], 0.0)
+    total += (of_mean / pixels)[:, None]
+    total += tl.where(position[:, None] == pixel[None, :], of_maximum[:, None], 0.0)
     grad_x += batch * x_strides[0] + tile_offsets(row, pixel, x_strides, WIDE)
     tl.store(grad_x, total.to(grad_x.dtype.element_ty), mask=mask)
+    if rest == 0:
+        _store_weight_gradients(
+            *(grad_logits, activation, grad_hidden, mean, maximum, grad_squeeze, grad_excite),
+            *(row, batches, channels, hidden, BLOCK_M, BLOCK_HIDDEN),
+        )
 
 
 def _outer(
@@ -321,7 +329,7 @@ def _outer(
     return grad_weight, partials
 
 
-def _mlp(
+def _hidden(
     partials: torch.Tensor,
     x: torch.Tensor,
     gate: torch.Tensor,
@@ -329,8 +337,8 @@ def _mlp(
     maximum: torch.Tensor,
     squeeze_weight: torch.Tensor,
     excite_weight: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """Launches 2 and 3: gradients of V1, V2, and of mean and maximum (B, C) float32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch 2: grad_logits (B, C), the activation and grad_hidden, all float32."""
     (batch, channels), hidden = mean.shape, squeeze_weight.shape[0]
     grad_logits = torch.empty_like(mean)
     activation = mean.new_empty((batch, hidden))
@@ -344,17 +352,7 @@ def _mlp(
         config=config,
         scratch=("partials", "grad_logits", "activation", "grad_hidden"),
     )
-    grads = [torch.empty_like(t) for t in (squeeze_weight, excite_weight, mean, maximum)]
-    config = configs.choose("channel_interaction_weights_kernel", x, 0)
-    launch(
-        channel_interaction_weights_kernel,
-        (cdiv(channels, config.blocks["BLOCK_C"]),),
-        *(grad_logits, activation, grad_hidden, mean, maximum, squeeze_weight, *grads),
-        *(batch, channels, hidden),
-        config=config,
-        scratch=("grad_logits", "activation", "grad_hidden", "grad_mean", "grad_maximum"),
-    )
-    return tuple(grads)
+    return grad_logits, activation, grad_hidden
 
 
 def backward(
@@ -373,21 +371,21 @@ def backward(
     pixels = height * width
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     grad_e, x, weight = flat(grad_e), flat(x), interaction_weight.contiguous()
+    squeeze, excite = squeeze_weight.contiguous(), excite_weight.contiguous()
     gate, mean, maximum, argmax = (t.contiguous() for t in (gate, mean, maximum, argmax))
     grad_weight, partials = _outer(grad_e, x, gate, weight)
-    grad_squeeze, grad_excite, grad_mean, grad_maximum = _mlp(
-        *(partials, x, gate, mean, maximum),
-        *(squeeze_weight.contiguous(), excite_weight.contiguous()),
-    )
+    through = _hidden(partials, x, gate, mean, maximum, squeeze, excite)
+    grad_squeeze, grad_excite = torch.empty_like(squeeze), torch.empty_like(excite)
     config = configs.choose("channel_interaction_backward_kernel", x, pixels)
     tiles = cdiv(channels, config.blocks["BLOCK_M"]) * cdiv(pixels, config.blocks["BLOCK_N"])
     launch(
         channel_interaction_backward_kernel,
         (batch * tiles,),
-        *(grad_e, weight, gate, grad_mean, grad_maximum, argmax, grad_x),
-        *(channels, pixels, strides(grad_e), strides(grad_x)),
+        *(grad_e, weight, squeeze, gate, mean, maximum, argmax, *through),
+        *(grad_x, grad_squeeze, grad_excite, batch, channels, pixels, squeeze.shape[0]),
+        *(strides(grad_e), strides(grad_x)),
         config=config,
-        scratch=("grad_mean", "grad_maximum"),
+        scratch=("grad_logits", "activation", "grad_hidden"),
         WIDE=is_wide(grad_e, grad_x),
         PRECISION=dot_precision(x),
     )

@@ -48,46 +48,77 @@ def _add(kernel: str, half: Candidates, single: Candidates | None = None) -> Non
 
 # ------------------------------------------------------------- coordinate_attention, cross_spatial
 
-for _kernel in ("forward", "backward"):
-    _add(
-        f"coordinate_attention_{_kernel}_kernel",
-        tuple(
-            Config({"BLOCK_W": width}, warps, 2, fp_fusion=False)
-            for width, warps in ((64, 8), (16, 4))
-        ),
-    )
+# AMD offers 64 KiB, and its compiler spills the large tiles: this keeps a candidate to NVIDIA.
+_NVIDIA = 65 * 1024
+
+_add(
+    "coordinate_attention_forward_kernel",
+    tuple(Config({"BLOCK_W": width}, 4, 2, fp_fusion=False) for width in (32, 16)),
+)
+_add(
+    "coordinate_attention_backward_kernel",
+    (
+        Config({"BLOCK_W": 32}, 8, 2, fp_fusion=False),
+        Config({"BLOCK_W": 16}, 4, 2, fp_fusion=False),
+    ),
+)
 _add("sum_partials_kernel", (Config({"BLOCK_N": 256}, 4, 1),))
 _add("cross_spatial_pack_kernel", (Config({"BLOCK_N": 256}, 4, 1),))
-for _kernel in ("forward", "features", "recompute", "reduce"):
-    _merge = {"BLOCK_R": 16} if _kernel == "reduce" else {}
-    _add(
-        f"cross_spatial_{_kernel}_kernel",
-        (Config({"BLOCK_P": 128, **_merge}, 8, 2), Config({"BLOCK_P": 64, **_merge}, 4, 2)),
-        (Config({"BLOCK_P": 16, **_merge}, 4, 1),),  # three float32 features fill the registers
-    )
+# Three float32 features of a tile fill the registers, so "single" has small tiles.
+_add(
+    "cross_spatial_forward_kernel",
+    (Config({"BLOCK_P": 128}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 8, 1)),
+    (Config({"BLOCK_P": 16}, 4, 2),),
+)
+_add(
+    "cross_spatial_features_kernel",
+    (Config({"BLOCK_P": 128}, 8, 3, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 8, 1)),
+    (Config({"BLOCK_P": 16}, 4, 1),),
+)
+_add(
+    "cross_spatial_recompute_kernel",
+    (Config({"BLOCK_P": 128}, 8, 3, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 4, 2)),
+    (Config({"BLOCK_P": 16}, 4, 1),),
+)
+_add(
+    "cross_spatial_reduce_kernel",
+    (
+        Config({"BLOCK_P": 64, "BLOCK_R": 16}, 8, 2, shared_bytes=_NVIDIA),
+        Config({"BLOCK_P": 64, "BLOCK_R": 16}, 4, 2),
+    ),
+    (Config({"BLOCK_P": 16, "BLOCK_R": 16}, 4, 2),),
+)
 _add(
     "cross_spatial_branches_kernel",
     (Config({"BLOCK_P": 128}, 8, 3), Config({"BLOCK_P": 64}, 4, 2)),
     (Config({"BLOCK_P": 32}, 4, 2),),
 )
-for _kernel in ("inputs_backward", "convolutions_backward"):
-    _add(
-        f"cross_spatial_{_kernel}_kernel",
-        (Config({"BLOCK_P": 128}, 4, 3), Config({"BLOCK_P": 64}, 4, 2)),
-        (Config({"BLOCK_P": 64}, 4, 2), Config({"BLOCK_P": 32}, 4, 2)),
-    )
+_add(
+    "cross_spatial_inputs_backward_kernel",
+    (Config({"BLOCK_P": 128}, 4, 3), Config({"BLOCK_P": 64}, 4, 2)),
+    (Config({"BLOCK_P": 64}, 4, 2), Config({"BLOCK_P": 32}, 4, 2)),
+)
+_add(
+    "cross_spatial_convolutions_backward_kernel",
+    (Config({"BLOCK_P": 128}, 4, 3, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 4, 2)),
+    (Config({"BLOCK_P": 32}, 4, 2),),
+)
 _add("cross_spatial_vectors_kernel", (Config({}, 4, 1),))
 _add(
     "cross_spatial_attention_backward_kernel",
-    (Config({"BLOCK_P": 128}, 8, 2), Config({"BLOCK_P": 64}, 4, 2)),
-    (Config({"BLOCK_P": 32}, 8, 2),),
+    (Config({"BLOCK_P": 128}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 4, 2)),
+    (Config({"BLOCK_P": 32}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 16}, 4, 1)),
 )
 _add(
     "cross_spatial_features_backward_kernel",
-    (Config({"BLOCK_P": 128}, 8, 2), Config({"BLOCK_P": 64}, 4, 2)),
+    (Config({"BLOCK_P": 128}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 4, 2)),
     (Config({"BLOCK_P": 16}, 8, 2),),
 )
-_add("cross_spatial_branches_backward_kernel", (Config({"BLOCK_W": 64}, 8, 2),))
+_add(
+    "cross_spatial_branches_backward_kernel",
+    (Config({"BLOCK_W": 32}, 4, 2),),
+    (Config({"BLOCK_W": 32}, 8, 2),),
+)
 _add("cross_spatial_gate_kernel", (Config({"BLOCK_P": 128, "BLOCK_R": 16}, 4, 1),))
 
 # -------------------------------------------------------- channel_statistics, channel_interaction
@@ -107,11 +138,11 @@ _POINTWISE = (
     Config(
         {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3, shared_bytes=96 * 1024, pixels=1024
     ),
-    Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 3),
+    Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 4, 3),
 )
 _POINTWISE_SINGLE = (
-    Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 2, pixels=1024),
-    Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
+    Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 16}, 8, 2, pixels=1024),
+    Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 4, 3),
 )
 
 
@@ -119,23 +150,43 @@ def _with(candidates: Candidates, **blocks: int) -> Candidates:
     return tuple(replace(c, blocks={**c.blocks, **blocks}) for c in candidates)
 
 
+_WIDE = Config(
+    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3, shared_bytes=120 * 1024, pixels=2048
+)
 _add(
     "channel_interaction_forward_kernel",
-    _with(_POINTWISE, BLOCK_HIDDEN=64, BLOCK_TILES=32),
+    (
+        *_with((_WIDE,), BLOCK_HIDDEN=32, BLOCK_TILES=32),
+        *_with(_POINTWISE, BLOCK_HIDDEN=64, BLOCK_TILES=32),
+    ),
     _with(_POINTWISE_SINGLE, BLOCK_HIDDEN=32, BLOCK_TILES=32),
 )
 _add("channel_interaction_outer_kernel", _POINTWISE, _POINTWISE_SINGLE)
-_add("channel_interaction_backward_kernel", _POINTWISE, _POINTWISE_SINGLE)
+_add(
+    "channel_interaction_backward_kernel",
+    _with((_WIDE, *_POINTWISE), BLOCK_HIDDEN=16),
+    _with(_POINTWISE_SINGLE, BLOCK_HIDDEN=16),
+)
 _add(
     "channel_interaction_hidden_kernel",
     (Config({"BLOCK_C": 128, "BLOCK_HIDDEN": 16, "BLOCK_TILES": 16}),),
 )
-_add("channel_interaction_weights_kernel", (Config({"BLOCK_C": 16, "BLOCK_HIDDEN": 64}),))
 
 # -------------------------------------------------------------------------------------------- msff
 
-for _kernel in ("product", "weight"):
-    _add(f"msff_{_kernel}_kernel", _POINTWISE, _POINTWISE_SINGLE)
+_POINTWISE_SINGLE = (
+    Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 2, pixels=1024),
+    Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 4, 3),
+)
+_add(
+    "msff_product_kernel",
+    (
+        Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 3, 80 * 1024, pixels=1024),
+        Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 4, 3),
+    ),
+    _POINTWISE_SINGLE,
+)
+_add("msff_weight_kernel", _POINTWISE, _POINTWISE_SINGLE)
 for _kernel in ("forward", "backward"):
     _add(  # four neighbours of every small map are in flight: tiles for a few values a thread
         f"msff_{_kernel}_kernel",
@@ -150,19 +201,31 @@ for _kernel in ("forward", "backward"):
     )
 for _kernel in ("moments", "sums"):
     _add(f"msff_{_kernel}_kernel", (Config({"BLOCK_C": 16, "BLOCK_PARTS": 64}),))
-_add("msff_resize_backward_kernel", (Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 64}),))
+_add(
+    "msff_resize_backward_kernel",
+    (Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 64}, 8),),
+    (Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32}),),
+)
 
 # ------------------------------------------------------------------------------------ gated_fusion
 
 _LARGE = {"BLOCK_P": 128, "BLOCK_O": 128, "BLOCK_K": 32}
 _SMALL = {"BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_K": 32}
 _SINGLE = (Config({**_SMALL, "BLOCK_K": 16}, 4, 2), Config({**_SMALL, "BLOCK_P": 32}, 4, 2))
-for _kernel in ("fold", "gate", "hidden", "expand", "logits", "grad_expanded", "grad_hidden"):
+for _kernel in ("fold", "gate", "hidden", "logits", "grad_expanded", "grad_hidden"):
     _add(
         f"gated_fusion_{_kernel}_kernel",
         (Config(_LARGE, 8, 4, shared_bytes=96 * 1024, pixels=3072), Config(_SMALL, 4, 3)),
         _SINGLE,
     )
+_add(
+    "gated_fusion_expand_kernel",
+    (
+        Config({**_LARGE, "BLOCK_P": 64}, 8, 3, shared_bytes=96 * 1024, pixels=3072),
+        Config(_SMALL, 8, 3),
+    ),
+    _SINGLE,
+)
 _add(  # its epilogue holds five tiles
     "gated_fusion_grad_input_kernel",
     (
