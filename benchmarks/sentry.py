@@ -56,7 +56,6 @@ NOT_PROVEN = {
     "channel_interaction_forward_kernel": _REDUCES,
     "channel_interaction_hidden_kernel": _REDUCES,
     "channel_interaction_outer_kernel": _REDUCES,
-    "channel_interaction_weights_kernel": _REDUCES,
     "channel_statistics_forward_kernel": _REDUCES,
     "coordinate_attention_backward_kernel": _LONG,
     "coordinate_attention_forward_kernel": _LONG,

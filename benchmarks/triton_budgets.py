@@ -3,8 +3,8 @@
 ``python benchmarks/triton_budgets.py`` compiles every kernel of the triton backend, in every
 configuration of its table, for every architecture (no GPU is needed), prints registers, shared
 memory, tensor-core instructions, occupancy and its limiter, and exits with 1 if a kernel is past
-its budget, has none or is gone. No kernel may spill more than eight registers on NVIDIA GPUs, and no
-product of half precision may miss the tensor cores, whatever the file says.
+its budget, has none or is gone. No kernel may spill more than eight registers on NVIDIA GPUs, and
+no product of half precision may miss the tensor cores, whatever the file says.
 
 By default a quarter of the combinations is compiled, those that differ most. ``--all`` takes all of
 them, takes hours on two cores, and tells of budgets without a kernel. ``--update`` writes the file.
@@ -46,7 +46,7 @@ from fused.backends.triton import INTERPRETER, configs
 _AT_MOST = ("registers", "spill_bytes", "shared_bytes")
 _AT_LEAST = ("occupancy", "tensor_instructions", "products_per_issue", "wide_loads")
 COLUMNS = (*_AT_MOST, *_AT_LEAST)
-# Spills of AMD's targets are budgeted as the rest is; on these more than a few registers are faults.
+# Spills of AMD's targets are budgeted as the rest is; here more than a few registers are faults.
 SPILL_FREE = tuple(name for name, target in TARGETS.items() if target.is_nvidia)
 # Bytes of a thread: up to eight registers, once a tile. The budgets and the report tell which.
 TOLERABLE_SPILL = 32
@@ -85,12 +85,14 @@ def past_budget(found: Sequence[Row], budget: dict[str, Any], whole: bool = True
     complaints = []
     for row in found:
         of_kernel = budget.get(row.key.kernel, {})
-        by_target = of_kernel.get(row.key.row) or of_kernel.get(replace(row.key, layout="any").row)
-        allowed = (by_target or {}).get(row.key.target)
-        if allowed is None:
+        names = (row.key.row, replace(row.key, layout="any").row)
+        limits = [
+            by[row.key.target] for n in names if row.key.target in (by := of_kernel.get(n, {}))
+        ]
+        if not limits:
             complaints.append(f"{row.key} has no budget")
             continue
-        for name, limit in zip(COLUMNS, allowed, strict=True):
+        for name, limit in zip(COLUMNS, limits[0], strict=True):
             value = getattr(row.code, name)
             if name in _AT_MOST and value > limit:
                 complaints.append(f"{row.key}: {name} {value} > {limit}")

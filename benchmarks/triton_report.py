@@ -57,8 +57,9 @@ def as_markdown(found: Sequence[Row], complaints: Sequence[str]) -> str:
         "A cell is registers of a thread, shared memory of a block in KiB, and the percentage of a"
         " multiprocessor's warps that run at once, with what admits no more: `r` registers, `s`"
         " shared memory, `w` warps, `b` blocks, `t` tensor memory. `T` counts tensor-core"
-        " instructions. Bold is the configuration that a user of that architecture gets. Several"
-        " modes that compile differently share a row, which holds the worst of them.",
+        " instructions, `spills` the bytes of a thread's registers in memory. Bold is the"
+        " configuration that a user of that architecture gets. Several modes that compile"
+        " differently share a row, which holds the worst of them.",
         "",
         *_faults(complaints),
         *_summary(found),
@@ -74,9 +75,7 @@ def as_markdown(found: Sequence[Row], complaints: Sequence[str]) -> str:
 
 def _faults(complaints: Sequence[str]) -> list[str]:
     if not complaints:
-        return [
-            "No kernel spills registers, and every product of half precision is on tensor cores."
-        ]
+        return ["Every product of half precision is on tensor cores. A cell tells what it spills."]
     return ["What should not be:", "", *(f"* {told}" for told in complaints)]
 
 

@@ -104,8 +104,15 @@ def test_kernels_come_from_launches_and_budgets(monkeypatch: pytest.MonkeyPatch)
     launch = Launch(lambda: None, (3, 4), (x, x[2:], 5, torch.empty(10)), {}, config)
     monkeypatch.setattr(triton_capture, "capture", lambda *args: [launch])
     columns, row = ("occupancy", "wide_loads", "products_per_issue"), [50, 8, 200]
-    budget = {launch.name: {f"half any {label(config)}": {"sm_80": row}}}
-    found = roofline.kernels_of(Call("msff", training=False), DEVICE, budget, columns)
+    other = {"sm_80": [25, 4, 100]}
+    budget = {
+        launch.name: {"half any P32 w4 s1": other, f"half any {label(config)}": {"sm_80": row}}
+    }
+    call = Call("msff", training=False)
+    found = roofline.kernels_of(call, DEVICE, budget, columns)
     assert found == [Kernel(12, 256, 50, 8, 200, 8 * 16 * 2 + 40)]
-    with pytest.raises(LookupError, match="half contiguous P64 w8 s2"):
-        roofline.kernels_of(Call("msff", training=False), DEVICE, {}, columns)
+    del budget[launch.name][f"half any {label(config)}"]
+    (like_another,) = roofline.kernels_of(call, DEVICE, budget, columns)
+    assert (like_another.occupancy, like_another.threads) == (25, 256)
+    with pytest.raises(LookupError, match="has no <lambda> on sm_80"):
+        roofline.kernels_of(call, DEVICE, {launch.name: {"single any P32 w4 s1": other}}, columns)
