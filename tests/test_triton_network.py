@@ -1,4 +1,4 @@
-"""The whole network at 64×64 with every fused stage in Triton's interpreter: logits and gradients."""
+"""The network at 64×64 with every fused stage in Triton's interpreter: logits and gradients."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ Layouts: maps (B, C, H, W) by strides, W row-major. Launches, for n maps:
    tiles of channels being neighbours. Product of the map of target size (if there is one) plus the
    other products resized, then batch norm and ReLU. The position of a neighbour is a quotient of
    integers, so it is exact.
-In training launch 2 is made twice. First it leaves the moments of its tile of z, in float32: (parts,
+In training launch 2 is made twice. First it leaves the moments of its tile of z, float32: (parts,
 {mean, M2}, C_out), parts = B·tiles of pixels; one program of `msff_moments_kernel` for a tile of
 channels merges them in order (Chan); then it makes out. To multiply the map of target size again,
 128 of 1664 channels in the network, costs less than to write z and read it, and z, whose sign

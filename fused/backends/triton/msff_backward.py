@@ -18,7 +18,7 @@ Launches, for n maps of which m have not the target size (nothing but the maps w
 6. `msff_product_kernel` for each map: W_iᵀ ∗ native_i.
 7. `msff_weight_kernel` for each map: one program for a tile of grad_W_i and a share of the pixels
    of all samples; the shares (splits, C_out, ΣC_i) float32 are added by one `sum_partials_kernel`.
-Bytes: grad_out twice in training (sums, then grad_z), else once; grad_z written once, and read twice
+Bytes: grad_out twice in training (sums, then grad_z), else once; grad_z written once, read twice
 for every map: by its transposed resize about that often, or by the products of a map of its size.
 All sums are float32; operands of products have the maps' dtype.
 """
