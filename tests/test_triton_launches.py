@@ -26,7 +26,7 @@ if backend.INTERPRETER:
 from fused.backends.triton import launch
 
 EVALUATION_BUDGET, TRAINING_BUDGET = 7, 40
-# Autograd adds the three gradients of e.
+# Autograd adds the three gradients of e; these two come on top of the kernels' budget.
 SUMS_OF_GRADIENTS = 2
 # Allocations, and operations that give another view; neither launches anything.
 FREE = {
@@ -147,8 +147,8 @@ def test_a_training_step_stays_within_its_launches(
     with launches.operations:
         module(x).backward(grad)
     print(launches)
-    assert launches.kernels.total() > 0
-    assert launches.total() <= TRAINING_BUDGET, str(launches)
+    assert 0 < launches.kernels.total() <= TRAINING_BUDGET, str(launches)
+    assert launches.operations.counts == {"add": SUMS_OF_GRADIENTS}, str(launches)
 
 
 def test_frozen_statistics_stay_within_the_launches_of_training(launches: Launches) -> None:
@@ -175,7 +175,7 @@ def test_the_paper_size_needs_no_more_on_any_gpu() -> None:
         for batch in (1, 8):
             assert kernels(False, False, batch) <= EVALUATION_BUDGET, target
             step = kernels(True, False, batch) + kernels(True, True, batch)
-            assert step + SUMS_OF_GRADIENTS <= TRAINING_BUDGET, target
+            assert step <= TRAINING_BUDGET, target
 
 
 def test_what_a_launcher_calls_of_torch_is_counted(launches: Launches) -> None:

@@ -211,11 +211,14 @@ _add(
 
 _LARGE = {"BLOCK_P": 128, "BLOCK_O": 128, "BLOCK_K": 32}
 _SMALL = {"BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_K": 32}
-_SINGLE = (Config({**_SMALL, "BLOCK_K": 16}, 4, 2), Config({**_SMALL, "BLOCK_P": 32}, 4, 2))
+_SINGLE = (Config({**_SMALL, "BLOCK_K": 16}, 8, 2),)
 for _kernel in ("fold", "gate", "hidden", "logits", "grad_expanded", "grad_hidden"):
     _add(
         f"gated_fusion_{_kernel}_kernel",
-        (Config(_LARGE, 8, 4, shared_bytes=96 * 1024, pixels=3072), Config(_SMALL, 4, 3)),
+        (
+            Config(_LARGE, 8, 4, shared_bytes=96 * 1024, pixels=3072),
+            Config(_SMALL, 4, 4 if _kernel == "logits" else 3),
+        ),
         _SINGLE,
     )
 _add(
@@ -248,7 +251,7 @@ _add(
         Config({"BLOCK_P": 32, "BLOCK_I": 128, "BLOCK_O": 128}, 8, 3, shared_bytes=96 * 1024),
         Config({"BLOCK_P": 32, "BLOCK_I": 64, "BLOCK_O": 64}, 4, 2),
     ),
-    (Config({"BLOCK_P": 16, "BLOCK_I": 64, "BLOCK_O": 64}, 4, 2),),
+    (Config({"BLOCK_P": 16, "BLOCK_I": 64, "BLOCK_O": 64}, 8, 2),),
 )
 _add("gated_fusion_reduce_kernel", (Config({"BLOCK_N": 1024}, 4, 2),))
 
