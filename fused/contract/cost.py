@@ -142,8 +142,8 @@ _PASSES: dict[tuple[str, str], Passes] = {
 # Launches of one call on a GPU, at most: evaluation, training, backward. Those of MSFF are for
 # three maps of which one has the target size.
 LAUNCHES: dict[str, tuple[int, int, int]] = {
-    "msff": (3, 6, 13),
-    "channel_interaction": (2, 2, 4),
+    "msff": (3, 5, 14),
+    "channel_interaction": (2, 2, 3),
     "coordinate_attention": (1, 1, 2),
     "cross_spatial": (2, 5, 10),
     "gated_fusion": (2, 6, 10),
