@@ -31,6 +31,10 @@ from fused.backends.triton import INTERPRETER, configs
 from fused.contract import memory_format
 
 MODES = [(False, "sequential"), (True, "sequential"), (True, "pooled")]
+# Products of operands rounded to bfloat16 move single pixels over the ReLU's threshold, and the
+# gradient of a few channels over a few pixels shows each: the reference itself, with its operands
+# rounded as on a GPU, errs by up to 0.16 in ten draws of these cases, in the same entries.
+FEW_CHANNELS = 0.2
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -153,10 +157,8 @@ def compare(
         for leaf, got, wanted in zip(leaves, gradients, want, strict=True):
             assert got.dtype == leaf.dtype
             shape = tuple(leaf.shape)
-            # Rounded operands of a product move a few of its results over the ReLU's threshold; a
-            # gradient of a channel or two, summed over a few pixels, shows each of them.
-            few = backend == "triton" and dtype == torch.bfloat16 and leaf.numel() < 4
-            limit = 2 * grad_tolerance if few else grad_tolerance
+            few = backend == "triton" and dtype == torch.bfloat16 and leaf.numel() < 8
+            limit = FEW_CHANNELS if few else grad_tolerance
             assert error(got, wanted) <= limit, f"{told}: grad {shape}"
             if leaf.dim() == 4 and leaf is leaves[0]:
                 assert memory_format(got) == memory_format(leaf), told
