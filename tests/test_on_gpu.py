@@ -218,6 +218,8 @@ def test_an_interrupted_run_ends_its_step_and_reports(sent: signal.Signals, tmp_
         env={**os.environ, "PYTHON": str(stub)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (pid.exists() and pid.read_text().strip()) and time.monotonic() < deadline:
