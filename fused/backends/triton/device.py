@@ -9,9 +9,12 @@ import triton.language as tl
 @triton.jit
 def offset(index, stride, WIDE: tl.constexpr):
     """index · stride, in 64 bits where the launcher found that 32 do not suffice."""
+    # One return: Triton compiles both, and their types would differ.
     if WIDE:
-        return index.to(tl.int64) * stride
-    return index * stride
+        product = index.to(tl.int64) * stride
+    else:
+        product = index * stride
+    return product
 
 
 @triton.jit
