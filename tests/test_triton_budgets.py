@@ -332,3 +332,15 @@ def test_every_kernel_is_within_its_budget() -> None:
     if version != triton.__version__:
         pytest.skip(f"no fault, but budgets are of triton {version}, this is {triton.__version__}")
     assert triton_budgets.past_budget(table, budget, whole=False) == []
+
+
+@pytest.mark.parametrize("op", ["channel_interaction", "msff", "gated_fusion"])
+def test_kernels_compile_with_64_bit_offsets(op: str) -> None:
+    """No case of the paper's size needs them, and the interpreter would not see a type error."""
+    target = TARGETS["sm_90"]
+    launches = triton_capture.capture(triton_capture.Call(op, False), torch.float16, target)
+    wide = [one for one in launches if "WIDE" in one.constexprs]
+    assert wide
+    for one in wide:
+        with compiling_for(target):
+            compile_launch(replace(one, constexprs={**one.constexprs, "WIDE": True}))

@@ -9,12 +9,8 @@ import triton.language as tl
 @triton.jit
 def offset(index, stride, WIDE: tl.constexpr):
     """index · stride, in 64 bits where the launcher found that 32 do not suffice."""
-    # One return: Triton compiles both, and their types would differ.
-    if WIDE:
-        product = index.to(tl.int64) * stride
-    else:
-        product = index * stride
-    return product
+    # No early return: Triton would compile both and find two types.
+    return index.to(tl.int64) * stride if WIDE else index * stride
 
 
 @triton.jit
