@@ -32,11 +32,7 @@ PACKAGES = find_packages(include=["fused", "fused.*", "mobilesteelnet", "mobiles
 
 CPU_SOURCES = [
     "csrc/register_cpu.cpp",
-    "csrc/cpu/channel_interaction.cpp",
-    "csrc/cpu/isa.cpp",
-    "csrc/cpu/simd/avx512.cpp",
-    "csrc/cpu/simd/avx2.cpp",
-    "csrc/cpu/simd/portable.cpp",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").rglob("*.cpp")),
 ]
 CUDA_SOURCES = ["csrc/register_cuda.cpp", "csrc/cuda/channel_interaction.cu"]
 HEADERS = sorted(

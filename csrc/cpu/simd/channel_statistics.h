@@ -1,10 +1,7 @@
 // What each instruction set offers the channel statistics: one table of functions to a file.
-// No C++ or torch header here or in the files that include it: an inline function compiled there
-// with AVX-512 could be the copy that the linker keeps for everybody (one-definition rule).
 #pragma once
 
-#include <stdint.h>
-#include <string.h>
+#include "target.h"
 
 namespace ciema::cpu {
 
@@ -27,8 +24,7 @@ struct ChannelStatistics {
 };
 
 extern const ChannelStatistics kPortableChannelStatistics;
-#if defined(__x86_64__) && defined(__GNUC__)
-#define CIEMA_X86_SIMD 1
+#ifdef CIEMA_X86_SIMD
 extern const ChannelStatistics kAvx2ChannelStatistics;
 extern const ChannelStatistics kAvx512ChannelStatistics;
 #endif

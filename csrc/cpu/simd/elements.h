@@ -29,3 +29,36 @@ inline float to_float(Half value) {
 }
 
 inline float lowest() { return float_of_bits(0xff800000u); }  // -inf
+
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Rounding to the nearest, ties to even; NaN stays NaN.
+inline void from_float(float value, float* out) { *out = value; }
+inline void from_float(float value, BFloat16* out) {
+  const uint32_t bits = bits_of_float(value);
+  if (value != value) {
+    out->bits = static_cast<uint16_t>((bits >> 16) | 0x40u);
+  } else {
+    out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+}
+inline void from_float(float value, Half* out) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t size = bits & 0x7fffffffu;
+  uint32_t half;
+  if (size > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (size >= 0x477ff000u) {
+    half = 0x7c00u;  // 65520 and more round to infinity
+  } else if (size >= 0x38800000u) {
+    half = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  } else {  // subnormal: adding 0.5 leaves the multiple of 2^-24 in the low bits
+    half = bits_of_float(float_of_bits(size) + 0.5f) - 0x3f000000u;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
