@@ -26,6 +26,8 @@ class Config:
         shared_bytes: shared memory that a block of the device must offer.
         fp_fusion: whether a product and a sum may become one rounding.
         pixels: least number of pixels of a map for which it pays.
+        registers: of a thread at most, on NVIDIA; 0 leaves it to the compiler, which spills a few
+            to admit more warps where it thinks that pays.
     """
 
     blocks: Mapping[str, int] = field(default_factory=dict)
@@ -34,6 +36,7 @@ class Config:
     shared_bytes: int = 0
     fp_fusion: bool = True
     pixels: int = 0
+    registers: int = 0
 
 
 Candidates = tuple[Config, ...]
@@ -53,7 +56,10 @@ _NVIDIA = 65 * 1024
 
 _add(
     "coordinate_attention_forward_kernel",
-    tuple(Config({"BLOCK_W": width}, 4, 2, fp_fusion=False) for width in (32, 16)),
+    (
+        Config({"BLOCK_W": 32}, 8, 2, fp_fusion=False),
+        Config({"BLOCK_W": 16}, 4, 2, fp_fusion=False, registers=128),
+    ),
 )
 _add(
     "coordinate_attention_backward_kernel",
@@ -68,7 +74,7 @@ _add("cross_spatial_pack_kernel", (Config({"BLOCK_N": 256}, 4, 1),))
 _add(
     "cross_spatial_forward_kernel",
     (Config({"BLOCK_P": 128}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 8, 1)),
-    (Config({"BLOCK_P": 16}, 4, 2),),
+    (Config({"BLOCK_P": 16}, 4, 1),),
 )
 _add(
     "cross_spatial_features_kernel",
@@ -77,14 +83,14 @@ _add(
 )
 _add(
     "cross_spatial_recompute_kernel",
-    (Config({"BLOCK_P": 128}, 8, 3, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 4, 2)),
+    (Config({"BLOCK_P": 128}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 32}, 8, 1)),
     (Config({"BLOCK_P": 16}, 4, 1),),
 )
 _add(
     "cross_spatial_reduce_kernel",
     (
         Config({"BLOCK_P": 64, "BLOCK_R": 16}, 8, 2, shared_bytes=_NVIDIA),
-        Config({"BLOCK_P": 64, "BLOCK_R": 16}, 4, 2),
+        Config({"BLOCK_P": 32, "BLOCK_R": 16}, 4, 1),
     ),
     (Config({"BLOCK_P": 16, "BLOCK_R": 16}, 4, 2),),
 )
@@ -111,8 +117,8 @@ _add(
 )
 _add(
     "cross_spatial_features_backward_kernel",
-    (Config({"BLOCK_P": 128}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 4, 2)),
-    (Config({"BLOCK_P": 16}, 8, 2),),
+    (Config({"BLOCK_P": 128}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 32}, 8, 1)),
+    (Config({"BLOCK_P": 16}, 8, 1),),
 )
 _add(
     "cross_spatial_branches_backward_kernel",
@@ -164,7 +170,7 @@ _add(
 _add("channel_interaction_outer_kernel", _POINTWISE, _POINTWISE_SINGLE)
 _add(
     "channel_interaction_backward_kernel",
-    _with((_WIDE, *_POINTWISE), BLOCK_HIDDEN=16),
+    _with((_WIDE, _POINTWISE[0], replace(_POINTWISE[1], num_warps=8)), BLOCK_HIDDEN=16),
     _with(_POINTWISE_SINGLE, BLOCK_HIDDEN=16),
 )
 _add(
@@ -182,7 +188,7 @@ _add(
     "msff_product_kernel",
     (
         Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 3, 80 * 1024, pixels=1024),
-        Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 4, 3),
+        Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 3),
     ),
     _POINTWISE_SINGLE,
 )
@@ -191,8 +197,8 @@ for _kernel in ("forward", "backward"):
     _add(  # four neighbours of every small map are in flight: tiles for a few values a thread
         f"msff_{_kernel}_kernel",
         (
-            Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3, pixels=1024),
-            Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 4, 3),
+            Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3, _NVIDIA, True, 1024, 240),
+            Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 3),
         ),
         (
             Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8, 2, pixels=1024),
@@ -212,12 +218,18 @@ _add(
 _LARGE = {"BLOCK_P": 128, "BLOCK_O": 128, "BLOCK_K": 32}
 _SMALL = {"BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_K": 32}
 _SINGLE = (Config({**_SMALL, "BLOCK_K": 16}, 8, 2),)
+# Four warps of AMD's have no registers for the backward's tile of 64 by 64: the narrow one is theirs.
+_SMALL_BACKWARD = (
+    Config(_SMALL, 4, 3, shared_bytes=_NVIDIA),
+    Config({**_SMALL, "BLOCK_O": 32}, 4, 3),
+)
 for _kernel in ("fold", "gate", "hidden", "logits", "grad_expanded", "grad_hidden"):
+    _small = (Config(_SMALL, 4, 4 if _kernel == "logits" else 3),)
     _add(
         f"gated_fusion_{_kernel}_kernel",
         (
             Config(_LARGE, 8, 4, shared_bytes=96 * 1024, pixels=3072),
-            Config(_SMALL, 4, 4 if _kernel == "logits" else 3),
+            *(_SMALL_BACKWARD if _kernel == "grad_hidden" else _small),
         ),
         _SINGLE,
     )
@@ -233,7 +245,7 @@ _add(  # its epilogue holds five tiles
     "gated_fusion_grad_input_kernel",
     (
         Config({**_LARGE, "BLOCK_O": 64}, 8, 4, shared_bytes=96 * 1024, pixels=3072),
-        Config(_SMALL, 4, 3),
+        *_SMALL_BACKWARD,
     ),
     _SINGLE,
 )

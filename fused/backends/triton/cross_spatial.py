@@ -154,7 +154,8 @@ def cross_spatial_forward_kernel(
     own_partial = partial + slab * BANDS * 2 * BLOCK_C
     for branch in range(0, 2):
         total = tl.zeros((BLOCK_C,), tl.float32)
-        for start in range(top * W, end * W, BLOCK_P):
+        # What is held over the loop would spill.
+        for start in tl.range(top * W, end * W, BLOCK_P, disable_licm=True):
             pixel = start + tl.arange(0, BLOCK_P)
             inside = pixel < end * W
             zero = hidden_zero(start)

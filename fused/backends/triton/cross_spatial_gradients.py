@@ -204,7 +204,8 @@ def cross_spatial_features_backward_kernel(
     w1 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
     w3, w5 = w1, w1
     source, out = features + row * 3 * size, grad_features + (row * 3 + j) * size
-    for start in range(0, P, BLOCK_P):
+    # What is held over the loop would spill.
+    for start in tl.range(0, P, BLOCK_P, disable_licm=True):
         pixel = start + tl.arange(0, BLOCK_P)
         inside = pixel < P
         zero = hidden_zero(start)
@@ -214,7 +215,7 @@ def cross_spatial_features_backward_kernel(
         own_slopes = slopes + row * 12 * BLOCK_C + zero
         grad_r = _reduced_gradient(reduced + row * size, own_slopes, gl, pixel, inside, BLOCK_C)
         acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for k in range(0, 3 + zero):
+        for k in tl.range(0, 3 + zero, disable_licm=True):
             own = load_tile(source + k * size, pixel, inside, BLOCK_C)
             attention, n, grad_weighted, grad, scale = _attention_gradient(
                 source, size, pixel, inside, zero, own, grad_r, tiles, weight, bias, mean, var,

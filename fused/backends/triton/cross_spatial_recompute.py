@@ -59,7 +59,8 @@ def cross_spatial_recompute_kernel(
     x, out = sheets + row * size, features + row * 3 * size
     none = tl.zeros((BLOCK_C,), tl.float32)
     weighted_r, total_r, weighted_x, total_x, total = none, none, none, none, 0.0
-    for start in range(0, P, BLOCK_P):
+    # What is held over the loop would spill.
+    for start in tl.range(0, P, BLOCK_P, disable_licm=True):
         pixel = start + tl.arange(0, BLOCK_P)
         zero = hidden_zero(start)
         tiles = packed + zero * (BLOCK_C * BLOCK_C)

@@ -44,7 +44,9 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """All keyword arguments of the call."""
+        limit = self.config.registers if torch.version.hip is None else 0  # AMD's has no such limit
         return {
+            **({"maxnreg": limit} if limit else {}),
             **self.constexprs,
             **self.config.blocks,
             "num_warps": self.config.num_warps,
