@@ -86,6 +86,7 @@ class OpStage(nn.Module):
             "training": self.training,
             "bn_statistics": block.bn_statistics,
             "save": torch.is_grad_enabled(),
+            **op.defaults,
         }
         maps = iter(inputs)
         args: list[Any] = []

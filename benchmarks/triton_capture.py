@@ -2,7 +2,7 @@
 
 Arguments are fake tensors on "cuda", so nothing is allocated or computed and the host code takes
 the decisions that it takes on a GPU. Evaluation has its parameters in the maps' dtype, as after
-`.half()`; training has them in float32, as under autocast.
+`.half()`, and passes channel statistics from MSFF on; training has float32, as under autocast.
 """
 
 from __future__ import annotations
@@ -140,6 +140,14 @@ def _forward_arguments(
         "save": keeps_gradient,
     }
     named |= {name: EPS for name in OPS[call.stage].inputs if "eps" in name}
+    named |= OPS[call.stage].defaults
+    if not call.training:  # as in the network, where MSFF leaves statistics; training: alone
+        specs = OUTPUTS["channel_statistics"]({"x": x})
+        named |= {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device="cuda")
+            for name, spec in zip(("x_mean", "x_maximum", "x_argmax"), specs, strict=True)
+        }
+        named["statistics"] = True
     if call.stage == "msff":
         named["features"] = [_map((call.batch, c, s, s), dtype, layout) for c, s in FEATURES]
     else:

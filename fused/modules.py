@@ -17,6 +17,8 @@ from .backends.reference.published import (
 from .batchnorm import update_running_statistics
 
 DEFAULT_FACTOR = 32
+# Mean, maximum and the maximum's first position of every channel of a map, (B, C) each.
+Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -25,7 +27,8 @@ def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
         yield from _leaves(child, f"{prefix}{name}.")
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone wants to see what goes in or comes out of `module`."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -55,7 +58,7 @@ class _FusedBlock(nn.Module):
             kind = type(child)
             if kind not in _PLAIN and kind.__module__ != PublishedCIEMA.__module__:
                 return f"{name} is a {kind.__name__}"
-            if _has_hooks(child):
+            if has_hooks(child):
                 return f"{name} has hooks"
             if kind is nn.GroupNorm and not child.affine:
                 return f"{name} has affine=False"
@@ -158,12 +161,16 @@ class FusedCIEMA(_FusedBlock, PublishedCIEMA):
         weight = self.final_fusion[0].get_parameter("weight")
         return torch.empty(1, self.channels, 1, 1, dtype=weight.dtype, device=weight.device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
+    def forward(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
+        """(B, C, H, W) → (B, C, H, W).
+
+        `statistics`: mean, maximum and argmax of x's channels, where `FusedMSFF.with_statistics`
+        has them; they spare a pass over x and change no result.
+        """
         self._check_channels(x)
         if self._goes_modular():
             return PublishedCIEMA.forward(self, x)
-        e = self._interact(x)
+        e = self._interact(x, statistics)
         return self._fuse(e, self._cross(e, update=True))
 
     def spatial_gate(self, x: torch.Tensor) -> torch.Tensor:
@@ -180,10 +187,10 @@ class FusedCIEMA(_FusedBlock, PublishedCIEMA):
                 f"this block was built for channels={self.channels}"
             )
 
-    def _interact(self, x: torch.Tensor) -> torch.Tensor:
+    def _interact(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
         stage = self.channel_interaction
         weights = (stage.fc[0].weight, stage.fc[2].weight, stage.channel_interaction.weight)
-        e, *_ = ops.channel_interaction(x, *weights, backend=self.backend)
+        e, *_ = ops.channel_interaction(x, *weights, *(statistics or ()), backend=self.backend)
         return e
 
     def _cross(self, e: torch.Tensor, *, update: bool) -> torch.Tensor:
@@ -288,6 +295,20 @@ class FusedMSFF(_FusedBlock, PublishedMSFF):
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
+        return self._run(features, statistics=False)[0]
+
+    def with_statistics(
+        self, features: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, Statistics | None]:
+        """As `forward`, and what `FusedCIEMA.forward` would find out by a pass over its result.
+
+        The statistics are None where this block has to call its children one by one.
+        """
+        return self._run(features, statistics=True)
+
+    def _run(
+        self, features: Sequence[torch.Tensor], *, statistics: bool
+    ) -> tuple[torch.Tensor, Statistics | None]:
         if isinstance(features, torch.Tensor):
             raise TypeError("FusedMSFF: features must be a list of maps, got one tensor")
         if self.stage_channels is not None:
@@ -298,18 +319,19 @@ class FusedMSFF(_FusedBlock, PublishedMSFF):
                     f"stage_channels={list(self.stage_channels)}"
                 )
         if self._goes_modular():
-            return PublishedMSFF.forward(self, features)
+            return PublishedMSFF.forward(self, features), None
         conv: Any = self.fusion_conv[0]
         norm: Any = self.fusion_conv[1]
         training: bool = norm.training
-        out, mean, var = ops.msff(
+        out, mean, var, *of_channels = ops.msff(
             *(list(features), conv.weight, *_statistics(norm, training), training, norm.eps),
+            statistics,
             backend=self.backend,
         )
         if training:
             count = out.shape[0] * out.shape[2] * out.shape[3]
             update_running_statistics(norm, mean, var, count)
-        return out
+        return out, (of_channels[0], of_channels[1], of_channels[2]) if statistics else None
 
     def extra_repr(self) -> str:
         """Constructor arguments."""

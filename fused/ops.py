@@ -28,10 +28,12 @@ _MSFF_PARAMETERS = (
     "Tensor weight, Tensor bn_weight, Tensor bn_bias, Tensor? running_mean, Tensor? running_var,"
     " bool training, float eps"
 )
+# `statistics` asks for the channel statistics of out, which spare channel_interaction a pass.
 msff = StageOp(
     name="msff",
-    forward=f"(Tensor[] features, {_MSFF_PARAMETERS}, {_BACKEND})"
-    " -> (Tensor out, Tensor batch_mean, Tensor batch_var)",
+    forward=f"(Tensor[] features, {_MSFF_PARAMETERS}, bool statistics=False, {_BACKEND})"
+    " -> (Tensor out, Tensor batch_mean, Tensor batch_var,"
+    " Tensor mean, Tensor maximum, Tensor argmax)",
     backward="(Tensor grad_out, Tensor[] features, Tensor batch_mean, Tensor batch_var,"
     f" {_MSFF_PARAMETERS}, {_BACKEND})"
     " -> (Tensor[] grad_features, Tensor grad_weight, Tensor grad_bn_weight, Tensor grad_bn_bias)",
@@ -43,9 +45,11 @@ msff = StageOp(
 # ---------------------------------------------------------------------------- channel_interaction
 
 _INTERACTION_PARAMETERS = "Tensor squeeze_weight, Tensor excite_weight, Tensor interaction_weight"
+# `x_mean`, `x_maximum`, `x_argmax`: the channel statistics of x where they are known, else None.
 channel_interaction = StageOp(
     name="channel_interaction",
-    forward=f"(Tensor x, {_INTERACTION_PARAMETERS}, {_BACKEND})"
+    forward=f"(Tensor x, {_INTERACTION_PARAMETERS}, Tensor? x_mean=None, Tensor? x_maximum=None,"
+    f" Tensor? x_argmax=None, {_BACKEND})"
     " -> (Tensor e, Tensor gate, Tensor mean, Tensor maximum, Tensor argmax)",
     backward="(Tensor grad_e, Tensor x, Tensor gate, Tensor mean, Tensor maximum, Tensor argmax,"
     f" {_INTERACTION_PARAMETERS}, {_BACKEND})"

@@ -40,6 +40,7 @@ class StageOp:
         differentiable: the outputs that carry a gradient.
         gradients: the inputs whose gradients the backward returns, in its order.
         inputs: names of the forward's arguments, `backend` not counted.
+        defaults: their values where the schema has them.
         outputs: names of its results.
         backward_inputs: names of the backward's arguments.
     """
@@ -62,6 +63,9 @@ class StageOp:
         self.op = getattr(torch.ops.ciema, name).default
         self.backward_op = getattr(torch.ops.ciema, f"{name}_backward").default
         self.inputs = _positional(self.op)
+        self.defaults = {
+            a.name: a.default_value for a in self.op._schema.arguments if a.has_default_value()
+        }
         self.outputs = tuple(r.name for r in self.op._schema.returns)
         self.backward_inputs = _positional(self.backward_op)
         self._register()
@@ -77,6 +81,7 @@ class StageOp:
             if key in self.maps:
                 for one in value if isinstance(value, (list, tuple)) else (value,):
                     check_map(self.name, key, one)  # what the dispatcher would refuse in its words
+        args = self._complete(args)
         name = backends.requested(backend)
         if name != "reference":
             return self.op(*args, backend=name)
@@ -86,6 +91,11 @@ class StageOp:
             with torch.autocast(device, enabled=False):
                 return self._plain(args)
         return self._plain(args)
+
+    def _complete(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments with the defaults of those left out; the dispatcher leaves defaults out."""
+        rest = self.inputs[len(args) :]
+        return (*args, *(self.defaults[name] for name in rest if name in self.defaults))
 
     def _plain(self, args: Sequence[Any]) -> Any:
         self._check(args)
@@ -131,6 +141,7 @@ class StageOp:
         torch.library.register_autograd(backward_name, self._double_backward, lib=LIBRARY)
 
     def _run_forward(self, *args: Any, backend: str = "auto") -> Any:
+        args = self._complete(args)
         self._check(args)
         x = self._main(args)
         groups = self._groups(dict(zip(self.inputs, args, strict=True)))
@@ -158,12 +169,13 @@ class StageOp:
 
         def run(*args: Any, backend: str = "auto") -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                cast = self._cast(args, torch.get_autocast_dtype(device))
+                cast = self._cast(self._complete(args), torch.get_autocast_dtype(device))
                 return self.op(*cast, backend=backend)
 
         return run
 
     def _fake_forward(self, *args: Any, backend: str = "auto") -> Any:
+        args = self._complete(args)
         self._check(args)
         named = dict(zip(self.inputs, args, strict=True))
         x = self._main(args)
@@ -186,6 +198,7 @@ class StageOp:
         self, ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
     ) -> None:
         outputs = output if isinstance(output, (list, tuple)) else (output,)
+        inputs = self._complete(inputs)
         named = dict(zip(self.inputs, inputs, strict=True))
         named |= dict(zip(self.outputs, outputs, strict=True))
         if named.get("save") is False:

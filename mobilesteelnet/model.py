@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused
 from fused.contract import STAGES, Cost, Problem, cost
+from fused.modules import has_hooks
 
 ATTENTIONS = ("ciema", "none")
 FUSIONS = ("msff", "none")
@@ -162,10 +163,21 @@ class MobileSteelNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, in_channels, H, W) → logits (B, num_classes)."""
-        features = self.features(images)
-        if self.ciema is not None:
-            features = self.ciema(features)
+        if self._statistics_can_pass():
+            assert self.msff is not None
+            assert self.ciema is not None
+            features = self.ciema(*self.msff.with_statistics(self.backbone(images)))
+        else:
+            features = self.features(images)
+            if self.ciema is not None:
+                features = self.ciema(features)
         return self.fc(features.mean((2, 3)))
+
+    def _statistics_can_pass(self) -> bool:
+        """Whether MSFF may hand its output's channel statistics to CIEMA past its `__call__`."""
+        if type(self.msff) is not fused.FusedMSFF or type(self.ciema) is not fused.FusedCIEMA:
+            return False
+        return not has_hooks(self.msff)
 
     def spatial_gate(self, images: torch.Tensor) -> torch.Tensor | None:
         """The gate w (B, G, h, w) of CIEMA over the images; None without CIEMA."""
@@ -194,6 +206,7 @@ def _costs(
         groups=1 if model.ciema is None else model.ciema.groups,
         reduction=1 if model.ciema is None else model.ciema.reduction,
         features=tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps),
+        statistics_known=model.msff is not None and not published,
     )
     directions = ("forward", "backward")
     return {

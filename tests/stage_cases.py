@@ -222,7 +222,8 @@ def convert(
             return layout_of(value.to(device, dtype), layout)
         return value.to(device, other)
 
-    return [one(name, named[name]) for name in stage.inputs]
+    values = stage.defaults | named
+    return [one(name, values[name]) for name in stage.inputs]
 
 
 def require_grad(op: str, args: Sequence[Any]) -> list[torch.Tensor]:

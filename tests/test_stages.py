@@ -250,6 +250,34 @@ def test_error_is_at_most_twice_that_of_eager_pytorch(place: Place, dtype: torch
     assert ours <= 2 * theirs, (ours, theirs)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_msff_leaves_the_statistics_that_channel_interaction_needs(
+    place: Place, training: bool, layout: str
+) -> None:
+    """They are those of its output, and with them the next stage does the same."""
+    dtype = torch.float32
+    for backend in backends_for("msff", dtype, place):
+        for sizes in (Sizes(2, 24, 9, 11, 4), Sizes(1, 12, 1, 2, 4), Sizes(3, 40, 2, 17, 4)):
+            named = arguments("msff", sizes, training) | {"statistics": True}
+            args = convert("msff", named, dtype, layout, place.device)
+            weights = convert(
+                *("channel_interaction", arguments("channel_interaction", sizes), dtype, layout),
+                place.device,
+            )[1:4]
+            with chosen(backend) as name, torch.no_grad():
+                out, _, _, *known = OPS["msff"](*args, backend=name)
+                want = OPS["channel_statistics"](out, backend=name)
+                plain = OPS["channel_interaction"](out, *weights, backend=name)
+                spared = OPS["channel_interaction"](out, *weights, *known, backend=name)
+            torch.testing.assert_close(known[0], want[0], rtol=1e-5, atol=1e-6)
+            assert torch.equal(known[1], want[1])
+            assert torch.equal(known[2], want[2])
+            for one, other in zip(plain, spared, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_nan_and_infinity_propagate_as_in_eager(place: Place) -> None:
     published = PublishedCIEMA(16, 2).eval().to(place.device)

@@ -68,3 +68,26 @@ def test_evaluation_of_ciema_makes_eight_passes() -> None:
     whole = sum(cost(stage, problem, dtype=torch.float16).bytes for stage in STAGES)
     one_pass = 1024 * 56 * 56 * 2
     assert whole / one_pass == pytest.approx(8, rel=0.02)
+
+
+def test_statistics_from_msff_spare_a_pass() -> None:
+    """Between MSFF's output and e nothing reads the map but the product."""
+    named = arguments("msff", SIZES, False) | {"statistics": True}
+    with collecting() as log:
+        out, _, _, *known = OPS["msff"](
+            *convert("msff", named, torch.float16, "channels_last"), backend="triton"
+        )
+        weights = convert(
+            *("channel_interaction", arguments("channel_interaction", SIZES)),
+            *(torch.float16, "channels_last"),
+        )[1:4]
+        first = len(log)
+        OPS["channel_interaction"](out, *weights, *known, backend="triton")
+    problem = Problem(
+        *(SIZES.batch, SIZES.channels, SIZES.height, SIZES.width), SIZES.groups,
+        statistics_known=True,
+    )  # fmt: skip
+    want = cost("channel_interaction", problem, dtype=torch.float16)
+    assert want.bytes == 2 * 2 * SIZES.channels * problem.pixels
+    assert moved(log[first:], MAPS, False) == pytest.approx(want.bytes, rel=0.1)
+    assert first == LAUNCHES["msff"][0]  # two maps: a product less than for three, the parts more

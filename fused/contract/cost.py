@@ -22,6 +22,7 @@ class Problem:
         groups: G.
         reduction: r of the channel-interaction MLP.
         features: (C_i, H_i, W_i) of each map that goes into MSFF.
+        statistics_known: MSFF leaves its output's channel statistics to channel interaction.
     """
 
     batch: int
@@ -31,6 +32,7 @@ class Problem:
     groups: int = 32
     reduction: int = 16
     features: tuple[tuple[int, int, int], ...] = ()
+    statistics_known: bool = False
 
     @property
     def pixels(self) -> int:
@@ -122,7 +124,8 @@ _PASSES: dict[tuple[str, str], Passes] = {
     ("msff", "evaluation"): Passes(1.0, features=1),
     ("msff", "training"): Passes(1.0, features=2),
     ("msff", "backward"): Passes(2.0, features=4, scratch=4.0),
-    # x for the statistics, x for the product, e; twice the gradient, x, x's gradient.
+    # x for the statistics (unless they are known), x for the product, e; in the backward twice the
+    # gradient, x, x's gradient.
     ("channel_interaction", "evaluation"): Passes(3.0),
     ("channel_interaction", "training"): Passes(3.0),
     ("channel_interaction", "backward"): Passes(4.0),
@@ -140,7 +143,7 @@ _PASSES: dict[tuple[str, str], Passes] = {
 }
 
 # Launches of one call on a GPU, at most: evaluation, training, backward. Those of MSFF are for
-# three maps of which one has the target size.
+# three maps of which one has the target size; its channel statistics take one more.
 LAUNCHES: dict[str, tuple[int, int, int]] = {
     "msff": (3, 5, 14),
     "channel_interaction": (2, 2, 3),
@@ -180,7 +183,10 @@ def cost(
     forward_form = "training" if training else "evaluation"
     passes = _PASSES[stage, forward_form if direction == "forward" else direction]
     gate_bytes = problem.groups * problem.pixels * size
-    traffic = passes.maps * map_bytes + passes.gates * gate_bytes + passes.features * small
+    maps = passes.maps
+    if problem.statistics_known and (stage, direction) == ("channel_interaction", "forward"):
+        maps -= 1.0
+    traffic = maps * map_bytes + passes.gates * gate_bytes + passes.features * small
     scratch = passes.scratch * map_bytes
     return Cost(2 * multiply_adds, int(traffic), saved_bytes(stage, problem, dtype), int(scratch))
 

@@ -92,8 +92,11 @@ def _msff_shape(a: Arguments) -> tuple[int, int, int, int]:
 
 def _outputs_msff(a: Arguments) -> tuple[TensorSpec, ...]:
     first, shape = a["features"][0], _msff_shape(a)
-    statistics = TensorSpec((shape[1] if a["training"] else 0,), statistics_dtype(first.dtype))
-    return TensorSpec(shape, first.dtype, memory_format(first)), statistics, statistics
+    dtype = statistics_dtype(first.dtype)
+    of_batch = TensorSpec((shape[1] if a["training"] else 0,), dtype)
+    size = shape[:2] if a["statistics"] else (0,)
+    of_channel = TensorSpec(size, dtype), TensorSpec(size, dtype), TensorSpec(size, torch.int64)
+    return TensorSpec(shape, first.dtype, memory_format(first)), of_batch, of_batch, *of_channel
 
 
 # ---------------------------------------------------------------------------- channel_interaction
@@ -118,6 +121,13 @@ def _check_channel_interaction(a: Arguments) -> None:
         "squeeze_weight": (hidden, channels),
         "excite_weight": (channels, hidden),
     }
+    known = ("x_mean", "x_maximum", "x_argmax")
+    if any(a[name] is not None for name in known):
+        shapes |= dict.fromkeys(known[:2], tuple(x.shape[:2]))
+        argmax = a["x_argmax"]
+        if argmax is None or argmax.dtype != torch.int64 or argmax.shape != x.shape[:2]:
+            got = argmax if argmax is None else f"{argmax.dtype} {tuple(argmax.shape)}"
+            raise ValueError(f"{stage}: x_argmax is {got}, expected int64 {tuple(x.shape[:2])}")
     _require(stage, a, x, shapes)
 
 

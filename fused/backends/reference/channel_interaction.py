@@ -36,15 +36,22 @@ def forward(
     squeeze_weight: torch.Tensor,
     excite_weight: torch.Tensor,
     interaction_weight: torch.Tensor,
+    x_mean: torch.Tensor | None = None,
+    x_maximum: torch.Tensor | None = None,
+    x_argmax: torch.Tensor | None = None,
     *,
     statistics: Statistics = channel_statistics,
 ) -> tuple[torch.Tensor, ...]:
     """Return e (B, C, H, W), the gate a (B, C), and x's mean, maximum and argmax (B, C).
 
-    `statistics` may be another backend's kernel for the first pass over x.
+    The first pass over x, for its statistics, is left out where they are given; `statistics` may be
+    another backend's kernel for it.
     """
     dtype = statistics_dtype(x.dtype)
-    mean, maximum, argmax = statistics(x)
+    if x_mean is None or x_maximum is None or x_argmax is None:
+        mean, maximum, argmax = statistics(x)
+    else:  # an op's outputs may not be its inputs
+        mean, maximum, argmax = x_mean.clone(), x_maximum.clone(), x_argmax.clone()
     squeeze, excite = squeeze_weight.to(dtype), excite_weight.to(dtype)
     hidden = (mean @ squeeze.T).relu() + (maximum @ squeeze.T).relu()
     gate = (hidden @ excite.T).sigmoid()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ...contract import memory_format, product_dtype, statistics_dtype
 from . import normalisation
+from .channel_interaction import Statistics, channel_statistics
 from .products import convolve, convolve_input_backward, convolve_weight_backward
 
 _DIMS = (0, 2, 3)
@@ -37,6 +38,16 @@ def _split(features: Sequence[torch.Tensor], weight: torch.Tensor) -> tuple[torc
     return weight.split([f.shape[1] for f in features], 1)
 
 
+def nothing(like: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """Empty outputs, each of its own: outputs of an op may not share memory."""
+    return tuple(like.new_empty(0) for _ in range(count))
+
+
+def unknown_statistics(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Channel statistics that nobody asked for: (0,) each."""
+    return *nothing(like, 2), like.new_empty(0, dtype=torch.int64)
+
+
 def _column(vector: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return vector.to(dtype)[None, :, None, None]
 
@@ -50,10 +61,14 @@ def forward(
     running_var: torch.Tensor | None,
     training: bool,
     eps: float,
+    statistics: bool = False,
+    *,
+    statistics_of: Statistics = channel_statistics,
 ) -> tuple[torch.Tensor, ...]:
-    """Return relu(BN(W ∗ cat)) (B, C_out, H, W), and the batch's mean and biased variance.
+    """Return relu(BN(W ∗ cat)) (B, C_out, H, W), and statistics of the batch and of the channels.
 
-    The statistics are (C_out,) in training and (0,) in evaluation.
+    Of the batch: mean and biased variance, (C_out,) in training and (0,) in evaluation. Of out's
+    channels, if asked for: mean, maximum, its first position, (B, C_out) each, else (0,).
     """
     dtype = statistics_dtype(features[0].dtype)
     z = _fused_product(features, weight)
@@ -65,9 +80,8 @@ def forward(
         mean, var = _column(running_mean, dtype), _column(running_var, dtype)
     y = normalisation.affine(z, mean, var, _column(bn_weight, dtype), _column(bn_bias, dtype), eps)
     out = y.relu().to(features[0].dtype).contiguous(memory_format=memory_format(features[0]))
-    if not training:
-        return out, z.new_empty(0), z.new_empty(0)
-    return out, mean.flatten(), var.flatten()
+    of_batch = (mean.flatten(), var.flatten()) if training else nothing(z, 2)
+    return out, *of_batch, *(statistics_of(out) if statistics else unknown_statistics(z))
 
 
 def backward(

@@ -4,15 +4,16 @@
 
 Layouts: x and e (B, C, H, W) by strides, vectors (B, C) float32, weights row-major.
 Two launches:
-1. `channel_statistics_forward_kernel` (there): one program for a sample's tile of channels; x read.
+1. `channel_statistics_forward_kernel` (there): one program for a sample's tile of channels; x is
+   read, unless its statistics are known (MSFF can leave them).
 2. `channel_interaction_forward_kernel`: one program for `BLOCK_M` output channels × `BLOCK_N`
    pixels of a sample. Tiles of channels are neighbours in the grid, so that the pixels of x which
    they share are read from memory once. Prologue: the gates of its own rows, from the partial
    products of launch 1 (summed in the order of the tiles, a few kB from the second-level cache;
    recomputed by every tile of pixels, written by the first). Loop: Wci ∗ x over input channels.
    Epilogue: x at its output channels, still in that cache, and e.
-Bytes: x twice, e once. Accumulators: product, MLP and gate in float32; operands of the product in
-the map's dtype. Nothing is kept but what the backward reads.
+Bytes: x twice (once), e once. Accumulators: product, MLP and gate in float32; operands of the
+product in the map's dtype. Nothing is kept but what the backward reads.
 Looked at and left out: row and column sums of e, which coordinate attention reads e for, from this
 epilogue. The column sums of a tile of few rows are half a map in float32, more bytes than the pass
 over e, in that cache at least in part, which they would save.
@@ -182,13 +183,22 @@ def forward(
     squeeze_weight: torch.Tensor,
     excite_weight: torch.Tensor,
     interaction_weight: torch.Tensor,
+    x_mean: torch.Tensor | None = None,
+    x_maximum: torch.Tensor | None = None,
+    x_argmax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Return e (B, C, H, W), the gate a (B, C), and x's mean, maximum and argmax (B, C)."""
+    """Return e (B, C, H, W), the gate a (B, C), and x's mean, maximum and argmax (B, C).
+
+    Where these three are given, launch 1 only multiplies and copies them.
+    """
     batch, channels, height, width = x.shape
     pixels = height * width
     e = torch.empty_like(x, memory_format=memory_format(x))
     x = flat(x)
-    mean, maximum, argmax, partials = launch_statistics(x, squeeze_weight.contiguous())
+    known = None
+    if x_mean is not None and x_maximum is not None and x_argmax is not None:
+        known = (x_mean.contiguous(), x_maximum.contiguous(), x_argmax.contiguous())
+    mean, maximum, argmax, partials = launch_statistics(x, squeeze_weight.contiguous(), known)
     assert partials is not None
     gate = torch.empty_like(mean)
     config = configs.choose("channel_interaction_forward_kernel", x, pixels)

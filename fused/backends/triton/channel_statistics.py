@@ -32,7 +32,7 @@ def tile_offsets(channel, pixel, strides, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _mean_and_first_maximum(total, best, position, pixels):
+def mean_and_first_maximum(total, best, position, pixels):
     """Join the lanes along axis 1: mean, maximum, and the first position that holds it."""
     nan = best != best
     any_nan = tl.max(nan.to(tl.int32), axis=1) > 0
@@ -44,7 +44,8 @@ def _mean_and_first_maximum(total, best, position, pixels):
 
 @triton.jit
 def channel_statistics_forward_kernel(
-    x,
+    x,  # or None
+    given,  # without x: its mean, maximum and argmax, (B, C) each
     squeeze_weight,  # (hidden, C), or None
     mean,
     maximum,
@@ -60,31 +61,37 @@ def channel_statistics_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """Statistics of `BLOCK_C` channels of one sample, and with `SQUEEZE` V1's share of them."""
+    """Statistics of `BLOCK_C` channels of one sample, and with `SQUEEZE` V1's share of them.
+
+    Without x the statistics are known and copied.
+    """
     tiles = tl.cdiv(channels, BLOCK_C)
     tile = tl.program_id(0) % tiles
     batch = tl.program_id(0) // tiles
     channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    lane = tl.arange(0, BLOCK_P)
-    x += batch.to(tl.int64) * x_strides[0]
-
-    total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    best = tl.full((BLOCK_C, BLOCK_P), -float("inf"), tl.float32)
-    position = tl.broadcast_to(lane[None, :], (BLOCK_C, BLOCK_P))  # of a lane of −inf only
-    for start in tl.range(0, pixels, BLOCK_P, num_stages=4):
-        pixel = start + lane
-        mask = inside[:, None] & (pixel < pixels)[None, :]
-        value = tl.load(x + tile_offsets(channel, pixel, x_strides, WIDE), mask=mask, other=0.0)
-        value = value.to(tl.float32)
-        total += value
-        value = tl.where(mask, value, -float("inf"))
-        better = (value > best) | ((value != value) & (best == best))
-        best = tl.where(better, value, best)
-        position = tl.where(better, pixel[None, :], position)
-
-    average, largest, first = _mean_and_first_maximum(total, best, position, pixels)
     row = batch.to(tl.int64) * channels + channel
+    if x is not None:
+        lane = tl.arange(0, BLOCK_P)
+        x += batch.to(tl.int64) * x_strides[0]
+        total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        best = tl.full((BLOCK_C, BLOCK_P), -float("inf"), tl.float32)
+        position = tl.broadcast_to(lane[None, :], (BLOCK_C, BLOCK_P))  # of a lane of −inf only
+        for start in tl.range(0, pixels, BLOCK_P, num_stages=4):
+            pixel = start + lane
+            mask = inside[:, None] & (pixel < pixels)[None, :]
+            value = tl.load(x + tile_offsets(channel, pixel, x_strides, WIDE), mask=mask, other=0.0)
+            value = value.to(tl.float32)
+            total += value
+            value = tl.where(mask, value, -float("inf"))
+            better = (value > best) | ((value != value) & (best == best))
+            best = tl.where(better, value, best)
+            position = tl.where(better, pixel[None, :], position)
+        average, largest, first = mean_and_first_maximum(total, best, position, pixels)
+    else:
+        average = tl.load(given[0] + row, mask=inside, other=0.0)
+        largest = tl.load(given[1] + row, mask=inside, other=0.0)
+        first = tl.load(given[2] + row, mask=inside, other=0)
     tl.store(mean + row, average, mask=inside)
     tl.store(maximum + row, largest, mask=inside)
     tl.store(argmax + row, first.to(tl.int64), mask=inside)
@@ -141,13 +148,16 @@ def channel_statistics_backward_kernel(
 
 
 def launch_statistics(
-    x: torch.Tensor, squeeze_weight: torch.Tensor | None = None
+    x: torch.Tensor,
+    squeeze_weight: torch.Tensor | None = None,
+    known: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Launch the forward kernel on a `flat` map.
 
     Args:
         x: (B, C, H, W).
         squeeze_weight: V1 (hidden, C), contiguous.
+        known: mean, maximum and argmax, if they are; then x is not read.
 
     Returns:
         mean, maximum (B, C) float32, argmax (B, C) int64, and with V1 its products with the
@@ -166,7 +176,7 @@ def launch_statistics(
     launch(
         channel_statistics_forward_kernel,
         (batch * tiles,),
-        *(x, squeeze_weight, mean, maximum, argmax, partials),
+        *(x if known is None else None, known, squeeze_weight, mean, maximum, argmax, partials),
         *(channels, height * width, hidden, strides(x)),
         config=config,
         scratch=("partials",),

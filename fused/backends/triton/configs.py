@@ -207,6 +207,7 @@ for _kernel in ("forward", "backward"):
     )
 for _kernel in ("moments", "sums"):
     _add(f"msff_{_kernel}_kernel", (Config({"BLOCK_C": 16, "BLOCK_PARTS": 64}),))
+_add("msff_statistics_kernel", (Config({"BLOCK_C": 32}, 1, 1),))
 _add(
     "msff_resize_backward_kernel",
     (Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 64}, 8),),
@@ -218,7 +219,7 @@ _add(
 _LARGE = {"BLOCK_P": 128, "BLOCK_O": 128, "BLOCK_K": 32}
 _SMALL = {"BLOCK_P": 64, "BLOCK_O": 64, "BLOCK_K": 32}
 _SINGLE = (Config({**_SMALL, "BLOCK_K": 16}, 8, 2),)
-# Four warps of AMD's have no registers for the backward's tile of 64 by 64: the narrow one is theirs.
+# Four warps of AMD's lack registers for the backward's tile of 64 by 64: the narrow one is theirs.
 _SMALL_BACKWARD = (
     Config(_SMALL, 4, 3, shared_bytes=_NVIDIA),
     Config({**_SMALL, "BLOCK_O": 32}, 4, 3),

@@ -11,6 +11,8 @@ Layouts: maps (B, C, H, W) by strides, W row-major. Launches, for n maps:
    tiles of channels being neighbours. Product of the map of target size (if there is one) plus the
    other products resized, then batch norm and ReLU. The position of a neighbour is a quotient of
    integers, so it is exact.
+3. Where the channel statistics of out are wanted, launch 2 leaves each tile's and
+   `msff_statistics.py` joins them; channel interaction then spares its first pass over the map.
 In training launch 2 is made twice. First it leaves the moments of its tile of z, float32: (parts,
 {mean, M2}, C_out), parts = B·tiles of pixels; one program of `msff_moments_kernel` for a tile of
 channels merges them in order (Chan); then it makes out. To multiply the map of target size again,
@@ -32,11 +34,13 @@ import triton
 import triton.language as tl
 
 from ...contract import memory_format
+from ..reference.msff import unknown_statistics
 from . import configs
 from .channel_interaction import pointwise_product, relu
-from .channel_statistics import tile_offsets
+from .channel_statistics import mean_and_first_maximum, tile_offsets
 from .device import merge_moments, offset
 from .launch import cdiv, dot_precision, flat, is_wide, launch, strides
+from .msff_statistics import join_parts
 
 # ------------------------------------------------------------------------------------------ tiles
 
@@ -147,12 +151,16 @@ def msff_product_kernel(
 
 @triton.jit
 def msff_forward_kernel(
-    x, weight, products, sizes, bn_weight, bn_bias, mean, var, out, moments,
+    x, weight, products, sizes, bn_weight, bn_bias, mean, var, out, moments, extremes, positions,
     rows, channels, pixels, width, eps, x_strides, weight_strides, out_strides,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out of `BLOCK_M` channels × `BLOCK_N` pixels of one sample; without out, z's moments."""
+    """out of `BLOCK_M` channels × `BLOCK_N` pixels of one sample; without out, z's moments.
+
+    With extremes (parts, {mean's share, maximum}, C_out) and positions (parts, C_out) the tile's
+    part of out's channel statistics goes there.
+    """
     row, pixel, part, batch = place(rows, pixels, BLOCK_M, BLOCK_N)
     z = fused_product(
         *(x, x_strides, channels, weight, weight_strides, products, sizes, batch, row, pixel),
@@ -168,9 +176,19 @@ def msff_forward_kernel(
     else:
         scale = load_row(bn_weight, row, inside) * tl.rsqrt(load_row(var, row, inside) + eps)
         shift = load_row(bn_bias, row, inside) - load_row(mean, row, inside) * scale
-        y = relu(z * scale[:, None] + shift[:, None])
+        y = relu(z * scale[:, None] + shift[:, None]).to(out.dtype.element_ty)
         out += batch * out_strides[0] + tile_offsets(row, pixel, out_strides, WIDE)
-        tl.store(out, y.to(out.dtype.element_ty), mask=inside[:, None] & known[None, :])
+        tl.store(out, y, mask=inside[:, None] & known[None, :])
+        if extremes is not None:
+            value = y.to(tl.float32)
+            total = tl.where(known[None, :], value, 0.0)
+            best = tl.where(known[None, :], value, -float("inf"))
+            position = tl.broadcast_to(pixel[None, :], (BLOCK_M, BLOCK_N))
+            share, largest, first = mean_and_first_maximum(total, best, position, pixels)
+            extremes += part.to(tl.int64) * 2 * rows + row
+            tl.store(extremes, share, mask=inside)
+            tl.store(extremes + rows, largest, mask=inside)
+            tl.store(positions + part.to(tl.int64) * rows + row, first, mask=inside)
 
 
 @triton.jit
@@ -297,8 +315,12 @@ def _fused(
     out: torch.Tensor | None,
     moments: torch.Tensor | None,
     eps: float,
+    parts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
-    """Launch 2: out (B, C_out, H, W) from γ, β, mean and variance, or the moments of z's tiles."""
+    """Launch 2: out (B, C_out, H, W) from γ, β, mean and variance, or the moments of z's tiles.
+
+    `parts`: where the tiles leave their parts of out's channel statistics.
+    """
     like, (batch, rows, height, width) = inputs.maps[0], inputs.shape
     pixels = height * width
     x, x_strides, channels, part, part_strides = inputs.native_arguments()
@@ -307,11 +329,11 @@ def _fused(
     launch(
         msff_forward_kernel,
         (batch * tiles,),
-        *(x, part, inputs.products, inputs.sizes, *vectors, out, moments),
+        *(x, part, inputs.products, inputs.sizes, *vectors, out, moments, *parts),
         *(rows, channels, pixels, width, eps, x_strides, part_strides),
         None if out is None else strides(out),
         config=config,
-        scratch=("moments", *inputs.product_names()),
+        scratch=("moments", "extremes", "positions", *inputs.product_names()),
         WIDE=is_wide(*inputs.maps, *inputs.products, *(() if out is None else (out,))),
         PRECISION=dot_precision(like),
     )
@@ -326,10 +348,12 @@ def forward(
     running_var: torch.Tensor | None,
     training: bool,
     eps: float,
+    statistics: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """Return relu(BN(W ∗ cat)) (B, C_out, H, W), and the batch's mean and biased variance.
+    """Return relu(BN(W ∗ cat)) (B, C_out, H, W), and statistics of the batch and of the channels.
 
-    The statistics are (C_out,) in training and (0,) in evaluation.
+    Of the batch: mean and biased variance, (C_out,) in training and (0,) in evaluation. Of out's
+    channels, if asked for: mean, maximum, its first position, (B, C_out) each, else (0,).
     """
     inputs, like = prepare(features, weight), features[0]
     out = torch.empty(
@@ -340,9 +364,9 @@ def forward(
         assert running_mean is not None
         assert running_var is not None
         vectors = (*norm, running_mean.contiguous(), running_var.contiguous())
-        _fused(inputs, vectors, out, None, eps)
+        of_channels = _finish(inputs, vectors, out, eps, statistics)
         mean = torch.empty(0, dtype=torch.float32, device=like.device)
-        return out, mean, torch.empty_like(mean)
+        return out, mean, torch.empty_like(mean), *of_channels
     batch, rows, height, width = inputs.shape
     tile_pixels = configs.choose("msff_forward_kernel", like, height * width).blocks["BLOCK_N"]
     parts = batch * cdiv(height * width, tile_pixels)
@@ -357,5 +381,26 @@ def forward(
         config=config,
         scratch=("moments",),
     )
-    _fused(inputs, (*norm, mean, var), out, None, eps)
-    return out, mean, var
+    of_channels = _finish(inputs, (*norm, mean, var), out, eps, statistics)
+    return out, mean, var, *of_channels
+
+
+def _finish(
+    inputs: Inputs,
+    vectors: tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+    eps: float,
+    statistics: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Launch 2 for out, and with `statistics` launch 3; the channel statistics, or (0,) each."""
+    like, (batch, rows, height, width) = inputs.maps[0], inputs.shape
+    none = torch.empty(0, dtype=torch.float32, device=like.device)
+    if not statistics:
+        _fused(inputs, vectors, out, None, eps)
+        return unknown_statistics(none)
+    pixels = height * width
+    tiles = cdiv(pixels, configs.choose("msff_forward_kernel", like, pixels).blocks["BLOCK_N"])
+    extremes = none.new_empty((batch * tiles, 2, rows))
+    positions = none.new_empty((batch * tiles, rows), dtype=torch.int32)
+    _fused(inputs, vectors, out, None, eps, (extremes, positions))
+    return join_parts(extremes, positions, batch)
