@@ -2,10 +2,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/channel_interaction.h"
+#include "cpu/channel_statistics.h"
+#include "cpu/products.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ciema::cpu::channel_statistics));
   m.impl("channel_statistics_backward", TORCH_BOX(&ciema::cpu::channel_statistics_backward));
+  m.impl("pack_product_weight", TORCH_BOX(&ciema::cpu::pack_product_weight));
+  m.impl("pointwise_packed", TORCH_BOX(&ciema::cpu::pointwise_packed));
+  m.impl("channel_interaction_packed", TORCH_BOX(&ciema::cpu::channel_interaction_packed));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CompositeExplicitAutograd, m) {

@@ -29,6 +29,16 @@ SCHEMAS = (
     "channel_statistics(Tensor x) -> (Tensor mean, Tensor max, Tensor argmax)",
     "channel_statistics_backward(Tensor grad_mean, Tensor grad_max, Tensor argmax, Tensor x)"
     " -> Tensor grad_x",
+    # Products on the CPU (csrc/cpu/products.cpp). A packed weight is bytes for this processor;
+    # `bfloat16` says that its maps will be. Vectors are float32, maps float32, bfloat16 or
+    # float16; an output has the dtype and the memory format of the first map.
+    "pack_product_weight(Tensor weight, bool bfloat16) -> Tensor packed",
+    # act(scale * (weight x) + shift), weight (M, K) packed, x (B, K, H, W)
+    "pointwise_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, bool relu)"
+    " -> Tensor out",
+    "channel_interaction_packed(Tensor x, Tensor squeeze_weight, Tensor excite_weight,"
+    " Tensor interaction_packed)"
+    " -> (Tensor e, Tensor gate, Tensor mean, Tensor maximum, Tensor argmax)",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )
