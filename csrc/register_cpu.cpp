@@ -3,6 +3,8 @@
 
 #include "cpu/channel_interaction.h"
 #include "cpu/channel_statistics.h"
+#include "cpu/gated_fusion.h"
+#include "cpu/msff.h"
 #include "cpu/products.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
@@ -11,6 +13,8 @@ STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("pack_product_weight", TORCH_BOX(&ciema::cpu::pack_product_weight));
   m.impl("pointwise_packed", TORCH_BOX(&ciema::cpu::pointwise_packed));
   m.impl("channel_interaction_packed", TORCH_BOX(&ciema::cpu::channel_interaction_packed));
+  m.impl("gated_fusion_packed", TORCH_BOX(&ciema::cpu::gated_fusion_packed));
+  m.impl("msff_packed", TORCH_BOX(&ciema::cpu::msff_packed));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CompositeExplicitAutograd, m) {

@@ -39,6 +39,12 @@ SCHEMAS = (
     "channel_interaction_packed(Tensor x, Tensor squeeze_weight, Tensor excite_weight,"
     " Tensor interaction_packed)"
     " -> (Tensor e, Tensor gate, Tensor mean, Tensor maximum, Tensor argmax)",
+    # batch norms as scales and shifts; mean_only: the mean of out over the pixels, float32 (B, C)
+    "gated_fusion_packed(Tensor e, Tensor w, Tensor squeeze_packed, Tensor squeeze_scale,"
+    " Tensor squeeze_shift, Tensor fusion_of_s_packed, Tensor fusion_of_r_packed,"
+    " Tensor fusion_scale, Tensor fusion_shift, bool mean_only) -> Tensor out",
+    # relu(scale * sum of up(weight_i feature_i) + shift), a packed weight for each feature
+    "msff_packed(Tensor[] features, Tensor[] packed, Tensor scale, Tensor shift) -> Tensor out",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )
