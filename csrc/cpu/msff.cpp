@@ -2,9 +2,10 @@
 //
 //   out = relu(scale * sum_i up(W_i f_i) + shift)
 //
-// Maps of less than the target's size are multiplied at their own size into float32 buffers of
-// neighbouring channels; the others are multiplied tile by tile, and the tile's epilogue adds the
-// bilinearly resized buffers (align_corners=False): four vectors of channels a pixel, no gathers.
+// Maps of less than the target's size are multiplied at their own size into float32 buffers
+// [block of 64 rows][pixel][64]; the others are multiplied tile by tile, and the tile's epilogue
+// adds the bilinearly resized buffers (align_corners=False): four vectors of channels a pixel, no
+// gathers.
 //
 // Layouts, threads, sums  as in products.cpp.
 // Bytes    reads each map once; writes and reads C_out floats a pixel of each small map, which the
@@ -32,8 +33,8 @@ struct Between {
   double share;  // of high
 };
 
-// For each pixel of height x width the four pixels of a smaller map, `channels` floats each.
-std::vector<Taps> taps_of(int64_t height, int64_t width, const Tensor& small, int64_t channels) {
+// For each pixel of height x width the four pixels of a smaller map's buffer.
+std::vector<Taps> taps_of(int64_t height, int64_t width, const Tensor& small) {
   std::vector<Taps> taps;
   taps.reserve(height * width);
   for (int64_t y = 0; y < height; ++y) {
@@ -46,7 +47,7 @@ std::vector<Taps> taps_of(int64_t height, int64_t width, const Tensor& small, in
         const double share = t < 2 ? 1.0 - row.share : row.share;
         const bool left = t % 2 == 0;
         const int64_t at = line * small.size(3) + (left ? column.low : column.high);
-        tap.offset[t] = at * channels;
+        tap.offset[t] = at * kBlockRows;
         tap.weight[t] = static_cast<float>(share * (left ? 1.0 - column.share : column.share));
       }
       taps.push_back(tap);
@@ -62,15 +63,16 @@ struct Native {
 };
 
 struct Small {
-  Tensor product;  // (B, H_i * W_i, C_out) float32
+  Tensor product;  // (B, blocks, H_i * W_i, kBlockRows) float32
   std::vector<Taps> taps;
   int64_t plane;
 };
 
 Tensor product_of(const Map& map, const PackedWeight& weight) {
   const int64_t rows = weight.rows(), plane = map.plane();
-  Tensor out = torch::stable::empty({map.batch(), plane, rows}, ScalarType::Float, std::nullopt,
-                                    map.tensor().device());
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  Tensor out = torch::stable::empty({map.batch(), blocks, plane, kBlockRows}, ScalarType::Float,
+                                    std::nullopt, map.tensor().device());
   float* data = static_cast<float*>(out.mutable_data_ptr());
   const int64_t acc_floats = kBlockRows * products().pixels;
   for_each_block(
@@ -80,9 +82,10 @@ Tensor product_of(const Map& map, const PackedWeight& weight) {
       },
       [&](const Tile& tile, int64_t row, int count, float* acc) {
         weight.multiply(row, acc + acc_floats, tile.count, false, acc);
-        float* to = data + (tile.sample * plane + tile.pixel) * rows + row;
+        const int64_t block = tile.sample * blocks + row / kBlockRows;
+        float* to = data + (block * plane + tile.pixel) * kBlockRows;
         products().affine[static_cast<int>(Element::kFloat)](acc, count, tile.count, Affine{},
-                                                             MutableMapView{to, 1, rows});
+                                                             MutableMapView{to, 1, kBlockRows});
       });
   return out;
 }
@@ -90,6 +93,7 @@ Tensor product_of(const Map& map, const PackedWeight& weight) {
 void fuse(const std::vector<Native>& natives, const std::vector<Small>& smalls,
           const Vector& scale, const Vector& shift, Map* out) {
   const int64_t rows = out->channels(), acc_floats = kBlockRows * products().pixels;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   int64_t floats = acc_floats, work = 4 * static_cast<int64_t>(smalls.size()) + 1;
   for (const Native& native : natives) {
     floats += native.weight.panel_floats();
@@ -111,8 +115,9 @@ void fuse(const std::vector<Native>& natives, const std::vector<Small>& smalls,
         std::vector<Resized> resized;
         for (const Small& small : smalls) {
           const float* data = static_cast<const float*>(small.product.const_data_ptr());
-          resized.push_back({data + tile.sample * small.plane * rows + row,
-                             small.taps.data() + tile.pixel});
+          const int64_t block = tile.sample * blocks + row / kBlockRows;
+          resized.push_back(
+              {data + block * small.plane * kBlockRows, small.taps.data() + tile.pixel});
         }
         const Affine affine{scale.data() + row, shift.data() + row, resized.data(),
                             static_cast<int>(resized.size()), true};
@@ -152,7 +157,7 @@ Tensor msff_packed(std::vector<Tensor> features, std::vector<Tensor> packed, Ten
       natives.push_back({map, weight, panel});
       panel += weight.panel_floats();
     } else {
-      smalls.push_back({product_of(map, weight), taps_of(height, width, feature, rows),
+      smalls.push_back({product_of(map, weight), taps_of(height, width, feature),
                         map.plane()});
     }
   }

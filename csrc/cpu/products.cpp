@@ -2,11 +2,11 @@
 //
 //   out[b, m, p] = act(scale[m] * sum_k weight[m, k] x[b, k, p] + shift[m])
 //
-// Layouts  maps with neighbouring pixels or neighbouring channels are read and written where they lie,
-//          others are made contiguous first; simd/products.h has the layout of panels.
+// Layouts  maps with neighbouring pixels or neighbouring channels are read and written where they
+//          lie, others are made contiguous first; simd/products.h has the layout of panels.
 // Threads  over tiles of pixels and blocks of 64 rows.
-// Bytes    reads x once (a tile is packed once, twice where two threads share it), the packed weight
-//          once a tile (from the last-level cache), writes out once.
+// Bytes    reads x once (a tile is packed once, twice where two threads share it), the packed
+//          weight once a tile (from the last-level cache), writes out once.
 // Sums     float32; of bfloat16 maps the products of bfloat16 are exact.
 #include "products.h"
 

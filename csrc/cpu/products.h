@@ -1,5 +1,5 @@
-// Products of a weight with every pixel of a map, for the stages built on them: packed weights, views
-// of maps, and the loop over tiles of pixels and blocks of rows.
+// Products of a weight with every pixel of a map, for the stages built on them: packed weights,
+// views of maps, and the loop over tiles of pixels and blocks of rows.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -21,10 +21,10 @@ namespace ciema::cpu {
 
 inline const Products& products() { return *chosen_instruction_set().products; }
 
-// ----------------------------------------------------------------------------------- packed weights
+// ---------------------------------------------------------------------------------- packed weights
 
-// weight (M, K) or (M, K, 1, 1) float32 -> bytes for this process's instruction set. `bfloat16` asks
-// for pairs of bfloat16, which is granted if the processor multiplies them: for bfloat16 maps.
+// weight (M, K) or (M, K, 1, 1) float32 -> bytes for this process's instruction set. `bfloat16`
+// asks for pairs of bfloat16, which is granted if the processor multiplies them: for bfloat16 maps.
 Tensor pack_product_weight(Tensor weight, bool bfloat16);
 
 // What a packed tensor holds; it must outlive this.
@@ -54,7 +54,7 @@ class PackedWeight {
   Words words_;
 };
 
-// --------------------------------------------------------------------------------------------- maps
+// -------------------------------------------------------------------------------------------- maps
 
 // A map that is read where it lies, or a copy of it; keeps the tensor.
 class Map {
@@ -102,7 +102,7 @@ class Map {
 // A new map (batch, channels, height, width) with the dtype and memory format of x.
 Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width);
 
-// ------------------------------------------------------------------------------------------ the loop
+// ---------------------------------------------------------------------------------------- the loop
 
 struct Free {
   void operator()(float* data) const { operator delete(data, std::align_val_t(64)); }
@@ -119,11 +119,14 @@ struct Tile {
   int count;
 };
 
-inline int64_t tiles_of(int64_t plane) { return (plane + products().pixels - 1) / products().pixels; }
+inline int64_t tiles_of(int64_t plane) {
+  return (plane + products().pixels - 1) / products().pixels;
+}
 
-// Calls `begin(tile, scratch)` and then `block(tile, row, rows, scratch)` for the blocks of kBlockRows
-// rows of each tile. A thread takes neighbouring blocks, so that it packs few tiles that it does not
-// finish; tiles are cut alike for any number of threads. `work`: multiply-adds a row and pixel.
+// Calls `begin(tile, scratch)` and then `block(tile, row, rows, scratch)` for the blocks of
+// kBlockRows rows of each tile. A thread takes neighbouring blocks, so that it packs few tiles that
+// it does not finish; tiles are cut alike for any number of threads. `work`: multiply-adds a row
+// and pixel.
 template <class Begin, class Block>
 void for_each_block(int64_t batch, int64_t plane, int64_t rows, int64_t work,
                     int64_t scratch_floats, const Begin& begin, const Block& block) {

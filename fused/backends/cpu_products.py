@@ -101,17 +101,44 @@ def gated_fusion_weights(
     )
 
 
+class FusionParameters(NamedTuple):
+    """The parameters of gated fusion in the op's order."""
+
+    squeeze_weight: torch.Tensor
+    bn1_weight: torch.Tensor
+    bn1_bias: torch.Tensor
+    running_mean1: torch.Tensor | None
+    running_var1: torch.Tensor | None
+    expand_weight: torch.Tensor
+    bn2_weight: torch.Tensor
+    bn2_bias: torch.Tensor
+    running_mean2: torch.Tensor | None
+    running_var2: torch.Tensor | None
+    fusion_weight: torch.Tensor
+    bn3_weight: torch.Tensor
+    bn3_bias: torch.Tensor
+    running_mean3: torch.Tensor | None
+    running_var3: torch.Tensor | None
+    training: bool
+    eps1: float
+    eps2: float
+    eps3: float
+
+
 def gated_fusion(e: torch.Tensor, w: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     """As the reference's `forward`, which still runs training and what keeps maps for it."""
-    (squeeze_weight, *norm1, expand_weight, a, b, c, d, fusion_weight, f, g, h, i) = rest[:15]
-    training, *eps, save = rest[15:]
-    if training or save:
+    *parameters, save = rest
+    p = FusionParameters(*parameters)
+    if p.training or save:
         return reference_gated_fusion.forward(e, w, *rest)
-    values = (norm1, (a, b, c, d), (f, g, h, i))
-    norms = [folded_norm(*value, one) for value, one in zip(values, eps, strict=True)]
+    norms = [
+        folded_norm(p.bn1_weight, p.bn1_bias, p.running_mean1, p.running_var1, p.eps1),
+        folded_norm(p.bn2_weight, p.bn2_bias, p.running_mean2, p.running_var2, p.eps2),
+        folded_norm(p.bn3_weight, p.bn3_bias, p.running_mean3, p.running_var3, p.eps3),
+    ]
     # float32 here, not the default: every call folds, and 0.5 GFLOP in float64 would show.
     weights = gated_fusion_weights(
-        squeeze_weight, expand_weight, fusion_weight, norms, torch.float32
+        p.squeeze_weight, p.expand_weight, p.fusion_weight, norms, torch.float32
     )
     out = kernel("gated_fusion_packed")(e, w, *weights.packed(e), False)
     nothing = (e.new_empty(0) for _ in range(2))

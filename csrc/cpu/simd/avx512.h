@@ -142,7 +142,7 @@ struct Simd {
         four[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
       }
     }
-    for (int j = 0; j < 4; ++j) {  // four[4 i + j] holds columns j, j + 4, j + 8, j + 12 of rows 4 i..
+    for (int j = 0; j < 4; ++j) {  // four[4 i + j]: columns j, j + 4, j + 8, j + 12 of rows 4 i..
       const Floats a = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x88);
       const Floats b = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x88);
       const Floats c = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xdd);

@@ -1,10 +1,11 @@
-// What each instruction set offers the products acc[m, p] = sum_k weight[m, k] * map[k, p]: packing of
-// a map's pixels into a panel, the product of packed weights with a panel, and what is done with a
-// block of sums (the epilogues). One table of functions to a file.
+// What each instruction set offers the products acc[m, p] = sum_k weight[m, k] * map[k, p]: packing
+// of a map's pixels into a panel, the product of packed weights with a panel, and what is done with
+// a block of sums (the epilogues). One table of functions to a file.
 //
 // Weight panel  `rows` rows of the weight, [step][row] words, rows past the last are zero
 // Map panel     `pixels` pixels of the map, [step][pixel] words
-// Word          a float (a step is one k), or two bfloat16 (a step is k and k + 1, the last k padded)
+// Word          a float (a step is one k), or two bfloat16 (a step is k and k + 1, the last k
+//               padded)
 // Block         up to kBlockRows sums a pixel, float [row][pixel]
 #pragma once
 
@@ -27,13 +28,13 @@ struct MutableMapView {
   int64_t stride_c, stride_s;
 };
 
-// Packs `channels` channels of `count` pixels. With `gate`, rows [group][pixels] of floats, channel c
-// is multiplied by the row c / group_channels.
+// Packs `channels` channels of `count` pixels. With `gate`, rows [group][pixels] of floats, channel
+// c is multiplied by the row c / group_channels.
 using PackFunction = void (*)(const MapView& map, int64_t channels, int count, const float* gate,
                               int64_t group_channels, void* panel);
 
-// acc (+)= weight panels x map panel, for `panels` weight panels of `steps` steps and the vectors that
-// `count` pixels need.
+// acc (+)= weight panels x map panel, for `panels` weight panels of `steps` steps and the vectors
+// that `count` pixels need.
 using MultiplyFunction = void (*)(const void* weight, int64_t panels, const void* panel,
                                   int64_t steps, int count, bool accumulate, float* acc);
 
@@ -42,7 +43,8 @@ struct Taps {
   int64_t offset[4];
   float weight[4];
 };
-// A map whose channels are neighbours, read through `taps` [pixel].
+// A map in blocks of kBlockRows neighbouring channels, all of them readable, through `taps`
+// [pixel].
 struct Resized {
   const float* data;
   const Taps* taps;
@@ -66,9 +68,9 @@ using AffineToPanelFunction = void (*)(const float* acc, int rows, int count, co
 using InterpolateFunction = void (*)(const float* acc, int rows, int count, const float* gate,
                                      const MapView& map, const MutableMapView& out);
 
-// phi = sigmoid(scale * acc + shift), out = e * (phi + w * (1 - phi)); w as rows of a gate, of which
-// the block's row r has number (first_row + r) / group_channels. Without out.data the sums over the
-// pixels go to sums [row].
+// phi = sigmoid(scale * acc + shift), out = e * (phi + w * (1 - phi)); w as rows of a gate, of
+// which the block's row r has number (first_row + r) / group_channels. Without out.data the sums
+// over the pixels go to sums [row].
 struct Fusion {
   const float* scale;
   const float* shift;

@@ -1,10 +1,10 @@
 // Products for any instruction set: packing and the register kernel. Included inside the anonymous
 // namespace of a file that has defined `struct Simd`, kPanelRows and kPanelVectors.
 //
-// Sums   float32, one chain of fused multiply-adds over k for each output: its bits depend on nothing
-//        but the weight and the pixel.
-// Cache  a panel of 1024 channels (192 KiB with AVX-512) stays in the second-level cache and is read
-//        once for every kPanelRows rows; a weight panel streams past it. Neither limits the
+// Sums   float32, one chain of fused multiply-adds over k for each output: its bits depend on
+//        nothing but the weight and the pixel.
+// Cache  a panel of 1024 channels (192 KiB with AVX-512) stays in the second-level cache and is
+//        read once for every kPanelRows rows; a weight panel streams past it. Neither limits the
 //        multiply-adds: 8x3 vectors take 3 + 8/16 vectors of memory for 24 of them.
 
 constexpr int kPanelPixels = kPanelVectors * Simd::kLanes;
@@ -12,7 +12,7 @@ static_assert(kBlockRows % kPanelRows == 0 && kBlockRows % Simd::kLanes == 0);
 
 inline int smaller(int a, int64_t b) { return a < b ? a : static_cast<int>(b); }
 
-// ------------------------------------------------------------------------- blocks of kLanes x kLanes
+// ----------------------------------------------------------------------- blocks of kLanes x kLanes
 
 // Rows v[channel] of neighbouring pixels, wherever the map's elements lie; lanes past `pixels` and
 // rows past `channels` are zero or not read.
@@ -96,7 +96,7 @@ void pack(const MapView& map, int64_t channels, int count, const float* gate,
   }
 }
 
-// ------------------------------------------------------------------------------- the register kernel
+// ----------------------------------------------------------------------------- the register kernel
 
 template <class W, int kVectors>
 inline void multiply_panel(const float* weight, const float* panel, int64_t steps, bool accumulate,
