@@ -47,6 +47,8 @@ void gate_of(const float* mean, const float* maximum, const float* squeeze, cons
 Tensor interpolate_with_product(const Map& x, const PackedWeight& weight, const float* gate) {
   Map out(empty_map(x.tensor(), x.channels(), x.tensor().size(2), x.tensor().size(3)));
   const int64_t acc_floats = kBlockRows * products().pixels;
+  std::vector<float> complement(x.batch() * x.channels());
+  for (size_t i = 0; i < complement.size(); ++i) complement[i] = 1.0f - gate[i];
   for_each_block(
       x.batch(), x.plane(), x.channels(), x.channels(), acc_floats + weight.panel_floats(),
       [&](const Tile& tile, float* scratch) {
@@ -54,10 +56,11 @@ Tensor interpolate_with_product(const Map& x, const PackedWeight& weight, const 
       },
       [&](const Tile& tile, int64_t row, int count, float* acc) {
         weight.multiply(row, acc + acc_floats, tile.count, false, acc);
-        products().interpolate[x.element()](acc, count, tile.count,
-                                            gate + tile.sample * x.channels() + row,
-                                            x.at(tile.sample, row, tile.pixel),
-                                            out.mutable_at(tile.sample, row, tile.pixel));
+        const int64_t at = tile.sample * x.channels() + row;
+        const Combination how{complement.data() + at, gate + at, nullptr};
+        products().combine[x.element()](acc, count, tile.count, how,
+                                        x.at(tile.sample, row, tile.pixel),
+                                        out.mutable_at(tile.sample, row, tile.pixel));
       });
   return out.tensor();
 }

@@ -39,8 +39,9 @@ void begin_tile(const Map& e, const Map& w, const Weights& weights, const Parts&
   float* gate = scratch + parts.gate;
   float* s = scratch + parts.s;
   w.pack(tile.sample, tile.pixel, tile.count, Words::kFloats, gate);
-  e.pack(tile.sample, tile.pixel, tile.count, weights.of_s.words(), s, gate,
-         e.channels() / w.channels());
+  const Transform gated{nullptr, nullptr, false, gate, e.channels() / w.channels(),
+                        products().pixels};
+  e.pack(tile.sample, tile.pixel, tile.count, weights.of_s.words(), s, gated);
   const int words = static_cast<int>(weights.of_r.words());
   const int64_t steps = words == 0 ? 1 : 2;
   for (int64_t row = 0; row < weights.squeeze.rows(); row += kBlockRows) {

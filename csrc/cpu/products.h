@@ -86,11 +86,11 @@ class Map {
     return {const_cast<void*>(view.data), view.stride_c, view.stride_s};
   }
 
-  // Packs all channels of a tile of pixels into a panel for `weight`.
+  // Packs all channels of a tile of pixels into a panel for a weight of these words.
   void pack(int64_t b, int64_t pixel, int count, Words words, float* panel,
-            const float* gate = nullptr, int64_t group_channels = 1) const {
-    products().pack[static_cast<int>(words)][element()](at(b, 0, pixel), channels(), count, gate,
-                                                        group_channels, panel);
+            const Transform& transform = {}) const {
+    products().pack[static_cast<int>(words)][element()](at(b, 0, pixel), channels(), count,
+                                                        transform, panel);
   }
 
  private:
@@ -152,14 +152,19 @@ void for_each_block(int64_t batch, int64_t plane, int64_t rows, int64_t work,
   });
 }
 
-// A float32 vector, contiguous; keeps the tensor.
+// A float32 vector, contiguous, or nothing; keeps the tensor.
 class Vector {
  public:
   Vector(const Tensor& value, const char* name, int64_t size);
-  const float* data() const { return static_cast<const float*>(value_.const_data_ptr()); }
+  Vector(const std::optional<Tensor>& value, const char* name, int64_t size);
+  const float* data() const {
+    return value_ ? static_cast<const float*>(value_->const_data_ptr()) : nullptr;
+  }
+  // From element i on; null stays null.
+  const float* from(int64_t i) const { return value_ ? data() + i : nullptr; }
 
  private:
-  Tensor value_;
+  std::optional<Tensor> value_;
 };
 
 // out = act(scale * (weight x map) + shift), a 1x1 convolution with what follows it.

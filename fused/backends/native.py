@@ -45,6 +45,9 @@ SCHEMAS = (
     " Tensor fusion_scale, Tensor fusion_shift, bool mean_only) -> Tensor out",
     # relu(scale * sum of up(weight_i feature_i) + shift), a packed weight for each feature
     "msff_packed(Tensor[] features, Tensor[] packed, Tensor scale, Tensor shift) -> Tensor out",
+    # sum over pixels of grad x^T, float32 (B or 1, M, K); x first as it was for its product
+    "product_gradient(Tensor grad, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift,"
+    " bool per_sample) -> Tensor out",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )

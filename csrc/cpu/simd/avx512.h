@@ -128,6 +128,10 @@ struct Simd {
     _mm256_mask_storeu_epi16(out, first(count), to_half(a));
   }
 
+  // b where a > 0, else zero
+  static Floats where_positive(Floats a, Floats b) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), b);
+  }
   // v[i][j] and v[j][i] change places.
   static void transpose(Floats* v) {
     Floats pair[kLanes], four[kLanes];

@@ -28,10 +28,25 @@ struct MutableMapView {
   int64_t stride_c, stride_s;
 };
 
-// Packs `channels` channels of `count` pixels. With `gate`, rows [group][pixels] of floats, channel
-// c is multiplied by the row c / group_channels.
-using PackFunction = void (*)(const MapView& map, int64_t channels, int count, const float* gate,
-                              int64_t group_channels, void* panel);
+// What is done with a map's elements while they are packed, all of it optional:
+// act(scale[c] * x + shift[c]), then times gate [c / group_channels][pixel].
+struct Transform {
+  const float* scale;
+  const float* shift;  // only with a scale
+  bool relu;           // only with a scale
+  const float* gate;
+  int64_t group_channels, gate_stride;
+};
+
+// Packs `channels` channels of `count` pixels.
+using PackFunction = void (*)(const MapView& map, int64_t channels, int count,
+                              const Transform& transform, void* panel);
+// The same with channels and pixels changing their places: a panel whose `pixels` are the map's
+// channels (count of them) and whose steps are the map's pixels; and weight panels of `channels`
+// rows, for sums over pixels.
+using PackPixelsFunction = void (*)(const MapView& map, int count, int64_t pixels,
+                                    const Transform& transform, int64_t first_channel, void* panel);
+using PackRowsFunction = void (*)(const MapView& map, int channels, int64_t pixels, void* panels);
 
 // acc (+)= weight panels x map panel, for `panels` weight panels of `steps` steps and the vectors
 // that `count` pixels need.
@@ -64,9 +79,17 @@ using AffineFunction = void (*)(const float* acc, int rows, int count, const Aff
 using AffineToPanelFunction = void (*)(const float* acc, int rows, int count, const Affine& affine,
                                        void* panel);
 
-// out = gate * map + (1 - gate) * acc, gate [row]
-using InterpolateFunction = void (*)(const float* acc, int rows, int count, const float* gate,
-                                     const MapView& map, const MutableMapView& out);
+// out = acc_scale * acc + map_scale * map + shift, vectors [row]
+struct Combination {
+  const float* acc_scale;
+  const float* map_scale;
+  const float* shift;
+};
+using CombineFunction = void (*)(const float* acc, int rows, int count, const Combination& how,
+                                 const MapView& map, const MutableMapView& out);
+
+// Mean and sum of squared distances from it of each row's `count` sums.
+using MomentsFunction = void (*)(const float* acc, int rows, int count, float* mean, float* square);
 
 // phi = sigmoid(scale * acc + shift), out = e * (phi + w * (1 - phi)); w as rows of a gate, of
 // which the block's row r has number (first_row + r) / group_channels. Without out.data the sums
@@ -81,14 +104,47 @@ struct Fusion {
 using FusionFunction = void (*)(const float* acc, int rows, int count, const Fusion& fusion,
                                 const MapView& e, const MutableMapView& out);
 
+// A batch norm y = weight * n + bias, n = rstd * (z - mean), on the way back, vectors [row]. Of the
+// gradient g for y and n the sums over the pixels go to sums and products if out has no data; else
+// out = weight * rstd * (g - sum_share - n * product_share), shares may be missing.
+struct NormGradient {
+  const float* mean;
+  const float* rstd;
+  const float* weight;
+  const float* bias;
+  const float* sum_share;
+  const float* product_share;
+  float* sums;
+  float* products;
+};
+// g = grad where y > 0
+using ReluGradientFunction = void (*)(int rows, int count, const NormGradient& norm,
+                                      const MapView& z, const MapView& grad,
+                                      const MutableMapView& out);
+// g = grad * e * (1 - w) * phi * (1 - phi), phi = sigmoid(y); of `fusion` w and its groups are read
+using GateGradientFunction = void (*)(int rows, int count, const NormGradient& norm,
+                                      const Fusion& fusion, const MapView& z, const MapView& e,
+                                      const MapView& grad, const MutableMapView& out);
+// grad_e = grad * (phi + w * (1 - phi)) + w * acc, grad_w [group][pixel] += e * (acc + grad * (1 -
+// phi)), with phi = sigmoid(scale * z + shift)
+using FusionGradientFunction = void (*)(const float* acc, int rows, int count, const Fusion& fusion,
+                                        const MapView& z, const MapView& e, const MapView& grad,
+                                        const MutableMapView& grad_e, float* grad_w);
+
 struct Products {
   int rows, pixels;
   PackFunction pack[kWordKinds][kElementKinds];
   MultiplyFunction multiply[kWordKinds];  // null where the instruction set has no pairs
   AffineFunction affine[kElementKinds];
   AffineToPanelFunction affine_to_panel[kWordKinds];
-  InterpolateFunction interpolate[kElementKinds];
+  CombineFunction combine[kElementKinds];
   FusionFunction fusion[kElementKinds];
+  PackPixelsFunction pack_pixels[kWordKinds][kElementKinds];
+  PackRowsFunction pack_rows[kWordKinds][kElementKinds];
+  MomentsFunction moments;
+  ReluGradientFunction relu_gradient[kElementKinds];
+  GateGradientFunction gate_gradient[kElementKinds];
+  FusionGradientFunction fusion_gradient[kElementKinds];
 };
 
 extern const Products kPortableProducts;

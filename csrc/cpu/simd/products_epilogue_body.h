@@ -1,6 +1,14 @@
 // What is done with a block of sums, for any instruction set. Included after products_body.h.
 // All arithmetic is float32; results are rounded once, when they are stored.
 
+// Lanes past the last pixel hold what the scratch held before, and must not count in sums.
+inline Simd::Floats first_lanes(const Simd::Floats& value, int count) {
+  if (count == Simd::kLanes) return value;
+  float lanes[Simd::kLanes] = {};
+  Simd::store(lanes, value, count);
+  return Simd::load(lanes);
+}
+
 // Runs `op(row, pixel, sums, map)` over vectors of a block and stores what it returns. The map is
 // read only if it has data. `op.prepare(row, pixel, rows, pixels, v)` may fill v, what `op` gets as
 // map.
@@ -100,11 +108,11 @@ void affine_to_panel(const float* acc, int rows, int count, const Affine& affine
   }
 }
 
-// ------------------------------------------------------------------------------------- interpolate
+// ------------------------------------------------------------------------------------- combination
 
 template <class T>
-struct InterpolateOp {
-  const float* gate;
+struct CombineOp {
+  const Combination& how;
   const MapView& map;
 
   void prepare(int row, int pixel, int rows, int pixels, Simd::Floats* v) const {
@@ -113,15 +121,16 @@ struct InterpolateOp {
   }
 
   Simd::Floats operator()(int row, int, Simd::Floats sum, const Simd::Floats& x) const {
-    const Simd::Floats a = Simd::set(gate[row]);
-    return Simd::fma(a, x, Simd::mul(Simd::set(1.0f - gate[row]), sum));
+    if (how.acc_scale != nullptr) sum = Simd::mul(Simd::set(how.acc_scale[row]), sum);
+    sum = Simd::fma(Simd::set(how.map_scale[row]), x, sum);
+    return how.shift == nullptr ? sum : Simd::add(sum, Simd::set(how.shift[row]));
   }
 };
 
 template <class T>
-void interpolate(const float* acc, int rows, int count, const float* gate, const MapView& map,
-                 const MutableMapView& out) {
-  each_block<T>(acc, rows, count, out, InterpolateOp<T>{gate, map});
+void combine(const float* acc, int rows, int count, const Combination& how, const MapView& map,
+             const MutableMapView& out) {
+  each_block<T>(acc, rows, count, out, CombineOp<T>{how, map});
 }
 
 // ------------------------------------------------------------------------------------------ fusion
@@ -163,36 +172,8 @@ void fuse(const float* acc, int rows, int count, const Fusion& fusion, const Map
       for (int i = 0; i < block; ++i) {
         const Simd::Floats value =
             op(r + i, p, Simd::load(acc + (r + i) * kPanelPixels + p), v[i]);
-        // Lanes past the last pixel hold what the scratch held before: they must not count.
-        float lanes[Simd::kLanes] = {};
-        Simd::store(lanes, value, pixels);
-        fusion.sums[r + i] += Simd::reduce_add(Simd::load(lanes));
+        fusion.sums[r + i] += Simd::reduce_add(first_lanes(value, pixels));
       }
     }
   }
-}
-
-// ------------------------------------------------------------------------------------------- table
-
-template <class W>
-constexpr void add_words(Products* table, Words words) {
-  const int i = static_cast<int>(words);
-  table->pack[i][0] = pack<W, float>;
-  table->pack[i][1] = pack<W, BFloat16>;
-  table->pack[i][2] = pack<W, Half>;
-  table->multiply[i] = multiply<W>;
-  table->affine_to_panel[i] = affine_to_panel<W>;
-}
-
-constexpr Products table_of_floats() {
-  Products table{kPanelRows,
-                 kPanelPixels,
-                 {},
-                 {},
-                 {store_affine<float>, store_affine<BFloat16>, store_affine<Half>},
-                 {},
-                 {interpolate<float>, interpolate<BFloat16>, interpolate<Half>},
-                 {fuse<float>, fuse<BFloat16>, fuse<Half>}};
-  add_words<Floats>(&table, Words::kFloats);
-  return table;
 }
