@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL): vectors of 16 floats.
+// AVX-512 (F, BW, DQ, VL): vectors of 16 floats; with CIEMA_AVX512_BF16 defined, that as well.
 // Begins a stretch of code for one instruction set: include it after the standard headers, then the
 // bodies of kernels, then target_end.h. Only C headers may be included in between (see target.h).
 #include "target.h"
@@ -9,12 +9,19 @@
 #include <immintrin.h>
 
 #define CIEMA_TARGET 1  // target_end.h has something to end
-#ifdef __clang__
+#if defined(__clang__) && defined(CIEMA_AVX512_BF16)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
+    apply_to = function)
+#elif defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#ifdef CIEMA_AVX512_BF16
+#pragma GCC target("avx512bf16")
+#endif
 #endif
 
 namespace ciema::cpu {
@@ -119,6 +126,36 @@ struct Simd {
   }
   static void store(Half* out, Floats a, int count) {
     _mm256_mask_storeu_epi16(out, first(count), to_half(a));
+  }
+
+  // b where a > 0, else zero
+  static Floats where_positive(Floats a, Floats b) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), b);
+  }
+  // v[i][j] and v[j][i] change places.
+  static void transpose(Floats* v) {
+    Floats pair[kLanes], four[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+      pair[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {
+      for (int h = 0; h < 2; ++h) {
+        const __m512d a = _mm512_castps_pd(pair[i + h]), b = _mm512_castps_pd(pair[i + 2 + h]);
+        four[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        four[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {  // four[4 i + j]: columns j, j + 4, j + 8, j + 12 of rows 4 i..
+      const Floats a = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x88);
+      const Floats b = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x88);
+      const Floats c = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xdd);
+      const Floats d = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xdd);
+      v[j] = _mm512_shuffle_f32x4(a, b, 0x88);
+      v[8 + j] = _mm512_shuffle_f32x4(a, b, 0xdd);
+      v[4 + j] = _mm512_shuffle_f32x4(c, d, 0x88);
+      v[12 + j] = _mm512_shuffle_f32x4(c, d, 0xdd);
+    }
   }
 };
 

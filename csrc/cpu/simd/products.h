@@ -1,0 +1,157 @@
+// What each instruction set offers the products acc[m, p] = sum_k weight[m, k] * map[k, p]: packing
+// of a map's pixels into a panel, the product of packed weights with a panel, and what is done with
+// a block of sums (the epilogues). One table of functions to a file.
+//
+// Weight panel  `rows` rows of the weight, [step][row] words, rows past the last are zero
+// Map panel     `pixels` pixels of the map, [step][pixel] words
+// Word          a float (a step is one k), or two bfloat16 (a step is k and k + 1, the last k
+//               padded)
+// Block         up to kBlockRows sums a pixel, float [row][pixel]
+#pragma once
+
+#include "channel_statistics.h"  // Element
+#include "target.h"
+
+namespace ciema::cpu {
+
+enum class Words : int { kFloats, kBFloat16Pairs };
+constexpr int kWordKinds = 2;
+constexpr int kBlockRows = 64;  // a multiple of every `rows`
+
+// A map's elements: channel c, pixel p at data + c * stride_c + p * stride_s; one stride is 1.
+struct MapView {
+  const void* data;
+  int64_t stride_c, stride_s;
+};
+struct MutableMapView {
+  void* data;
+  int64_t stride_c, stride_s;
+};
+
+// What is done with a map's elements while they are packed, all of it optional:
+// act(scale[c] * x + shift[c]), then times gate [c / group_channels][pixel].
+struct Transform {
+  const float* scale;
+  const float* shift;  // only with a scale
+  bool relu;           // only with a scale
+  const float* gate;
+  int64_t group_channels, gate_stride;
+};
+
+// Packs `channels` channels of `count` pixels.
+using PackFunction = void (*)(const MapView& map, int64_t channels, int count,
+                              const Transform& transform, void* panel);
+// The same with channels and pixels changing their places: a panel whose `pixels` are the map's
+// channels (count of them) and whose steps are the map's pixels; and weight panels of `channels`
+// rows, for sums over pixels.
+using PackPixelsFunction = void (*)(const MapView& map, int count, int64_t pixels,
+                                    const Transform& transform, int64_t first_channel, void* panel);
+using PackRowsFunction = void (*)(const MapView& map, int channels, int64_t pixels, void* panels);
+
+// acc (+)= weight panels x map panel, for `panels` weight panels of `steps` steps and the vectors
+// that `count` pixels need.
+using MultiplyFunction = void (*)(const void* weight, int64_t panels, const void* panel,
+                                  int64_t steps, int count, bool accumulate, float* acc);
+
+// One pixel of a resized map: four pixels, as offsets in elements, and their weights.
+struct Taps {
+  int64_t offset[4];
+  float weight[4];
+};
+// A map in blocks of kBlockRows neighbouring channels, all of them readable, through `taps`
+// [pixel].
+struct Resized {
+  const float* data;
+  const Taps* taps;
+};
+
+// out = act(scale * (acc + sum of the resized maps) + shift); scale, shift, out may be missing.
+struct Affine {
+  const float* scale;
+  const float* shift;
+  const Resized* resized;
+  int resized_count;
+  bool relu;
+};
+using AffineFunction = void (*)(const float* acc, int rows, int count, const Affine& affine,
+                                const MutableMapView& out);
+// The same into the words of a map panel, as the second operand of a product; rows are padded even.
+using AffineToPanelFunction = void (*)(const float* acc, int rows, int count, const Affine& affine,
+                                       void* panel);
+
+// out = acc_scale * acc + map_scale * map + shift, vectors [row]
+struct Combination {
+  const float* acc_scale;
+  const float* map_scale;
+  const float* shift;
+};
+using CombineFunction = void (*)(const float* acc, int rows, int count, const Combination& how,
+                                 const MapView& map, const MutableMapView& out);
+
+// Mean and sum of squared distances from it of each row's `count` sums.
+using MomentsFunction = void (*)(const float* acc, int rows, int count, float* mean, float* square);
+
+// phi = sigmoid(scale * acc + shift), out = e * (phi + w * (1 - phi)); w as rows of a gate, of
+// which the block's row r has number (first_row + r) / group_channels. Without out.data the sums
+// over the pixels go to sums [row].
+struct Fusion {
+  const float* scale;
+  const float* shift;
+  const float* w;
+  int64_t first_row, group_channels;
+  float* sums;
+};
+using FusionFunction = void (*)(const float* acc, int rows, int count, const Fusion& fusion,
+                                const MapView& e, const MutableMapView& out);
+
+// A batch norm y = weight * n + bias, n = rstd * (z - mean), on the way back, vectors [row]. Of the
+// gradient g for y and n the sums over the pixels go to sums and products if out has no data; else
+// out = weight * rstd * (g - sum_share - n * product_share), shares may be missing.
+struct NormGradient {
+  const float* mean;
+  const float* rstd;
+  const float* weight;
+  const float* bias;
+  const float* sum_share;
+  const float* product_share;
+  float* sums;
+  float* products;
+};
+// g = grad where y > 0
+using ReluGradientFunction = void (*)(int rows, int count, const NormGradient& norm,
+                                      const MapView& z, const MapView& grad,
+                                      const MutableMapView& out);
+// g = grad * e * (1 - w) * phi * (1 - phi), phi = sigmoid(y); of `fusion` w and its groups are read
+using GateGradientFunction = void (*)(int rows, int count, const NormGradient& norm,
+                                      const Fusion& fusion, const MapView& z, const MapView& e,
+                                      const MapView& grad, const MutableMapView& out);
+// grad_e = grad * (phi + w * (1 - phi)) + w * acc, grad_w [group][pixel] += e * (acc + grad * (1 -
+// phi)), with phi = sigmoid(scale * z + shift)
+using FusionGradientFunction = void (*)(const float* acc, int rows, int count, const Fusion& fusion,
+                                        const MapView& z, const MapView& e, const MapView& grad,
+                                        const MutableMapView& grad_e, float* grad_w);
+
+struct Products {
+  int rows, pixels;
+  PackFunction pack[kWordKinds][kElementKinds];
+  MultiplyFunction multiply[kWordKinds];  // null where the instruction set has no pairs
+  AffineFunction affine[kElementKinds];
+  AffineToPanelFunction affine_to_panel[kWordKinds];
+  CombineFunction combine[kElementKinds];
+  FusionFunction fusion[kElementKinds];
+  PackPixelsFunction pack_pixels[kWordKinds][kElementKinds];
+  PackRowsFunction pack_rows[kWordKinds][kElementKinds];
+  MomentsFunction moments;
+  ReluGradientFunction relu_gradient[kElementKinds];
+  GateGradientFunction gate_gradient[kElementKinds];
+  FusionGradientFunction fusion_gradient[kElementKinds];
+};
+
+extern const Products kPortableProducts;
+#ifdef CIEMA_X86_SIMD
+extern const Products kAvx2Products;
+extern const Products kAvx512Products;
+extern const Products kAvx512bf16Products;  // the only one with pairs
+#endif
+
+}  // namespace ciema::cpu
