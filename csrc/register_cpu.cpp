@@ -2,10 +2,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/channel_interaction.h"
+#include "cpu/separable.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ciema::cpu::channel_statistics));
   m.impl("channel_statistics_backward", TORCH_BOX(&ciema::cpu::channel_statistics_backward));
+  m.impl("separable_pack", TORCH_BOX(&ciema::cpu::separable_pack));
+  m.impl("separable_block", TORCH_BOX(&ciema::cpu::separable_block));
+  m.impl("stem", TORCH_BOX(&ciema::cpu::stem));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CompositeExplicitAutograd, m) {

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from fused import FusedCIEMA, FusedMSFF
+from fused.backends import requested
 from fused.contract import statistics_dtype
 from fused.folding import Product, fold
 from fused.frozen import Frozen, FrozenCIEMA, guarded
 from fused.modules import why_called
-from fused.separable import Separable, Stem
+from fused.separable import Layer, separable, stem, why_not_native
 
 from .model import DepthwiseSeparable, MobileSteelNet
 
@@ -35,8 +36,8 @@ def freeze(network: MobileSteelNet, dtype: torch.dtype | None) -> nn.Module | st
 
 
 class _Plan(NamedTuple):
-    stem: Stem
-    stages: list[list[Separable]]
+    stem: Layer
+    stages: list[list[Layer]]
     fc: Product
 
 
@@ -45,21 +46,28 @@ class FrozenMobileSteelNet(Frozen, MobileSteelNet):
 
     def _make_plan(self) -> _Plan:
         conv: Any = self.initial_conv[0]
-        stem = Stem(fold(conv, self.initial_conv[1]), self.map_dtype)
+        first = stem(fold(conv, self.initial_conv[1]), self.map_dtype, natively=self._natively())
         stages = [
             [self._separable(block) for block in stage]
             for stage in (self.stage1, self.stage2, self.stage3)
         ]
         dtype = statistics_dtype(self.map_dtype)
-        return _Plan(stem, stages, Product(self.fc.weight, self.fc.bias).to(dtype))
+        return _Plan(first, stages, Product(self.fc.weight, self.fc.bias).to(dtype))
 
-    def _separable(self, block: Any) -> Separable:
+    def _natively(self) -> bool:
+        if requested(self.config["backend"]) == "reference":
+            return False
+        return why_not_native(self.fc.weight.device, self.map_dtype) is None
+
+    def _separable(self, block: Any) -> Layer:
         depthwise = Product(block.depthwise.weight.double(), None)
         if block.depthwise_bn is not None:
             depthwise = fold(block.depthwise, block.depthwise_bn)
-        pointwise = fold(block.pointwise, block.bn)
-        relu = block.depthwise_bn is not None
-        return Separable(depthwise, pointwise, block.depthwise.stride[0], relu, self.map_dtype)
+        return separable(
+            *(depthwise, fold(block.pointwise, block.bn), block.depthwise.stride[0]),
+            *(block.depthwise_bn is not None, self.map_dtype),
+            natively=self._natively(),
+        )
 
     @guarded
     def backbone(self, images: torch.Tensor) -> list[torch.Tensor]:

@@ -16,10 +16,12 @@ std::vector<InstructionSet> find_available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512) found.push_back({"avx512", &kAvx512ChannelStatistics});
-  if (avx2) found.push_back({"avx2", &kAvx2ChannelStatistics});
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+  const Separable* separable = pairs ? &kAvx512bf16Separable : &kAvx512Separable;
+  if (avx512) found.push_back({"avx512", &kAvx512ChannelStatistics, separable});
+  if (avx2) found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2Separable});
 #endif
-  found.push_back({"portable", &kPortableChannelStatistics});
+  found.push_back({"portable", &kPortableChannelStatistics, &kPortableSeparable});
   return found;
 }
 

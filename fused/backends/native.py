@@ -29,6 +29,10 @@ SCHEMAS = (
     "channel_statistics(Tensor x) -> (Tensor mean, Tensor max, Tensor argmax)",
     "channel_statistics_backward(Tensor grad_mean, Tensor grad_max, Tensor argmax, Tensor x)"
     " -> Tensor grad_x",
+    "separable_pack(Tensor weight, bool pairs) -> Tensor",
+    "separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed, Tensor bias,"
+    " int stride, bool relu) -> Tensor",
+    "stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) -> Tensor",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL): vectors of 16 floats.
+// AVX-512 (F, BW, DQ, VL): vectors of 16 floats; with CIEMA_AVX512_BF16 defined, that as well.
 // Begins a stretch of code for one instruction set: include it after the standard headers, then the
 // bodies of kernels, then target_end.h. Only C headers may be included in between (see target.h).
 #include "target.h"
@@ -9,12 +9,19 @@
 #include <immintrin.h>
 
 #define CIEMA_TARGET 1  // target_end.h has something to end
-#ifdef __clang__
+#if defined(__clang__) && defined(CIEMA_AVX512_BF16)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
+    apply_to = function)
+#elif defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#ifdef CIEMA_AVX512_BF16
+#pragma GCC target("avx512bf16")
+#endif
 #endif
 
 namespace ciema::cpu {
