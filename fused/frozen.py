@@ -53,6 +53,7 @@ class Frozen(nn.Module):
         frozen.__dict__.update(module.__dict__)
         for parameter in frozen.parameters():
             parameter.requires_grad = False
+        nn.Module.train(frozen, False)  # containers that `from_module` made are in training mode
         frozen.map_dtype = dtype
         frozen._made = None
         frozen._plan()
@@ -204,6 +205,7 @@ class FrozenMSFF(Frozen, FusedMSFF):
     @guarded
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
+        self._check_features(features)
         return super().forward([f.to(self.map_dtype) for f in features]).to(features[0].dtype)
 
     def probe(self) -> torch.Tensor:

@@ -316,15 +316,7 @@ class FusedMSFF(_FusedBlock, PublishedMSFF):
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
-        if isinstance(features, torch.Tensor):
-            raise TypeError("FusedMSFF: features must be a list of maps, got one tensor")
-        if self.stage_channels is not None:
-            got = [f.shape[1] if f.dim() > 1 else None for f in features]
-            if got != list(self.stage_channels):
-                raise ValueError(
-                    f"FusedMSFF: features have {got} channels, this block was built for "
-                    f"stage_channels={list(self.stage_channels)}"
-                )
+        self._check_features(features)
         if self._goes_modular():
             return PublishedMSFF.forward(self, features)
         conv: Any = self.fusion_conv[0]
@@ -338,6 +330,17 @@ class FusedMSFF(_FusedBlock, PublishedMSFF):
             count = out.shape[0] * out.shape[2] * out.shape[3]
             update_running_statistics(norm, mean, var, count)
         return out
+
+    def _check_features(self, features: Sequence[torch.Tensor]) -> None:
+        if isinstance(features, torch.Tensor):
+            raise TypeError("FusedMSFF: features must be a list of maps, got one tensor")
+        if self.stage_channels is not None:
+            got = [f.shape[1] if f.dim() > 1 else None for f in features]
+            if got != list(self.stage_channels):
+                raise ValueError(
+                    f"FusedMSFF: features have {got} channels, this block was built for "
+                    f"stage_channels={list(self.stage_channels)}"
+                )
 
     def extra_repr(self) -> str:
         """Constructor arguments."""

@@ -1,16 +1,18 @@
 // The backbone of spec.md 4 in evaluation, batch norms folded into weights and biases:
 //
-//   separable  out[b,y,x,n] = act( sum_c pointwise[n,c] act( sum_t depthwise[t,c] x[b,..t..,c] + d[c] )
-//                                  + bias[n] )                         3x3, padding 1, stride 1 or 2
-//   stem       out[b,y,x,n] = relu( sum_{i,t} weight[n,i,t] images[b,i,..t..] + bias[n] )   stride 2
+//   separable  d[b,y,x,c]   = act( sum_t depthwise[t,c] x[b,..t..,c] + depthwise_bias[c] )
+//              out[b,y,x,n] = act( sum_c pointwise[n,c] d[b,y,x,c] + bias[n] )
+//              3x3, padding 1, stride 1 or 2
+//   stem       out[b,y,x,n] = relu( sum_{i,t} weight[n,i,t] images[b,i,..t..] + bias[n] )
+//              3x3, padding 1, stride 2
 //
-// Layouts  maps are channels_last (neighbouring channels, any other strides; else they are copied so),
-//          images of any strides. The depthwise result of a tile of pixels goes into rows of a scratch
-//          that fits the second-level cache, and the product reads it from there.
-// Threads  over tiles of output pixels of the whole batch; none shares a result, and every sum is one
-//          chain, so the bits depend neither on the threads nor on the tiles.
-// Bytes    x is read once (its rows thrice, from cache), the weight once a tile, the map written once.
-// Sums     float32. With pairs the product's operands are rounded to bfloat16, the depthwise sums are not.
+// Layouts  maps are channels_last (neighbouring channels, any other strides; else they are copied
+//          so), images of any strides. The rows d of a tile of pixels go into a scratch that fits
+//          the second-level cache, where the product reads them.
+// Threads  over tiles of output pixels of the whole batch; none shares a result, and every sum is
+//          one chain, so the bits depend neither on the threads nor on the tiles.
+// Bytes    x is read once (its rows thrice, from cache), the weight once a tile, out written once.
+// Sums     float32. With pairs the product's operands are rounded to bfloat16, the sums are not.
 #include "separable.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -217,17 +219,24 @@ Tensor separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor
   const int64_t size = element == Element::kFloat ? 4 : 2;
   const char* data = static_cast<const char*>(x.const_data_ptr());
   const auto fill = [&](int64_t pixel, int64_t count, char* rows) {
-    each_run(out, pixel, count, [&](int64_t b, int64_t y, int64_t at, int64_t length, int64_t done) {
-      DepthwiseRun run{{},     x.stride(3), width, at, length, stride, channels,
+    each_run(out, pixel, count, [&](int64_t b, int64_t y, int64_t at, int64_t length, int64_t to) {
+      DepthwiseRun run{{},
+                       x.stride(3),
+                       width,
+                       at,
+                       length,
+                       stride,
+                       channels,
                        static_cast<const float*>(depthwise.const_data_ptr()),
-                       static_cast<const float*>(depthwise_bias.const_data_ptr()), relu,
+                       static_cast<const float*>(depthwise_bias.const_data_ptr()),
+                       relu,
                        weights.row};
       for (int64_t row = 0; row < 3; ++row) {
         const int64_t from = y * stride - 1 + row;
         if (from < 0 || from >= height) continue;
         run.rows[row] = data + (b * x.stride(0) + from * x.stride(2)) * size;
       }
-      convolve(run, rows + done * weights.row * weights.size);
+      convolve(run, rows + to * weights.row * weights.size);
     });
   };
   product_of_tiles(weights, out, x.scalar_type(), bias, relu, result.mutable_data_ptr(), fill);

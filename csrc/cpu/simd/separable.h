@@ -1,9 +1,9 @@
-// What each instruction set offers the backbone: depthwise 3x3 runs, and the product of rows of pixels
-// with a packed weight. One table of functions to a file.
+// What each instruction set offers the backbone: depthwise 3x3 runs, and the product of rows of
+// pixels with a packed weight. One table of functions to a file.
 //
 // Operand       what the product multiplies: floats, or pairs of bfloat16 where the table has them
-// Weight panel  `columns` output channels, [step][column], columns past the last are zero; a step is
-//               one k, or with pairs k and k + 1 beside each other
+// Weight panel  `columns` output channels, [step][column], columns past the last are zero; a step
+//               is one k, or with pairs k and k + 1 beside each other
 #pragma once
 
 #include "channel_statistics.h"  // Element
@@ -27,8 +27,8 @@ struct DepthwiseRun {
 };
 using DepthwiseFunction = void (*)(const DepthwiseRun& run, void* out);
 
-// out[pixel][column] = act(sum_k a[pixel][k] weight[k][column] + bias[column]). All rows of a to the
-// next multiple of the table's `pixels` are read.
+// out[pixel][column] = act(sum_k a[pixel][k] weight[k][column] + bias[column]). All rows of a to
+// the next multiple of the table's `pixels` are read.
 struct PixelProduct {
   const void* a;
   int64_t a_pixel, steps;

@@ -1,13 +1,12 @@
-// The backbone's kernels for any instruction set. Included inside the anonymous namespace of a file that
-// has defined `struct Simd`, kTilePixels and kTileVectors.
+// The backbone's kernels for any instruction set. Included inside the anonymous namespace of a file
+// that has defined `struct Simd`, kTilePixels and kTileVectors.
 //
 // Lanes  are channels in both kernels, so channels_last maps are read and written as they lie.
-// Sums   float32, one chain over the taps and one over k for each output: its bits depend on nothing
-//        but the weights and the pixel's surroundings.
-// Cache  a run of kRunPixels outputs shares its 3 x (kRunPixels + 2) inputs in registers. The product
-//        reads a weight panel (64 KiB at k = 512) from the second-level cache for every kTilePixels
-//        rows, which stay in the first: 14x2 vectors take 2 loads and 14 broadcasts for 28
-//        multiply-adds.
+// Sums   float32, one chain over the taps and one over k for each output: its bits depend on
+//        nothing but the weights and the pixel's surroundings.
+// Cache  kRunPixels outputs share their inputs in registers. The product reads a weight panel
+//        (64 KiB at k = 512) from the second-level cache for every kTilePixels rows, which stay in
+//        the first: 14x2 vectors take 2 loads and 14 broadcasts for 28 multiply-adds.
 
 constexpr int kTileColumns = kTileVectors * Simd::kLanes;
 constexpr int kRunPixels = 4;
