@@ -1,210 +1,90 @@
-// Stage channel_interaction on the CPU. So far its channel statistics (spec.md 2.1: mu and m):
+// The stage channel_interaction on the CPU (spec.md 2.1):
 //
-//   mean[b,c] = 1/(HW) sum_s x[b,c,s]   max[b,c] = max_s x[b,c,s]   argmax[b,c] = first s at max
-//   grad_x[b,c,s] = grad_mean[b,c]/(HW) + (s == argmax[b,c] ? grad_max[b,c] : 0)
+//   mean, max = over the pixels of x            a = sigmoid(V2 relu(V1 mean) + V2 relu(V1 max))
+//   e[b, m, p] = a[b, m] x[b, m, p] + (1 - a[b, m]) sum_k W[m, k] x[b, k, p]
 //
-// Layouts  rows (planes of neighbouring elements) and channels_last are read where they lie, other
-//          strides are made contiguous first.
-// Threads  rows: over the B*C planes. channels_last: over B and tiles of channels. No result is
-//          shared between threads, so the bits depend neither on their number nor on the tiles.
-// Bytes    forward reads x once, and again the block that holds a plane's maximum (from cache);
-//          backward writes grad_x once.
+// Layouts, threads, sums of the product: products.cpp; of the statistics: channel_statistics.cpp.
+// Bytes    reads x once for the statistics, once into panels and once, from the second-level cache,
+//          for the gate; writes e once. W x is never stored.
 #include "channel_interaction.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include <cmath>
 
-#include <algorithm>
-#include <cstring>
-#include <vector>
-
-#include "../common/checks.h"
-#include "../common/layout.h"
-#include "isa.h"
+#include "channel_statistics.h"
+#include "products.h"
 
 namespace ciema::cpu {
 namespace {
 
-constexpr int64_t kElementsPerTask = 32768;  // less work than this is not worth a thread
-constexpr int64_t kSmallestTile = 64;        // channels; a few cache lines of each pixel
-constexpr int64_t kLargestTile = 512;        // channels; running statistics stay in the L1 cache
+float dot(const float* a, const float* b, int64_t count) {
+  constexpr int kChains = 16;  // independent sums, which the compiler keeps in vectors
+  float sum[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    for (int j = 0; j < kChains; ++j) sum[j] += a[i + j] * b[i + j];
+  }
+  float total = 0.0f;
+  for (; i < count; ++i) total += a[i] * b[i];
+  for (int j = 0; j < kChains; ++j) total += sum[j];
+  return total;
+}
 
-Element element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kHalf;
-    default:
-      return Element::kFloat;
+float relu(float value) { return value > 0.0f || value != value ? value : 0.0f; }
+
+// One sample's gate.
+void gate_of(const float* mean, const float* maximum, const float* squeeze, const float* excite,
+             int64_t channels, int64_t hidden, float* gate) {
+  std::vector<float> sum(hidden);
+  for (int64_t j = 0; j < hidden; ++j) {
+    const float* row = squeeze + j * channels;
+    sum[j] = relu(dot(row, mean, channels)) + relu(dot(row, maximum, channels));
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    gate[c] = 1.0f / (1.0f + std::exp(-dot(excite + c * hidden, sum.data(), hidden)));
   }
 }
 
-int64_t element_size(Element element) { return element == Element::kFloat ? 4 : 2; }
-
-int64_t grain(int64_t elements_per_item) {
-  return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_item));
-}
-
-struct Statistics {
-  float* mean;
-  float* max;
-  int64_t* argmax;
-};
-
-void rows_forward(const char* x, Element element, const Planes& planes, const Statistics& out) {
-  const PlaneFunction run =
-      chosen_instruction_set().channel_statistics->plane[static_cast<int>(element)];
-  const int64_t size = element_size(element);
-  torch::stable::parallel_for(
-      0, planes.batch * planes.channels, grain(planes.plane), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t offset = i / planes.channels * planes.stride_b +
-                                 i % planes.channels * planes.stride_c;
-          run(x + offset * size, planes.plane, out.mean + i, out.max + i, out.argmax + i);
-        }
+Tensor interpolate_with_product(const Map& x, const PackedWeight& weight, const float* gate) {
+  Map out(empty_map(x.tensor(), x.channels(), x.tensor().size(2), x.tensor().size(3)));
+  const int64_t acc_floats = kBlockRows * products().pixels;
+  for_each_block(
+      x.batch(), x.plane(), x.channels(), x.channels(), acc_floats + weight.panel_floats(),
+      [&](const Tile& tile, float* scratch) {
+        x.pack(tile.sample, tile.pixel, tile.count, weight.words(), scratch + acc_floats);
+      },
+      [&](const Tile& tile, int64_t row, int count, float* acc) {
+        weight.multiply(row, acc + acc_floats, tile.count, false, acc);
+        products().interpolate[x.element()](acc, count, tile.count,
+                                            gate + tile.sample * x.channels() + row,
+                                            x.at(tile.sample, row, tile.pixel),
+                                            out.mutable_at(tile.sample, row, tile.pixel));
       });
-}
-
-void channels_last_forward(const char* x, Element element, const Planes& planes,
-                           const Statistics& out) {
-  const ChannelsFunction run =
-      chosen_instruction_set().channel_statistics->channels[static_cast<int>(element)];
-  const int64_t size = element_size(element);
-  // Wide tiles read longer runs of memory; narrow ones keep all threads busy when B is small.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t tiles_wanted = (2 * threads + planes.batch - 1) / planes.batch;
-  const int64_t even = (planes.channels + tiles_wanted - 1) / tiles_wanted;
-  const int64_t rounded = (even + kSmallestTile - 1) / kSmallestTile * kSmallestTile;
-  const int64_t tile = std::min(rounded, kLargestTile);
-  const int64_t tiles = (planes.channels + tile - 1) / tile;
-  torch::stable::parallel_for(
-      0, planes.batch * tiles, grain(planes.plane * tile), [&](int64_t begin, int64_t end) {
-        double sum[kLargestTile];
-        int32_t position[kLargestTile];
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t b = i / tiles;
-          const int64_t c = i % tiles * tile;
-          const int64_t channels = std::min(tile, planes.channels - c);
-          const int64_t at = b * planes.channels + c;
-          run(x + (b * planes.stride_b + c) * size, planes.plane, planes.stride_s, channels, sum,
-              position, out.mean + at, out.max + at, out.argmax + at);
-        }
-      });
-}
-
-struct Gradients {
-  const float* mean;
-  const float* max;
-  const int64_t* argmax;
-};
-
-template <class T>
-T usual_gradient(const Gradients& grad, int64_t i, int64_t plane) {
-  return static_cast<T>(grad.mean[i] / static_cast<float>(plane));
-}
-
-template <class T>
-T peak_gradient(const Gradients& grad, int64_t i, int64_t plane) {
-  return static_cast<T>(grad.mean[i] / static_cast<float>(plane) + grad.max[i]);
-}
-
-template <class T>
-void rows_backward(const Gradients& grad, int64_t planes, int64_t plane, T* grad_x) {
-  torch::stable::parallel_for(0, planes, grain(plane), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      std::fill_n(grad_x + i * plane, plane, usual_gradient<T>(grad, i, plane));
-      grad_x[i * plane + grad.argmax[i]] = peak_gradient<T>(grad, i, plane);
-    }
-  });
-}
-
-template <class T>
-void channels_last_backward(const Gradients& grad, int64_t batch, int64_t channels, int64_t plane,
-                            T* grad_x) {
-  std::vector<T> usual(batch * channels);
-  for (int64_t i = 0; i < batch * channels; ++i) usual[i] = usual_gradient<T>(grad, i, plane);
-  torch::stable::parallel_for(0, batch * plane, grain(channels), [&](int64_t begin, int64_t end) {
-    for (int64_t pixel = begin; pixel < end; ++pixel) {
-      std::memcpy(grad_x + pixel * channels, usual.data() + pixel / plane * channels,
-                  channels * sizeof(T));
-    }
-  });
-  for (int64_t i = 0; i < batch * channels; ++i) {
-    const int64_t pixel = i / channels * plane + grad.argmax[i];
-    grad_x[pixel * channels + i % channels] = peak_gradient<T>(grad, i, plane);
-  }
-}
-
-template <class T>
-void backward(const Gradients& grad, const Tensor& grad_x, MemoryFormat format) {
-  T* out = static_cast<T*>(grad_x.mutable_data_ptr());
-  const int64_t batch = grad_x.size(0), channels = grad_x.size(1);
-  const int64_t plane = grad_x.size(2) * grad_x.size(3);
-  if (format == MemoryFormat::ChannelsLast) {
-    channels_last_backward<T>(grad, batch, channels, plane, out);
-  } else {
-    rows_backward<T>(grad, batch * channels, plane, out);
-  }
+  return out.tensor();
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> channel_statistics(Tensor x) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_interaction_packed(
+    Tensor x, Tensor squeeze_weight, Tensor excite_weight, Tensor interaction_packed) {
   check_x(x);
-  Tensor mean = empty_per_channel(x, ScalarType::Float);
-  Tensor max = empty_per_channel(x, ScalarType::Float);
-  Tensor argmax = empty_per_channel(x, ScalarType::Long);
-  if (x.numel() > 0) {
-    if (!readable_in_place(x)) x = torch::stable::contiguous(x);
-    const Planes planes = planes_of(x);
-    const char* data = static_cast<const char*>(x.const_data_ptr());
-    const Statistics out{static_cast<float*>(mean.mutable_data_ptr()),
-                         static_cast<float*>(max.mutable_data_ptr()),
-                         static_cast<int64_t*>(argmax.mutable_data_ptr())};
-    if (planes.layout == Layout::kRows) {
-      rows_forward(data, element_of(x), planes, out);
-    } else {
-      channels_last_forward(data, element_of(x), planes, out);
-    }
+  const int64_t batch = x.size(0), channels = x.size(1);
+  const int64_t hidden = squeeze_weight.size(0);
+  const Vector squeeze(squeeze_weight, "squeeze_weight", hidden * channels);
+  const Vector excite(excite_weight, "excite_weight", channels * hidden);
+  const PackedWeight weight(interaction_packed, "interaction_packed", x, channels);
+  STD_TORCH_CHECK(weight.rows() == channels, "interaction_packed must be square");
+  const Map map(x);
+  auto [mean, maximum, argmax] = channel_statistics(map.tensor());
+  Tensor gate = empty_per_channel(x, ScalarType::Float);
+  float* gates = static_cast<float*>(gate.mutable_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t at = b * channels;
+    gate_of(static_cast<const float*>(mean.const_data_ptr()) + at,
+            static_cast<const float*>(maximum.const_data_ptr()) + at, squeeze.data(),
+            excite.data(), channels, hidden, gates + at);
   }
-  return {mean, max, argmax};
+  Tensor e = interpolate_with_product(map, weight, gates);
+  return {e, gate, mean, maximum, argmax};
 }
-
-Tensor channel_statistics_backward(Tensor grad_mean, Tensor grad_max, Tensor argmax, Tensor x) {
-  check_backward(grad_mean, grad_max, argmax, x);
-  const MemoryFormat format = memory_format_of(x);
-  Tensor grad_x = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(),
-                                       std::nullopt, format);
-  if (x.numel() == 0) return grad_x;
-  grad_mean = torch::stable::contiguous(grad_mean);
-  grad_max = torch::stable::contiguous(grad_max);
-  argmax = torch::stable::contiguous(argmax);
-  const Gradients grad{static_cast<const float*>(grad_mean.const_data_ptr()),
-                       static_cast<const float*>(grad_max.const_data_ptr()),
-                       static_cast<const int64_t*>(argmax.const_data_ptr())};
-  const int64_t plane = x.size(2) * x.size(3);
-  for (int64_t i = 0; i < x.size(0) * x.size(1); ++i) {
-    STD_TORCH_CHECK(grad.argmax[i] >= 0 && grad.argmax[i] < plane, "argmax must lie in [0, ",
-                    plane, "), got ", grad.argmax[i]);
-  }
-  switch (element_of(x)) {
-    case Element::kFloat:
-      backward<float>(grad, grad_x, format);
-      break;
-    case Element::kBFloat16:
-      backward<torch::headeronly::BFloat16>(grad, grad_x, format);
-      break;
-    case Element::kHalf:
-      backward<torch::headeronly::Half>(grad, grad_x, format);
-      break;
-  }
-  return grad_x;
-}
-
-std::string cpu_isa() { return chosen_instruction_set().name; }
-
-std::string cpu_isa_available() { return available_instruction_sets(); }
 
 }  // namespace ciema::cpu

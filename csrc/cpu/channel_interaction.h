@@ -1,22 +1,16 @@
-// The CPU kernels of the stage channel_interaction, as the dispatcher calls them.
+// The stage channel_interaction on the CPU, as the dispatcher calls it.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <string>
 #include <tuple>
 
 namespace ciema::cpu {
 
 using torch::stable::Tensor;
 
-// x (B, C, H, W) -> mean, max float32 (B, C), argmax int64 (B, C)
-std::tuple<Tensor, Tensor, Tensor> channel_statistics(Tensor x);
-
-// -> grad_x, shape, dtype and memory format of x
-Tensor channel_statistics_backward(Tensor grad_mean, Tensor grad_max, Tensor argmax, Tensor x);
-
-std::string cpu_isa();
-std::string cpu_isa_available();
+// x (B, C, H, W) -> e like x, gate, mean, maximum float32 (B, C), argmax int64 (B, C)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_interaction_packed(
+    Tensor x, Tensor squeeze_weight, Tensor excite_weight, Tensor interaction_packed);
 
 }  // namespace ciema::cpu

@@ -16,12 +16,18 @@ std::vector<InstructionSet> find_available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
-  const Separable* separable = pairs ? &kAvx512bf16Separable : &kAvx512Separable;
-  if (avx512) found.push_back({"avx512", &kAvx512ChannelStatistics, separable});
-  if (avx2) found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2Separable});
+  if (avx512) {
+    const bool pairs = __builtin_cpu_supports("avx512bf16");
+    found.push_back({"avx512", &kAvx512ChannelStatistics,
+                     pairs ? &kAvx512bf16Products : &kAvx512Products,
+                     pairs ? &kAvx512bf16Separable : &kAvx512Separable});
+  }
+  if (avx2) {
+    found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2Products, &kAvx2Separable});
+  }
 #endif
-  found.push_back({"portable", &kPortableChannelStatistics, &kPortableSeparable});
+  found.push_back(
+      {"portable", &kPortableChannelStatistics, &kPortableProducts, &kPortableSeparable});
   return found;
 }
 

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "simd/channel_statistics.h"
+#include "simd/products.h"
 #include "simd/separable.h"
 
 namespace ciema::cpu {
@@ -11,6 +12,7 @@ namespace ciema::cpu {
 struct InstructionSet {
   const char* name;
   const ChannelStatistics* channel_statistics;
+  const Products* products;
   const Separable* separable;
 };
 

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "../common/layout.h"
+#include "elements.h"
 #include "isa.h"
 
 namespace ciema::cpu {
@@ -35,17 +36,6 @@ using torch::headeronly::Half;
 constexpr int64_t kScratchBytes = 256 * 1024;  // of a tile's rows: half of a second-level cache
 constexpr int64_t kLine = 64;                  // bytes
 constexpr int64_t kTaps = 9;
-
-Element element_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kHalf;
-    default:
-      return Element::kFloat;
-  }
-}
 
 void check_map(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 4, name, " must have 4 dimensions (B, C, H, W), got ", x.dim());
@@ -95,10 +85,10 @@ struct Size {
 
 // Runs fill(pixel, count, row of operands) and the product over tiles of output pixels.
 template <class Fill>
-void product_of_tiles(const Packed& packed, const Size& out, ScalarType dtype, const Tensor& bias,
-                      bool relu, void* data, const Fill& fill) {
-  const Element element = element_of(dtype);
-  const int64_t out_size = element == Element::kFloat ? 4 : 2;
+void product_of_tiles(const Packed& packed, const Size& out, const Tensor& bias, bool relu,
+                      const Tensor& result, const Fill& fill) {
+  const Element element = element_of(result);
+  char* data = static_cast<char*>(result.mutable_data_ptr());
   const PixelProductFunction multiply =
       packed.table->product[static_cast<int>(packed.operand)][static_cast<int>(element)];
   const int64_t block = packed.table->pixels;
@@ -124,7 +114,7 @@ void product_of_tiles(const Packed& packed, const Size& out, ScalarType dtype, c
                                  count,
                                  out.channels,
                                  out.channels};
-      multiply(product, static_cast<char*>(data) + pixel * out.channels * out_size);
+      multiply(product, data + pixel * out.channels * element_size(element));
     }
   });
 }
@@ -213,10 +203,10 @@ Tensor separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor
   if (x.stride(1) != 1 && channels > 1) {
     x = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
   }
-  const Element element = element_of(x.scalar_type());
+  const Element element = element_of(x);
   const DepthwiseFunction convolve =
       weights.table->depthwise[static_cast<int>(element)][static_cast<int>(weights.operand)];
-  const int64_t size = element == Element::kFloat ? 4 : 2;
+  const int64_t size = element_size(element);
   const char* data = static_cast<const char*>(x.const_data_ptr());
   const auto fill = [&](int64_t pixel, int64_t count, char* rows) {
     each_run(out, pixel, count, [&](int64_t b, int64_t y, int64_t at, int64_t length, int64_t to) {
@@ -239,7 +229,7 @@ Tensor separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor
       convolve(run, rows + to * weights.row * weights.size);
     });
   };
-  product_of_tiles(weights, out, x.scalar_type(), bias, relu, result.mutable_data_ptr(), fill);
+  product_of_tiles(weights, out, bias, relu, result, fill);
   return result;
 }
 
@@ -255,7 +245,7 @@ Tensor stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) {
   if (images.numel() == 0) return result;
   const auto fill = [&](int64_t pixel, int64_t count, char* rows) {
     float* to = reinterpret_cast<float*>(rows);
-    switch (element_of(images.scalar_type())) {
+    switch (element_of(images)) {
       case Element::kFloat:
         return gather<float>(images, out, weights, pixel, count, to);
       case Element::kBFloat16:
@@ -264,7 +254,7 @@ Tensor stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) {
         return gather<Half>(images, out, weights, pixel, count, to);
     }
   };
-  product_of_tiles(weights, out, dtype, bias, true, result.mutable_data_ptr(), fill);
+  product_of_tiles(weights, out, bias, true, result, fill);
   return result;
 }
 

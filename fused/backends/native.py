@@ -29,6 +29,22 @@ SCHEMAS = (
     "channel_statistics(Tensor x) -> (Tensor mean, Tensor max, Tensor argmax)",
     "channel_statistics_backward(Tensor grad_mean, Tensor grad_max, Tensor argmax, Tensor x)"
     " -> Tensor grad_x",
+    # Products on the CPU (csrc/cpu/products.cpp). A packed weight is bytes for this processor;
+    # `bfloat16` says that its maps will be. Vectors are float32, maps float32, bfloat16 or
+    # float16; an output has the dtype and the memory format of the first map.
+    "pack_product_weight(Tensor weight, bool bfloat16) -> Tensor packed",
+    # act(scale * (weight x) + shift), weight (M, K) packed, x (B, K, H, W)
+    "pointwise_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, bool relu)"
+    " -> Tensor out",
+    "channel_interaction_packed(Tensor x, Tensor squeeze_weight, Tensor excite_weight,"
+    " Tensor interaction_packed)"
+    " -> (Tensor e, Tensor gate, Tensor mean, Tensor maximum, Tensor argmax)",
+    # batch norms as scales and shifts; mean_only: the mean of out over the pixels, float32 (B, C)
+    "gated_fusion_packed(Tensor e, Tensor w, Tensor squeeze_packed, Tensor squeeze_scale,"
+    " Tensor squeeze_shift, Tensor fusion_of_s_packed, Tensor fusion_of_r_packed,"
+    " Tensor fusion_scale, Tensor fusion_shift, bool mean_only) -> Tensor out",
+    # relu(scale * sum of up(weight_i feature_i) + shift), a packed weight for each feature
+    "msff_packed(Tensor[] features, Tensor[] packed, Tensor scale, Tensor shift) -> Tensor out",
     "separable_pack(Tensor weight, bool pairs) -> Tensor",
     "separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed, Tensor bias,"
     " int stride, bool relu) -> Tensor",

@@ -135,6 +135,26 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
                      _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
+
+  // v[i][j] and v[j][i] change places.
+  static void transpose(Floats* v) {
+    Floats pair[kLanes], four[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+      pair[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+      pair[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {
+      for (int h = 0; h < 2; ++h) {
+        const __m256d a = _mm256_castps_pd(pair[i + h]), b = _mm256_castps_pd(pair[i + 2 + h]);
+        four[i + 2 * h] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+        four[i + 2 * h + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {  // four[4 i + j] holds columns j and j + 4 of rows 4 i..
+      v[j] = _mm256_permute2f128_ps(four[j], four[4 + j], 0x20);
+      v[4 + j] = _mm256_permute2f128_ps(four[j], four[4 + j], 0x31);
+    }
+  }
 };
 
 #include "arithmetic.h"

@@ -127,6 +127,32 @@ struct Simd {
   static void store(Half* out, Floats a, int count) {
     _mm256_mask_storeu_epi16(out, first(count), to_half(a));
   }
+
+  // v[i][j] and v[j][i] change places.
+  static void transpose(Floats* v) {
+    Floats pair[kLanes], four[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+      pair[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {
+      for (int h = 0; h < 2; ++h) {
+        const __m512d a = _mm512_castps_pd(pair[i + h]), b = _mm512_castps_pd(pair[i + 2 + h]);
+        four[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        four[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {  // four[4 i + j] holds columns j, j + 4, j + 8, j + 12 of rows 4 i..
+      const Floats a = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x88);
+      const Floats b = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x88);
+      const Floats c = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xdd);
+      const Floats d = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xdd);
+      v[j] = _mm512_shuffle_f32x4(a, b, 0x88);
+      v[8 + j] = _mm512_shuffle_f32x4(a, b, 0xdd);
+      v[4 + j] = _mm512_shuffle_f32x4(c, d, 0x88);
+      v[12 + j] = _mm512_shuffle_f32x4(c, d, 0xdd);
+    }
+  }
 };
 
 #include "arithmetic.h"

@@ -140,6 +140,17 @@ struct Simd {
   static void store(T* out, const Floats& a, int count) {
     for (int i = 0; i < count; ++i) from_float(a.lane[i], out + i);
   }
+
+  // v[i][j] and v[j][i] change places.
+  static void transpose(Floats* v) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float value = v[i].lane[j];
+        v[i].lane[j] = v[j].lane[i];
+        v[j].lane[i] = value;
+      }
+    }
+  }
 };
 
 #include "arithmetic.h"

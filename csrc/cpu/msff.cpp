@@ -1,0 +1,164 @@
+// The stage msff on the CPU, with the batch norm as scale and shift (spec.md 1, 5.1):
+//
+//   out = relu(scale * sum_i up(W_i f_i) + shift)
+//
+// Maps of less than the target's size are multiplied at their own size into float32 buffers of
+// neighbouring channels; the others are multiplied tile by tile, and the tile's epilogue adds the
+// bilinearly resized buffers (align_corners=False): four vectors of channels a pixel, no gathers.
+//
+// Layouts, threads, sums  as in products.cpp.
+// Bytes    reads each map once; writes and reads C_out floats a pixel of each small map, which the
+//          last-level cache holds; writes out once.
+#include "msff.h"
+
+#include <cmath>
+
+#include "products.h"
+
+namespace ciema::cpu {
+namespace {
+
+// Between which two of `size` places the centre of place `i` of `target` lies; double, because an
+// error of a position counts as often as neighbours differ.
+struct Between {
+  Between(int64_t i, int64_t target, int64_t size) {
+    const double ratio = static_cast<double>(size) / static_cast<double>(target);
+    const double place = std::max((static_cast<double>(i) + 0.5) * ratio - 0.5, 0.0);
+    low = std::min(static_cast<int64_t>(place), size - 1);
+    high = std::min(low + 1, size - 1);
+    share = place - static_cast<double>(low);
+  }
+  int64_t low, high;
+  double share;  // of high
+};
+
+// For each pixel of height x width the four pixels of a smaller map, `channels` floats each.
+std::vector<Taps> taps_of(int64_t height, int64_t width, const Tensor& small, int64_t channels) {
+  std::vector<Taps> taps;
+  taps.reserve(height * width);
+  for (int64_t y = 0; y < height; ++y) {
+    const Between row(y, height, small.size(2));
+    for (int64_t x = 0; x < width; ++x) {
+      const Between column(x, width, small.size(3));
+      Taps tap;
+      for (int t = 0; t < 4; ++t) {
+        const int64_t line = t < 2 ? row.low : row.high;
+        const double share = t < 2 ? 1.0 - row.share : row.share;
+        const bool left = t % 2 == 0;
+        const int64_t at = line * small.size(3) + (left ? column.low : column.high);
+        tap.offset[t] = at * channels;
+        tap.weight[t] = static_cast<float>(share * (left ? 1.0 - column.share : column.share));
+      }
+      taps.push_back(tap);
+    }
+  }
+  return taps;
+}
+
+struct Native {
+  Map map;
+  PackedWeight weight;
+  int64_t panel;  // where its panel lies in a thread's floats
+};
+
+struct Small {
+  Tensor product;  // (B, H_i * W_i, C_out) float32
+  std::vector<Taps> taps;
+  int64_t plane;
+};
+
+Tensor product_of(const Map& map, const PackedWeight& weight) {
+  const int64_t rows = weight.rows(), plane = map.plane();
+  Tensor out = torch::stable::empty({map.batch(), plane, rows}, ScalarType::Float, std::nullopt,
+                                    map.tensor().device());
+  float* data = static_cast<float*>(out.mutable_data_ptr());
+  const int64_t acc_floats = kBlockRows * products().pixels;
+  for_each_block(
+      map.batch(), plane, rows, map.channels(), acc_floats + weight.panel_floats(),
+      [&](const Tile& tile, float* scratch) {
+        map.pack(tile.sample, tile.pixel, tile.count, weight.words(), scratch + acc_floats);
+      },
+      [&](const Tile& tile, int64_t row, int count, float* acc) {
+        weight.multiply(row, acc + acc_floats, tile.count, false, acc);
+        float* to = data + (tile.sample * plane + tile.pixel) * rows + row;
+        products().affine[static_cast<int>(Element::kFloat)](acc, count, tile.count, Affine{},
+                                                             MutableMapView{to, 1, rows});
+      });
+  return out;
+}
+
+void fuse(const std::vector<Native>& natives, const std::vector<Small>& smalls,
+          const Vector& scale, const Vector& shift, Map* out) {
+  const int64_t rows = out->channels(), acc_floats = kBlockRows * products().pixels;
+  int64_t floats = acc_floats, work = 4 * static_cast<int64_t>(smalls.size()) + 1;
+  for (const Native& native : natives) {
+    floats += native.weight.panel_floats();
+    work += native.map.channels();
+  }
+  for_each_block(
+      out->batch(), out->plane(), rows, work, floats,
+      [&](const Tile& tile, float* scratch) {
+        for (const Native& native : natives) {
+          native.map.pack(tile.sample, tile.pixel, tile.count, native.weight.words(),
+                          scratch + native.panel);
+        }
+      },
+      [&](const Tile& tile, int64_t row, int count, float* acc) {
+        if (natives.empty()) std::fill_n(acc, acc_floats, 0.0f);
+        for (const Native& native : natives) {
+          native.weight.multiply(row, acc + native.panel, tile.count, &native != &natives[0], acc);
+        }
+        std::vector<Resized> resized;
+        for (const Small& small : smalls) {
+          const float* data = static_cast<const float*>(small.product.const_data_ptr());
+          resized.push_back({data + tile.sample * small.plane * rows + row,
+                             small.taps.data() + tile.pixel});
+        }
+        const Affine affine{scale.data() + row, shift.data() + row, resized.data(),
+                            static_cast<int>(resized.size()), true};
+        products().affine[out->element()](acc, count, tile.count, affine,
+                                          out->mutable_at(tile.sample, row, tile.pixel));
+      });
+}
+
+}  // namespace
+
+Tensor msff_packed(std::vector<Tensor> features, std::vector<Tensor> packed, Tensor scale,
+                   Tensor shift) {
+  STD_TORCH_CHECK(!features.empty() && features.size() == packed.size(),
+                  "msff needs a packed weight for each of its maps, got ", features.size(),
+                  " maps and ", packed.size(), " weights");
+  int64_t height = 0, width = 0;
+  for (const Tensor& feature : features) {
+    check_x(feature);
+    STD_TORCH_CHECK(feature.size(0) == features[0].size(0) &&
+                        feature.scalar_type() == features[0].scalar_type(),
+                    "the maps must have one batch size and one dtype");
+    height = std::max(height, feature.size(2));
+    width = std::max(width, feature.size(3));
+  }
+  const int64_t rows = scale.numel();
+  const Vector scales(scale, "scale", rows), shifts(shift, "shift", rows);
+  std::vector<Native> natives;
+  std::vector<Small> smalls;
+  int64_t panel = kBlockRows * products().pixels;
+  for (size_t i = 0; i < features.size(); ++i) {
+    const Tensor& feature = features[i];
+    const PackedWeight weight(packed[i], "packed", feature, feature.size(1));
+    STD_TORCH_CHECK(weight.rows() == rows, "packed[", i, "] has ", weight.rows(),
+                    " rows, scale has ", rows);
+    const Map map(feature);
+    if (feature.size(2) == height && feature.size(3) == width) {
+      natives.push_back({map, weight, panel});
+      panel += weight.panel_floats();
+    } else {
+      smalls.push_back({product_of(map, weight), taps_of(height, width, feature, rows),
+                        map.plane()});
+    }
+  }
+  Map out(empty_map(features[0], rows, height, width));
+  fuse(natives, smalls, scales, shifts, &out);
+  return out.tensor();
+}
+
+}  // namespace ciema::cpu

@@ -1,0 +1,17 @@
+// The stage msff on the CPU, as the dispatcher calls it.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+namespace ciema::cpu {
+
+using torch::stable::Tensor;
+
+// features (B, C_i, H_i, W_i), a packed weight (C_out, C_i) for each, scale and shift float32 (C_out)
+// -> out (B, C_out, max H_i, max W_i), dtype and memory format of the first
+Tensor msff_packed(std::vector<Tensor> features, std::vector<Tensor> packed, Tensor scale,
+                   Tensor shift);
+
+}  // namespace ciema::cpu

@@ -1,0 +1,166 @@
+// Products of a weight with every pixel of a map, for the stages built on them: packed weights, views
+// of maps, and the loop over tiles of pixels and blocks of rows.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../common/checks.h"
+#include "../common/layout.h"
+#include "elements.h"
+#include "isa.h"
+
+namespace ciema::cpu {
+
+inline const Products& products() { return *chosen_instruction_set().products; }
+
+// ----------------------------------------------------------------------------------- packed weights
+
+// weight (M, K) or (M, K, 1, 1) float32 -> bytes for this process's instruction set. `bfloat16` asks
+// for pairs of bfloat16, which is granted if the processor multiplies them: for bfloat16 maps.
+Tensor pack_product_weight(Tensor weight, bool bfloat16);
+
+// What a packed tensor holds; it must outlive this.
+class PackedWeight {
+ public:
+  // Refuses what was not packed in a process like this one, or does not fit the map's channels.
+  PackedWeight(const Tensor& packed, const char* name, const Tensor& map, int64_t columns);
+
+  int64_t rows() const { return rows_; }
+  Words words() const { return words_; }
+  int64_t steps() const { return steps_; }
+  // Floats that a panel of a map takes as the second operand.
+  int64_t panel_floats() const { return steps_ * products().pixels; }
+
+  // acc (+)= rows [row, row + kBlockRows) x panel.
+  void multiply(int64_t row, const float* panel, int count, bool accumulate, float* acc) const {
+    const int64_t first = row / products().rows;
+    const int64_t all = (rows_ + products().rows - 1) / products().rows;
+    const int64_t panels = std::min<int64_t>(kBlockRows / products().rows, all - first);
+    products().multiply[static_cast<int>(words_)](data_ + first * products().rows * steps_, panels,
+                                                  panel, steps_, count, accumulate, acc);
+  }
+
+ private:
+  const float* data_;
+  int64_t rows_, columns_, steps_;
+  Words words_;
+};
+
+// --------------------------------------------------------------------------------------------- maps
+
+// A map that is read where it lies, or a copy of it; keeps the tensor.
+class Map {
+ public:
+  explicit Map(Tensor x) : x_(readable_in_place(x) ? x : torch::stable::contiguous(x)) {
+    const Planes planes = planes_of(x_);
+    element_ = element_of(x_);
+    stride_b_ = planes.stride_b;
+    // A single pixel is read along its channels.
+    const bool last = planes.layout == Layout::kChannelsLast;
+    stride_c_ = last ? 1 : planes.stride_c;
+    stride_s_ = last && planes.stride_s == 1 ? planes.channels : planes.stride_s;
+    plane_ = planes.plane;
+  }
+
+  const Tensor& tensor() const { return x_; }
+  int64_t batch() const { return x_.size(0); }
+  int64_t channels() const { return x_.size(1); }
+  int64_t plane() const { return plane_; }
+  int element() const { return static_cast<int>(element_); }
+
+  MapView at(int64_t b, int64_t channel, int64_t pixel) const {
+    const int64_t offset = b * stride_b_ + channel * stride_c_ + pixel * stride_s_;
+    const char* data = static_cast<const char*>(x_.const_data_ptr());
+    return {data + offset * element_size(element_), stride_c_, stride_s_};
+  }
+  MutableMapView mutable_at(int64_t b, int64_t channel, int64_t pixel) {
+    const MapView view = at(b, channel, pixel);
+    return {const_cast<void*>(view.data), view.stride_c, view.stride_s};
+  }
+
+  // Packs all channels of a tile of pixels into a panel for `weight`.
+  void pack(int64_t b, int64_t pixel, int count, Words words, float* panel,
+            const float* gate = nullptr, int64_t group_channels = 1) const {
+    products().pack[static_cast<int>(words)][element()](at(b, 0, pixel), channels(), count, gate,
+                                                        group_channels, panel);
+  }
+
+ private:
+  Tensor x_;
+  Element element_;
+  int64_t stride_b_, stride_c_, stride_s_, plane_;
+};
+
+// A new map (batch, channels, height, width) with the dtype and memory format of x.
+Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width);
+
+// ------------------------------------------------------------------------------------------ the loop
+
+struct Free {
+  void operator()(float* data) const { operator delete(data, std::align_val_t(64)); }
+};
+using Scratch = std::unique_ptr<float[], Free>;
+inline Scratch make_scratch(int64_t floats) {
+  const size_t bytes = static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float);
+  return Scratch(static_cast<float*>(operator new(bytes, std::align_val_t(64))));
+}
+
+// A tile of pixels of one sample.
+struct Tile {
+  int64_t index, sample, pixel;
+  int count;
+};
+
+inline int64_t tiles_of(int64_t plane) { return (plane + products().pixels - 1) / products().pixels; }
+
+// Calls `begin(tile, scratch)` and then `block(tile, row, rows, scratch)` for the blocks of kBlockRows
+// rows of each tile. A thread takes neighbouring blocks, so that it packs few tiles that it does not
+// finish; tiles are cut alike for any number of threads. `work`: multiply-adds a row and pixel.
+template <class Begin, class Block>
+void for_each_block(int64_t batch, int64_t plane, int64_t rows, int64_t work,
+                    int64_t scratch_floats, const Begin& begin, const Block& block) {
+  constexpr int64_t kWorkPerTask = 1 << 20;  // less is not worth a thread
+  const int64_t pixels = products().pixels, tiles = tiles_of(plane);
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t block_work = std::max<int64_t>(1, work * std::min<int64_t>(plane, pixels) *
+                                                      std::min<int64_t>(rows, kBlockRows));
+  const int64_t grain = std::max<int64_t>(1, kWorkPerTask / block_work);
+  torch::stable::parallel_for(0, batch * tiles * blocks, grain, [&](int64_t first, int64_t last) {
+    const Scratch scratch = make_scratch(scratch_floats);
+    Tile tile{-1, 0, 0, 0};
+    for (int64_t i = first; i < last; ++i) {
+      if (i / blocks != tile.index) {
+        const int64_t index = i / blocks, pixel = index % tiles * pixels;
+        tile = {index, index / tiles, pixel,
+                static_cast<int>(std::min(pixels, plane - pixel))};
+        begin(tile, scratch.get());
+      }
+      const int64_t row = i % blocks * kBlockRows;
+      block(tile, row, static_cast<int>(std::min<int64_t>(kBlockRows, rows - row)), scratch.get());
+    }
+  });
+}
+
+// A float32 vector, contiguous; keeps the tensor.
+class Vector {
+ public:
+  Vector(const Tensor& value, const char* name, int64_t size);
+  const float* data() const { return static_cast<const float*>(value_.const_data_ptr()); }
+
+ private:
+  Tensor value_;
+};
+
+// out = act(scale * (weight x map) + shift), a 1x1 convolution with what follows it.
+Tensor pointwise_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
+                        std::optional<Tensor> shift, bool relu);
+
+}  // namespace ciema::cpu

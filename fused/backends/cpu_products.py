@@ -1,0 +1,152 @@
+"""Stages built on the native products: their weights are packed a call, 4 MB for 1024 × 1024.
+
+A frozen network packs once and calls the `_packed` ops itself: native.py has their schemas, and
+`gated_fusion_weights` and `folded_norm` give their arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .native import kernel
+from .reference import gated_fusion as reference_gated_fusion
+from .reference import msff as reference_msff
+
+
+def pack(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A weight (M, K) or (M, K, 1, 1) packed for products with maps of the dtype of `x`."""
+    bfloat16 = x.dtype == torch.bfloat16
+    packed: torch.Tensor = kernel("pack_product_weight")(weight.float(), bfloat16)
+    return packed
+
+
+def folded_norm(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 scale and shift (C,) that do what a batch norm with these statistics does."""
+    assert mean is not None  # the contract refuses evaluation without running statistics
+    assert var is not None
+    scale = weight.double() * (var.double() + eps).rsqrt()
+    return scale, bias.double() - mean.double() * scale
+
+
+# --------------------------------------------------------------------------- channel interaction
+
+
+def channel_interaction(
+    x: torch.Tensor,
+    squeeze_weight: torch.Tensor,
+    excite_weight: torch.Tensor,
+    interaction_weight: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Return e (B, C, H, W), the gate a (B, C), and x's mean, maximum and argmax (B, C)."""
+    results: tuple[torch.Tensor, ...] = kernel("channel_interaction_packed")(
+        x, squeeze_weight.float(), excite_weight.float(), pack(interaction_weight, x)
+    )
+    return results
+
+
+# ---------------------------------------------------------------------------------- gated fusion
+
+
+class FusionWeights(NamedTuple):
+    """What `gated_fusion_packed` takes after e and w, before packing; float32."""
+
+    squeeze: torch.Tensor
+    squeeze_scale: torch.Tensor
+    squeeze_shift: torch.Tensor
+    fusion_of_s: torch.Tensor
+    fusion_of_r: torch.Tensor
+    fusion_scale: torch.Tensor
+    fusion_shift: torch.Tensor
+
+    def packed(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The op's arguments for maps of the dtype of `x`."""
+        weights = ("squeeze", "fusion_of_s", "fusion_of_r")
+        pairs = self._asdict().items()
+        return tuple(pack(v, x) if key in weights else v.float() for key, v in pairs)
+
+
+def gated_fusion_weights(
+    squeeze_weight: torch.Tensor,
+    expand_weight: torch.Tensor,
+    fusion_weight: torch.Tensor,
+    norms: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    dtype: torch.dtype = torch.float64,
+) -> FusionWeights:
+    """Fold gated fusion by identity 5.3.
+
+    Args:
+        squeeze_weight: W1.
+        expand_weight: W2.
+        fusion_weight: Wf.
+        norms: scale and shift of the three batch norms.
+        dtype: of the product Wf_m·D2·W2, which costs C³/4 multiply-adds.
+    """
+    channels = fusion_weight.shape[0]
+    of_s, of_m = fusion_weight[:, :, 0, 0].to(dtype).split(channels, 1)
+    (scale1, shift1), (scale2, shift2), (scale3, shift3) = norms
+    of_r = of_m @ (scale2.to(dtype)[:, None] * expand_weight[:, :, 0, 0].to(dtype))
+    bias = (of_m @ shift2.to(dtype)).double()
+    return FusionWeights(
+        *(squeeze_weight, scale1.float(), shift1.float(), of_s, of_r),
+        *(scale3.float(), (shift3 + scale3 * bias).float()),
+    )
+
+
+def gated_fusion(e: torch.Tensor, w: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    """As the reference's `forward`, which still runs training and what keeps maps for it."""
+    (squeeze_weight, *norm1, expand_weight, a, b, c, d, fusion_weight, f, g, h, i) = rest[:15]
+    training, *eps, save = rest[15:]
+    if training or save:
+        return reference_gated_fusion.forward(e, w, *rest)
+    values = (norm1, (a, b, c, d), (f, g, h, i))
+    norms = [folded_norm(*value, one) for value, one in zip(values, eps, strict=True)]
+    # float32 here, not the default: every call folds, and 0.5 GFLOP in float64 would show.
+    weights = gated_fusion_weights(
+        squeeze_weight, expand_weight, fusion_weight, norms, torch.float32
+    )
+    out = kernel("gated_fusion_packed")(e, w, *weights.packed(e), False)
+    nothing = (e.new_empty(0) for _ in range(2))
+    return (out, *nothing, *(e.new_empty(0, dtype=torch.float32) for _ in range(6)))
+
+
+# ------------------------------------------------------------------------------------------ msff
+
+
+def msff(
+    features: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor,
+    bn_bias: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """As the reference's `forward`, which still runs training."""
+    if training:
+        return reference_msff.forward(
+            features, weight, bn_weight, bn_bias, running_mean, running_var, training, eps
+        )
+    scale, shift = folded_norm(bn_weight, bn_bias, running_mean, running_var, eps)
+    parts = weight.split([f.shape[1] for f in features], 1)
+    packed = [pack(part, features[0]) for part in parts]
+    out = kernel("msff_packed")(list(features), packed, scale.float(), shift.float())
+    return out, *(out.new_empty(0, dtype=torch.float32) for _ in range(2))
+
+
+KERNELS: Mapping[str, Callable[..., object]] = {
+    "msff": msff,
+    "msff_backward": reference_msff.backward,
+    "channel_interaction": channel_interaction,
+    "gated_fusion": gated_fusion,
+    "gated_fusion_backward": reference_gated_fusion.backward,
+}
