@@ -16,10 +16,10 @@ std::vector<InstructionSet> find_available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512) found.push_back({"avx512", &kAvx512ChannelStatistics});
-  if (avx2) found.push_back({"avx2", &kAvx2ChannelStatistics});
+  if (avx512) found.push_back({"avx512", &kAvx512ChannelStatistics, &kAvx512CrossSpatial});
+  if (avx2) found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2CrossSpatial});
 #endif
-  found.push_back({"portable", &kPortableChannelStatistics});
+  found.push_back({"portable", &kPortableChannelStatistics, &kPortableCrossSpatial});
   return found;
 }
 

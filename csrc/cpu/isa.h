@@ -4,12 +4,14 @@
 #include <string>
 
 #include "simd/channel_statistics.h"
+#include "simd/cross_spatial.h"
 
 namespace ciema::cpu {
 
 struct InstructionSet {
   const char* name;
   const ChannelStatistics* channel_statistics;
+  const CrossSpatial* cross_spatial;
 };
 
 // Chosen once, when first asked (FUSED_CPU_ISA is read then). Throws with the reason if the

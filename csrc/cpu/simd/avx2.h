@@ -98,6 +98,25 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 
+  // Lane j of vector i and lane i of vector j change places.
+  static void transpose(Floats (&a)[kLanes]) {
+    Floats b[kLanes];
+    for (int i = 0; i < kLanes; i += 4) {  // 4x4 blocks inside the halves of four vectors
+      const Floats low0 = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      const Floats high0 = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      const Floats low1 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]);
+      const Floats high1 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+      b[i] = _mm256_shuffle_ps(low0, low1, 0x44);
+      b[i + 1] = _mm256_shuffle_ps(low0, low1, 0xee);
+      b[i + 2] = _mm256_shuffle_ps(high0, high1, 0x44);
+      b[i + 3] = _mm256_shuffle_ps(high0, high1, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {  // then the halves
+      a[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+      a[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+  }
+
   // The first `count` lanes, 0 < count <= kLanes; the others load as zero and are not written.
   static __m256i first(int count) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

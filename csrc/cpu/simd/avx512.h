@@ -84,6 +84,31 @@ struct Simd {
   static Floats exp2_of_whole(Floats a) { return _mm512_scalef_ps(set(1.0f), a); }
   static float reduce_add(Floats a) { return _mm512_reduce_add_ps(a); }
 
+  // Lane j of vector i and lane i of vector j change places.
+  static void transpose(Floats (&a)[kLanes]) {
+    Floats b[kLanes];
+    for (int i = 0; i < kLanes; i += 4) {  // 4x4 blocks inside the quarters of four vectors
+      const Floats low0 = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      const Floats high0 = _mm512_unpackhi_ps(a[i], a[i + 1]);
+      const Floats low1 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]);
+      const Floats high1 = _mm512_unpackhi_ps(a[i + 2], a[i + 3]);
+      b[i] = _mm512_shuffle_ps(low0, low1, 0x44);
+      b[i + 1] = _mm512_shuffle_ps(low0, low1, 0xee);
+      b[i + 2] = _mm512_shuffle_ps(high0, high1, 0x44);
+      b[i + 3] = _mm512_shuffle_ps(high0, high1, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {  // then the 4x4 quarters
+      const Floats even0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+      const Floats odd0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+      const Floats even1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+      const Floats odd1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+      a[i] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+      a[i + 4] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+      a[i + 8] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+      a[i + 12] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+    }
+  }
+
   // The first `count` lanes, 0 < count <= kLanes; the others load as zero and are not written.
   static __mmask16 first(int count) { return static_cast<__mmask16>(0xffffu >> (16 - count)); }
   static Floats load(const float* x, int count) { return _mm512_maskz_loadu_ps(first(count), x); }

@@ -125,6 +125,17 @@ struct Simd {
     return sum;
   }
 
+  // Lane j of vector i and lane i of vector j change places.
+  static void transpose(Floats (&a)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float kept = a[i].lane[j];
+        a[i].lane[j] = a[j].lane[i];
+        a[j].lane[i] = kept;
+      }
+    }
+  }
+
   // The first `count` lanes, 0 < count <= kLanes; the others load as zero and are not written.
   template <class T>
   static Floats load(const T* x, int count) {
