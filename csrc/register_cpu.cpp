@@ -2,11 +2,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/channel_interaction.h"
+#include "cpu/coordinate_attention.h"
 #include "cpu/cross_spatial.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ciema::cpu::channel_statistics));
   m.impl("channel_statistics_backward", TORCH_BOX(&ciema::cpu::channel_statistics_backward));
+  m.impl("coordinate_attention", TORCH_BOX(&ciema::cpu::coordinate_attention));
   m.impl("cross_spatial_pack", TORCH_BOX(&ciema::cpu::cross_spatial_pack));
   m.impl("cross_spatial_packed", TORCH_BOX(&ciema::cpu::cross_spatial_packed));
 }

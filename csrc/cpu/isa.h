@@ -4,6 +4,7 @@
 #include <string>
 
 #include "simd/channel_statistics.h"
+#include "simd/coordinate_attention.h"
 #include "simd/cross_spatial.h"
 
 namespace ciema::cpu {
@@ -11,6 +12,7 @@ namespace ciema::cpu {
 struct InstructionSet {
   const char* name;
   const ChannelStatistics* channel_statistics;
+  const CoordinateAttention* coordinate_attention;
   const CrossSpatial* cross_spatial;
 };
 

@@ -6,9 +6,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "../common/layout.h"
-#include "simd/channel_statistics.h"
+#include "simd/slab.h"
 
 namespace ciema::cpu {
 
@@ -51,11 +52,26 @@ struct Slabs {
         stride_h(e.stride(2)),
         stride_w(e.size(3) == 1 && stride_c != 1 ? 1 : e.stride(3)) {}
 
-  const void* data(int64_t slab) const {
+  SlabMap map(int64_t slab) const {
     const int64_t offset = slab / groups * stride_b + slab % groups * channels * stride_c;
-    return start + offset * element_size;
+    return {start + offset * element_size, element, stride_c, stride_h, stride_w};
   }
 };
+
+// A small tensor that kernels read as an array.
+inline const float* float_values(const Tensor& values, const char* name, int64_t numel) {
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous(), name,
+                  " must be float32 and contiguous");
+  STD_TORCH_CHECK(values.numel() == numel, name, " must have ", numel, " values, got ",
+                  values.numel());
+  return static_cast<const float*>(values.const_data_ptr());
+}
+
+inline Tensor empty_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, like.device());
+}
+
+inline float* data_of(Tensor& floats) { return static_cast<float*>(floats.mutable_data_ptr()); }
 
 // run(first, last, scratch) for runs of slabs, one a thread; scratch: `floats` floats, one run's.
 template <class Run>

@@ -29,6 +29,8 @@ SCHEMAS = (
     "channel_statistics(Tensor x) -> (Tensor mean, Tensor max, Tensor argmax)",
     "channel_statistics_backward(Tensor grad_mean, Tensor grad_max, Tensor argmax, Tensor x)"
     " -> Tensor grad_x",
+    "coordinate_attention(Tensor e, Tensor weight, Tensor bias, int groups, float eps)"
+    " -> (Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd)",
     "cross_spatial_pack(Tensor gn_weight, Tensor gn_bias, Tensor conv3x3_weight,"
     " Tensor conv3x3_bias, Tensor spatial_conv1_weight, Tensor spatial_conv3_weight,"
     " Tensor spatial_conv5_weight, Tensor attention_weight, Tensor attention_bn_weight,"

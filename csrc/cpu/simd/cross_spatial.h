@@ -1,7 +1,7 @@
 // What each instruction set offers the stage cross_spatial in evaluation: one table of functions.
 #pragma once
 
-#include "channel_statistics.h"
+#include "slab.h"
 #include "target.h"
 
 namespace ciema::cpu {
@@ -28,13 +28,11 @@ struct CrossSpatialShape {
 };
 
 struct CrossSpatialSlab {
-  const void* e;
-  Element element;
-  int64_t stride_c, stride_h, stride_w;  // of e, in elements; stride_w or stride_c is 1
-  const float *alpha_h, *alpha_w;        // (c, H), (c, W)
-  const float *mean, *rstd;              // (c)
-  void* w;                               // (H, W), contiguous, of e's type
-  float *softmax1, *softmax2;            // (c)
+  SlabMap map;
+  const float *alpha_h, *alpha_w;  // (c, H), (c, W)
+  const float *mean, *rstd;        // (c)
+  void* w;                         // (H, W), contiguous, of e's type
+  float *softmax1, *softmax2;      // (c)
 };
 
 struct CrossSpatial {

@@ -18,6 +18,7 @@
 #include "winograd_body.h"
 #include "cross_spatial_weights_body.h"
 #include "slab_frame_body.h"
+#include "coordinate_attention_body.h"
 
 constexpr int64_t kChunkTiles = 12;
 constexpr int64_t kTilePixels = kOutputs5 * kOutputs5;
@@ -62,7 +63,7 @@ struct Work {
     features = take(kChunkPixels * 3 * f.cp);
     tiles_in = take(tiled ? kPositions * stride_in : 0);
     tiles_out = take(tiled ? kPositions * stride_out : 0);
-    gates = take((f.height + f.width + 2) * f.cp);
+    gates = take(Gates::size(f));
     logits = take(pixels);
     plane = take(f.height * f.width);
     mean = take(4 * f.cp);
@@ -346,7 +347,7 @@ inline void write_gates(const CrossSpatialShape& shape, const Work& work,
     logits = work.plane;
   }
   const int64_t count = f.height * f.width;
-  switch (slab.element) {
+  switch (slab.map.element) {
     case Element::kFloat:
       store_gates(logits, count, static_cast<float*>(slab.w));
       break;
@@ -356,6 +357,36 @@ inline void write_gates(const CrossSpatialShape& shape, const Work& work,
     case Element::kHalf:
       store_gates(logits, count, static_cast<Half*>(slab.w));
       break;
+  }
+}
+
+// Gates and statistics as the ops pass them, (c, H), (c, W) and (c), pixel-major.
+inline void load_gates(const CrossSpatialSlab& slab, const Frame& f, const Gates& gates) {
+  memset(gates.rows, 0, static_cast<size_t>(Gates::size(f)) * sizeof(float));
+  for (int64_t c = 0; c < f.c; ++c) {
+    for (int64_t y = 0; y < f.height; ++y) gates.rows[y * f.cp + c] = slab.alpha_h[c * f.height + y];
+    for (int64_t x = 0; x < f.width; ++x) gates.columns[x * f.cp + c] = slab.alpha_w[c * f.width + x];
+    gates.mean[c] = slab.mean[c];
+    gates.rstd[c] = slab.rstd[c];
+  }
+}
+
+// e becomes x1 = GN(e alpha_h alpha_w), in place. gn_weight and gn_bias are zero in the padding.
+inline void normalise_map(const Gates& gates, const float* gn_weight, const float* gn_bias,
+                          const Frame& f, float* map) {
+  for (int64_t c = 0; c < f.cp; c += kLanes) {
+    const Floats slope = Simd::mul(Simd::load(gates.rstd + c), Simd::load(gn_weight + c));
+    const Floats start = Simd::sub(Simd::load(gn_bias + c),
+                                   Simd::mul(Simd::load(gates.mean + c), slope));
+    for (int64_t y = 0; y < f.height; ++y) {
+      const Floats row = Simd::mul(Simd::load(gates.rows + y * f.cp + c), slope);
+      float* pixel = map + f.at(y, 0) + c;
+      const float* column = gates.columns + c;
+      for (int64_t x = 0; x < f.width; ++x, pixel += f.cp, column += f.cp) {
+        const Floats gate = Simd::mul(row, Simd::load(column));
+        Simd::store(pixel, Simd::fma(Simd::load(pixel), gate, start));
+      }
+    }
   }
 }
 
@@ -375,13 +406,15 @@ inline void run_slab(const CrossSpatialShape& shape, const float* packed,
   const Frame& f = work.frame;
   const int forms = static_cast<int>(packed[3]);
   const Packed weights(const_cast<float*>(packed), f.c, forms);
-  pack_map(slab, f, work.e);
+  const Gates gates(f, work.gates);
+  pack_map(slab.map, f, work.e);
   if (shape.form == kWinogradForm) {
     conv3x3_tiles(work, weights);
   } else {
     conv3x3_direct(work, weights);
   }
-  normalise_map(slab, weights.gn_weight, weights.gn_bias, f, work.gates, work.e);
+  load_gates(slab, f, gates);
+  normalise_map(gates, weights.gn_weight, weights.gn_bias, f, work.e);
   memset(work.logits, 0, static_cast<size_t>(work.pixels) * sizeof(float));
   branch(shape, work, weights, work.e, true, 0.0f);
   const float constant1 = soften(work, weights, slab.softmax1);

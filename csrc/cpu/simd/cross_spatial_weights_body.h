@@ -59,11 +59,11 @@ inline bool is_packed(const float* packed, int64_t size, int64_t channels, int f
 }
 
 inline void pack_direct(const float* weight, int64_t c, int64_t taps, float* out) {
-  const int64_t vectors = padded(c) / kLanes;
   for (int64_t o = 0; o < c; ++o) {
+    const PackedColumn column(taps * c, padded(c) / kLanes, o);
     for (int64_t i = 0; i < c; ++i) {
       for (int64_t tap = 0; tap < taps; ++tap) {
-        out[packed_place(taps * c, vectors, tap * c + i, o)] = weight[(o * c + i) * taps + tap];
+        out[column.start + (tap * c + i) * column.step] = weight[(o * c + i) * taps + tap];
       }
     }
   }
@@ -72,13 +72,24 @@ inline void pack_direct(const float* weight, int64_t c, int64_t taps, float* out
 // One kernel's columns start at `first` of `vectors` vectors.
 inline void pack_winograd(const float* weight, int64_t c, int size, int r, int64_t first,
                           int64_t vectors, float* out) {
-  double transformed[kPositions];
-  const int64_t stride = c * vectors * kLanes;
-  for (int64_t o = 0; o < c; ++o) {
+  double kernels[kMostTaps][kKernels], transformed[kPositions][kKernels];
+  const int64_t stride = c * vectors * kLanes, taps = size * size;
+  for (int64_t o = 0; o < c; o += kKernels) {  // kKernels divides the lanes: one panel has them all
+    const PackedColumn column(c, vectors, first + o);
+    const int64_t count = c - o < kKernels ? c - o : kKernels;
     for (int64_t i = 0; i < c; ++i) {
-      kernel_transform(weight + (o * c + i) * size * size, size, r, transformed);
-      float* at = out + packed_place(c, vectors, i, first + o);
-      for (int p = 0; p < kPositions; ++p) at[p * stride] = static_cast<float>(transformed[p]);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t k = 0; k < kKernels; ++k) {
+          kernels[tap][k] = k < count ? weight[((o + k) * c + i) * taps + tap] : 0.0;
+        }
+      }
+      kernel_transform(kernels, size, r, transformed);
+      float* at = out + column.start + i * column.step;
+      for (int p = 0; p < kPositions; ++p) {
+        for (int64_t k = 0; k < kKernels; ++k) {
+          at[p * stride + k] = static_cast<float>(transformed[p][k]);
+        }
+      }
     }
   }
 }
@@ -95,8 +106,9 @@ inline void pack_attention(const CrossSpatialParameters& p, int64_t c, const Pac
                                     p.attention_eps);
     out.attention_bias[column] =
         static_cast<float>(p.attention_bn_bias[o] - scale * p.attention_running_mean[o]);
+    const PackedColumn place(3 * c, 3 * cp / kLanes, column);
     for (int64_t i = 0; i < 3 * c; ++i) {
-      out.attention[packed_place(3 * c, 3 * cp / kLanes, i, column)] =
+      out.attention[place.start + i * place.step] =
           static_cast<float>(scale * p.attention_weight[o * 3 * c + i]);
     }
   }

@@ -40,14 +40,20 @@ struct Panels {
   int64_t width(int64_t panel) const { return narrow + (panel < wide ? 1 : 0); }
 };
 
-// Where weight (row, column) of a `rows` x `vectors` matrix goes; row counts taps and k.
-inline int64_t packed_place(int64_t rows, int64_t vectors, int64_t row, int64_t column) {
-  const Panels panels(vectors);
-  int64_t panel = 0;
-  while (column >= (panels.first(panel) + panels.width(panel)) * kLanes) ++panel;
-  const int64_t start = panels.first(panel) * kLanes;
-  return start * rows + row * panels.width(panel) * kLanes + column - start;
-}
+// Column `column` of a packed `rows` x `vectors` matrix: row r is at start + r * step. Rows count
+// taps and k.
+struct PackedColumn {
+  int64_t start, step;
+
+  PackedColumn(int64_t rows, int64_t vectors, int64_t column) {
+    const Panels panels(vectors);
+    int64_t panel = 0;
+    while (column >= (panels.first(panel) + panels.width(panel)) * kLanes) ++panel;
+    const int64_t first = panels.first(panel) * kLanes;
+    step = panels.width(panel) * kLanes;
+    start = first * rows + column - first;
+  }
+};
 
 struct Tap {
   int64_t offset;  // into a, from the row's start

@@ -73,7 +73,7 @@ inline void pack_pixels(const T* e, int64_t stride_h, int64_t stride_w, const Fr
 }
 
 template <class T>
-inline void pack_map(const CrossSpatialSlab& slab, const Frame& f, float* out) {
+inline void pack_map(const SlabMap& slab, const Frame& f, float* out) {
   const T* e = static_cast<const T*>(slab.e);
   if (slab.stride_w == 1) {
     pack_planes(e, slab.stride_c, slab.stride_h, f, out);
@@ -82,7 +82,7 @@ inline void pack_map(const CrossSpatialSlab& slab, const Frame& f, float* out) {
   }
 }
 
-inline void pack_map(const CrossSpatialSlab& slab, const Frame& f, float* out) {
+inline void pack_map(const SlabMap& slab, const Frame& f, float* out) {
   switch (slab.element) {
     case Element::kFloat:
       pack_map<float>(slab, f, out);
@@ -93,33 +93,5 @@ inline void pack_map(const CrossSpatialSlab& slab, const Frame& f, float* out) {
     case Element::kHalf:
       pack_map<Half>(slab, f, out);
       break;
-  }
-}
-
-// e becomes x1 = GN(e * alpha_h * alpha_w), in place. gates: scratch of (H + W + 2) * cp.
-inline void normalise_map(const CrossSpatialSlab& slab, const float* gn_weight,
-                          const float* gn_bias, const Frame& f, float* gates, float* map) {
-  float* rows = gates;
-  float* columns = rows + f.height * f.cp;
-  float* scale = columns + f.width * f.cp;
-  float* shift = scale + f.cp;
-  memset(gates, 0, static_cast<size_t>((f.height + f.width + 2) * f.cp) * sizeof(float));
-  for (int64_t c = 0; c < f.c; ++c) {
-    scale[c] = slab.rstd[c] * gn_weight[c];
-    shift[c] = gn_bias[c] - slab.mean[c] * scale[c];
-    for (int64_t y = 0; y < f.height; ++y) rows[y * f.cp + c] = slab.alpha_h[c * f.height + y];
-    for (int64_t x = 0; x < f.width; ++x) columns[x * f.cp + c] = slab.alpha_w[c * f.width + x];
-  }
-  for (int64_t c = 0; c < f.cp; c += kLanes) {
-    const Floats slope = Simd::load(scale + c), start = Simd::load(shift + c);
-    for (int64_t y = 0; y < f.height; ++y) {
-      const Floats row = Simd::mul(Simd::load(rows + y * f.cp + c), slope);
-      float* pixel = map + f.at(y, 0) + c;
-      const float* column = columns + c;
-      for (int64_t x = 0; x < f.width; ++x, pixel += f.cp, column += f.cp) {
-        const Floats gate = Simd::mul(row, Simd::load(column));
-        Simd::store(pixel, Simd::fma(Simd::load(pixel), gate, start));
-      }
-    }
   }
 }

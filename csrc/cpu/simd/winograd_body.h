@@ -99,22 +99,27 @@ inline void kernel_points(int r, double (&g)[kTile][5]) {
   for (int k = 0; k < r; ++k) g[kTile - 1][k] = k == r - 1 ? 1.0 : 0.0;
 }
 
-// G k G^T of one kernel (size x size, row-major), framed with zeros to r x r, in float64.
-inline void kernel_transform(const float* kernel, int size, int r, double (&out)[kPositions]) {
-  double g[kTile][5], rows[kTile][5];
+// G k G^T of kKernels kernels (size x size), framed with zeros to r x r, in float64.
+constexpr int kKernels = 8;
+constexpr int kMostTaps = 25;
+
+inline void kernel_transform(const double (&kernels)[kMostTaps][kKernels], int size, int r,
+                             double (&out)[kPositions][kKernels]) {
+  double g[kTile][5], rows[kTile][5][kKernels];
   kernel_points(r, g);
   const int frame = (r - size) / 2;
+  memset(rows, 0, sizeof(rows));
+  memset(out, 0, sizeof(out));
   for (int j = 0; j < kTile; ++j) {
-    for (int x = 0; x < size; ++x) {
-      rows[j][x] = 0.0;
-      for (int y = 0; y < size; ++y) rows[j][x] += g[j][y + frame] * kernel[y * size + x];
+    for (int tap = 0; tap < size * size; ++tap) {
+      const double factor = g[j][tap / size + frame];
+      for (int k = 0; k < kKernels; ++k) rows[j][tap % size][k] += factor * kernels[tap][k];
     }
   }
-  for (int j = 0; j < kTile; ++j) {
-    for (int i = 0; i < kTile; ++i) {
-      double sum = 0.0;
-      for (int x = 0; x < size; ++x) sum += rows[j][x] * g[i][x + frame];
-      out[j * kTile + i] = sum;
+  for (int p = 0; p < kPositions; ++p) {
+    for (int x = 0; x < size; ++x) {
+      const double factor = g[p % kTile][x + frame];
+      for (int k = 0; k < kKernels; ++k) out[p][k] += factor * rows[p / kTile][x][k];
     }
   }
 }
