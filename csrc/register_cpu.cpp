@@ -3,6 +3,8 @@
 
 #include "cpu/channel_interaction.h"
 #include "cpu/channel_statistics.h"
+#include "cpu/coordinate_attention.h"
+#include "cpu/cross_spatial.h"
 #include "cpu/gated_fusion.h"
 #include "cpu/msff.h"
 #include "cpu/products.h"
@@ -11,6 +13,9 @@
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ciema::cpu::channel_statistics));
   m.impl("channel_statistics_backward", TORCH_BOX(&ciema::cpu::channel_statistics_backward));
+  m.impl("coordinate_attention", TORCH_BOX(&ciema::cpu::coordinate_attention));
+  m.impl("cross_spatial_pack", TORCH_BOX(&ciema::cpu::cross_spatial_pack));
+  m.impl("cross_spatial_packed", TORCH_BOX(&ciema::cpu::cross_spatial_packed));
   m.impl("pack_product_weight", TORCH_BOX(&ciema::cpu::pack_product_weight));
   m.impl("pointwise_packed", TORCH_BOX(&ciema::cpu::pointwise_packed));
   m.impl("channel_interaction_packed", TORCH_BOX(&ciema::cpu::channel_interaction_packed));

@@ -4,6 +4,8 @@
 #include <string>
 
 #include "simd/channel_statistics.h"
+#include "simd/coordinate_attention.h"
+#include "simd/cross_spatial.h"
 #include "simd/products.h"
 #include "simd/separable.h"
 
@@ -12,6 +14,8 @@ namespace ciema::cpu {
 struct InstructionSet {
   const char* name;
   const ChannelStatistics* channel_statistics;
+  const CoordinateAttention* coordinate_attention;
+  const CrossSpatial* cross_spatial;
   const Products* products;
   const Separable* separable;
 };
