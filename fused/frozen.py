@@ -16,8 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import backends, folding
+from .backends.cpu_packed import PackedCIEMA, PackedMSFF
 from .contract import check_map, memory_format, product_dtype, statistics_dtype
 from .modules import FusedCIEMA, FusedMSFF
+
+PACKED = "frozen: weights folded and packed once"
+AS_BEFORE = "frozen, but this stage runs as in the unfrozen block"
 
 
 class FrozenError(RuntimeError):
@@ -65,12 +69,23 @@ class Frozen(nn.Module):
         """What is derived from the weights."""
         raise NotImplementedError
 
+    def _requested(self) -> str | None:
+        """The backend that this module was built with."""
+        return getattr(self, "backend", None)
+
+    def _runs_on_cpu(self, x: torch.Tensor, groups: int | None) -> bool:
+        """Whether the registry gives every stage of this block to the native CPU kernels."""
+        name = backends.requested(self._requested())
+        stages: tuple[str, ...] = getattr(self, "fused_stages", ())
+        return all(backends.choose(s, x, name, groups).name == "cpu" for s in stages)
+
     def _plan(self) -> Any:
         # One assignment of key and plan together: two threads may both make it, none sees half.
         made = self._made
-        if made is None or made[0] != _key(made[2]):
+        name = backends.requested(self._requested())
+        if made is None or made[0] != (name, _key(made[2])):
             stores = [s for m in self.modules() for s in (m._parameters, m._buffers) if s]
-            key = _key(stores)
+            key = (name, _key(stores))
             with torch.inference_mode(False), torch.no_grad():
                 self._made = made = (key, self._make_plan(), stores)
         return made[1]
@@ -151,8 +166,11 @@ def _key(stores: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
 class FrozenCIEMA(Frozen, FusedCIEMA):
     """CIEMA, frozen: see `fused.optimize_for_inference`."""
 
-    def _make_plan(self) -> folding.Fusion:
-        return folding.fold_fusion(self).to(product_dtype(self.probe()))
+    def _make_plan(self) -> PackedCIEMA | folding.Fusion:
+        probe = self.probe()
+        if self._runs_on_cpu(probe, self.groups):
+            return PackedCIEMA(self, probe)
+        return folding.fold_fusion(self).to(product_dtype(probe))
 
     @guarded
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,19 +185,29 @@ class FrozenCIEMA(Frozen, FusedCIEMA):
     @guarded
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """The mean of `forward(x)` over H×W, (B, C) in float32 or better."""
-        out = self._out(*self._e_and_w(x))
+        plan, (e, w) = self._plan(), self._e_and_w(x)
+        if isinstance(plan, PackedCIEMA):
+            return plan.fuse(e, w, mean_only=True)
+        out = self._out(e, w)
         return out.mean((2, 3), dtype=statistics_dtype(out.dtype))
 
     def _e_and_w(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_channels(x)
-        e = self._interact(x.to(self.map_dtype))
+        plan, x = self._plan(), x.to(self.map_dtype)
+        if isinstance(plan, PackedCIEMA):
+            e = plan.interact(x)
+            return e, plan.gate(e)
+        e = self._interact(x)
         return e, self._cross(e, update=False)
 
     def _out(self, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        plan = self._plan()
+        if isinstance(plan, PackedCIEMA):
+            return plan.fuse(e, w, mean_only=False)
         name = backends.requested(self.backend)
         if backends.choose("gated_fusion", e, name, self.groups).name != "reference":
             return self._fuse(e, w)
-        return run_fusion(self._plan(), e, w)
+        return run_fusion(plan, e, w)
 
     def _check_channels(self, x: torch.Tensor) -> None:
         check_map(type(self).__name__, "x", x)
@@ -191,22 +219,31 @@ class FrozenCIEMA(Frozen, FusedCIEMA):
 
     def frozen_note(self, stage: str, backend: str) -> str:
         """What the frozen form does in a stage that runs on `backend`, for `explain`."""
+        if isinstance(self._plan(), PackedCIEMA):
+            return PACKED
         if stage == "gated_fusion" and backend == "reference":
             return "frozen: norms and second product folded once"
-        return "frozen, but this stage runs as in the unfrozen block"
+        return AS_BEFORE
 
 
 class FrozenMSFF(Frozen, FusedMSFF):
     """MSFF, frozen: see `fused.optimize_for_inference`."""
 
-    def _make_plan(self) -> None:
-        return None
+    def _make_plan(self) -> PackedMSFF | None:
+        probe = self.probe()
+        return PackedMSFF(self, probe) if self._runs_on_cpu(probe, None) else None
 
     @guarded
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
         self._check_features(features)
-        return super().forward([f.to(self.map_dtype) for f in features]).to(features[0].dtype)
+        if len(features) == 0:
+            raise ValueError("FrozenMSFF: features is empty, at least one map is needed")
+        for index, feature in enumerate(features):
+            check_map("FrozenMSFF", f"features[{index}]", feature)
+        plan, maps = self._plan(), [f.to(self.map_dtype) for f in features]
+        out: torch.Tensor = super().forward(maps) if plan is None else plan(maps)
+        return out.to(features[0].dtype)
 
     def probe(self) -> torch.Tensor:
         """A map of one pixel with the block's channels, maps' dtype and device, for `explain`."""
@@ -214,7 +251,7 @@ class FrozenMSFF(Frozen, FusedMSFF):
 
     def frozen_note(self, stage: str, backend: str) -> str:
         """What the frozen form does in a stage that runs on `backend`, for `explain`."""
-        return "frozen, but this stage runs as in the unfrozen block"
+        return AS_BEFORE if self._plan() is None else PACKED
 
 
 def run_fusion(fusion: folding.Fusion, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -54,8 +54,12 @@ class FrozenMobileSteelNet(Frozen, MobileSteelNet):
         dtype = statistics_dtype(self.map_dtype)
         return _Plan(first, stages, Product(self.fc.weight, self.fc.bias).to(dtype))
 
+    def _requested(self) -> str | None:
+        backend: str | None = self.config["backend"]
+        return backend
+
     def _natively(self) -> bool:
-        if requested(self.config["backend"]) == "reference":
+        if requested(self._requested()) == "reference":
             return False
         return why_not_native(self.fc.weight.device, self.map_dtype) is None
 
