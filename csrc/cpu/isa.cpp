@@ -16,10 +16,17 @@ std::vector<InstructionSet> find_available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512) found.push_back({"avx512", &kAvx512ChannelStatistics, &kAvx512CoordinateAttention, &kAvx512CrossSpatial});
-  if (avx2) found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2CoordinateAttention, &kAvx2CrossSpatial});
+  if (avx512) {
+    found.push_back({"avx512", &kAvx512ChannelStatistics, &kAvx512CoordinateAttention,
+                     &kAvx512CrossSpatial});
+  }
+  if (avx2) {
+    found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2CoordinateAttention,
+                     &kAvx2CrossSpatial});
+  }
 #endif
-  found.push_back({"portable", &kPortableChannelStatistics, &kPortableCoordinateAttention, &kPortableCrossSpatial});
+  found.push_back({"portable", &kPortableChannelStatistics, &kPortableCoordinateAttention,
+                   &kPortableCrossSpatial});
   return found;
 }
 
