@@ -13,9 +13,12 @@
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ciema::cpu::channel_statistics));
   m.impl("channel_statistics_backward", TORCH_BOX(&ciema::cpu::channel_statistics_backward));
-  m.impl("coordinate_attention", TORCH_BOX(&ciema::cpu::coordinate_attention));
+  m.impl("coordinate_attention_pack", TORCH_BOX(&ciema::cpu::coordinate_attention_pack));
+  m.impl("coordinate_attention_packed", TORCH_BOX(&ciema::cpu::coordinate_attention_packed));
   m.impl("cross_spatial_pack", TORCH_BOX(&ciema::cpu::cross_spatial_pack));
   m.impl("cross_spatial_packed", TORCH_BOX(&ciema::cpu::cross_spatial_packed));
+  m.impl("coordinate_cross_spatial_packed",
+         TORCH_BOX(&ciema::cpu::coordinate_cross_spatial_packed));
   m.impl("pack_product_weight", TORCH_BOX(&ciema::cpu::pack_product_weight));
   m.impl("pointwise_packed", TORCH_BOX(&ciema::cpu::pointwise_packed));
   m.impl("channel_interaction_packed", TORCH_BOX(&ciema::cpu::channel_interaction_packed));

@@ -12,16 +12,23 @@
 
 namespace ciema::cpu {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> coordinate_attention(Tensor e, Tensor weight,
-                                                                Tensor bias, int64_t groups,
-                                                                double eps) {
+Tensor coordinate_attention_pack(Tensor weight, Tensor bias) {
+  const int64_t c = bias.numel();
+  STD_TORCH_CHECK(c > 0, "bias is empty");
+  const CoordinateAttention& kernels = *chosen_instruction_set().coordinate_attention;
+  Tensor gate = empty_floats(bias, {kernels.packed_size(c)});
+  kernels.pack(float_values(weight, "weight", c * c), float_values(bias, "bias", c), c,
+               data_of(gate));
+  return gate;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> coordinate_attention_packed(Tensor e, Tensor gate,
+                                                                       int64_t groups, double eps) {
   check_slabs(e, groups);
   const int64_t batch = e.size(0), channels = e.size(1), height = e.size(2), width = e.size(3);
   const int64_t c = channels / groups;
   const CoordinateAttention& kernels = *chosen_instruction_set().coordinate_attention;
-  Tensor packed = empty_floats(e, {kernels.packed_size(c)});
-  kernels.pack(float_values(weight, "weight", c * c), float_values(bias, "bias", c), c,
-               data_of(packed));
+  const float* const weights = float_values(gate, "gate", kernels.packed_size(c));
   Tensor alpha_h = empty_floats(e, {batch, channels, height});
   Tensor alpha_w = empty_floats(e, {batch, channels, width});
   Tensor mean = empty_floats(e, {batch, channels}), rstd = empty_floats(e, {batch, channels});
@@ -31,7 +38,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coordinate_attention(Tensor e, Tensor
   const CoordinateShape shape = {c, height, width};
   float *const gates_h = data_of(alpha_h), *const gates_w = data_of(alpha_w);
   float *const means = data_of(mean), *const rstds = data_of(rstd);
-  const float* const weights = data_of(packed);
   for_each_slab(slabs.count, kernels.scratch_size(shape),
                 [&](int64_t first, int64_t last, float* scratch) {
                   for (int64_t i = first; i < last; ++i) {

@@ -31,6 +31,38 @@ int form_for(int64_t channels, int64_t height, int64_t width) {
   return direct ? kDirectForm : kWinogradForm;
 }
 
+// All slabs; `first` holds slab 0's pointers, and its map is filled in here.
+void run_slabs(const Tensor& map, int64_t groups, const Tensor& packed,
+               const CrossSpatialSlab& first) {
+  const Tensor e = readable_slabs(map);
+  const Slabs slabs(e, groups);
+  const CrossSpatial& kernels = *chosen_instruction_set().cross_spatial;
+  const int64_t c = slabs.channels, height = e.size(2), width = e.size(3);
+  const CrossSpatialShape shape = {c, height, width, form_for(c, height, width)};
+  const float* weights = float_values(packed, "packed", packed.numel());
+  STD_TORCH_CHECK(kernels.is_packed(weights, packed.numel(), c, shape.form),
+                  "packed does not hold weights of cross_spatial_pack for ", c,
+                  " channels a group, this map's size and this instruction set");
+  for_each_slab(slabs.count, kernels.scratch_size(shape),
+                [&](int64_t begin, int64_t end, float* scratch) {
+                  kernels.prepare(shape, scratch);
+                  for (int64_t i = begin; i < end; ++i) {
+                    CrossSpatialSlab slab = first;
+                    slab.map = slabs.map(i);
+                    if (slab.gate == nullptr) {
+                      slab.alpha_h += i * c * height;
+                      slab.alpha_w += i * c * width;
+                      slab.mean += i * c;
+                      slab.rstd += i * c;
+                    }
+                    slab.w = static_cast<char*>(first.w) + i * height * width * slabs.element_size;
+                    slab.softmax1 += i * c;
+                    slab.softmax2 += i * c;
+                    kernels.slab(shape, weights, slab, scratch);
+                  }
+                });
+}
+
 }  // namespace
 
 Tensor cross_spatial_pack(Tensor gn_weight, Tensor gn_bias, Tensor conv3x3_weight,
@@ -81,41 +113,38 @@ std::tuple<Tensor, Tensor, Tensor> cross_spatial_packed(Tensor e, Tensor alpha_h
                                                         int64_t groups) {
   check_slabs(e, groups);
   const int64_t batch = e.size(0), channels = e.size(1), height = e.size(2), width = e.size(3);
-  const int64_t c = channels / groups;
-  const float* gates_h = float_values(alpha_h, "alpha_h", batch * channels * height);
-  const float* gates_w = float_values(alpha_w, "alpha_w", batch * channels * width);
-  const float* means = float_values(mean, "mean", batch * channels);
-  const float* rstds = float_values(rstd, "rstd", batch * channels);
-  const float* weights = float_values(packed, "packed", packed.numel());
-  const CrossSpatial& kernels = *chosen_instruction_set().cross_spatial;
-  const CrossSpatialShape shape = {c, height, width, form_for(c, height, width)};
-  STD_TORCH_CHECK(kernels.is_packed(weights, packed.numel(), c, shape.form),
-                  "packed does not hold weights of cross_spatial_pack for ", c,
-                  " channels a group, this map's size and this instruction set");
-
   Tensor w = torch::stable::empty({batch, groups, height, width}, e.scalar_type(), std::nullopt,
                                   e.device());
-  Tensor softmax1 = empty_floats(e, {batch, groups, c});
-  Tensor softmax2 = empty_floats(e, {batch, groups, c});
-  if (batch == 0) return {w, softmax1, softmax2};
-  e = readable_slabs(e);
-  const Slabs slabs(e, groups);
-  char* const out = static_cast<char*>(w.mutable_data_ptr());
-  float* const softmaxes1 = data_of(softmax1);
-  float* const softmaxes2 = data_of(softmax2);
-  for_each_slab(slabs.count, kernels.scratch_size(shape), [&](int64_t first, int64_t last,
-                                                              float* scratch) {
-    kernels.prepare(shape, scratch);
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t at = i * c;
-      const CrossSpatialSlab slab = {
-          slabs.map(i),     gates_h + at * height, gates_w + at * width,
-          means + at,       rstds + at,            out + i * height * width * slabs.element_size,
-          softmaxes1 + at,  softmaxes2 + at};
-      kernels.slab(shape, weights, slab, scratch);
-    }
-  });
+  Tensor softmax1 = empty_floats(e, {batch, groups, channels / groups});
+  Tensor softmax2 = empty_floats(e, {batch, groups, channels / groups});
+  CrossSpatialSlab first = {};
+  first.alpha_h = float_values(alpha_h, "alpha_h", batch * channels * height);
+  first.alpha_w = float_values(alpha_w, "alpha_w", batch * channels * width);
+  first.mean = float_values(mean, "mean", batch * channels);
+  first.rstd = float_values(rstd, "rstd", batch * channels);
+  first.w = w.mutable_data_ptr();
+  first.softmax1 = data_of(softmax1);
+  first.softmax2 = data_of(softmax2);
+  if (batch > 0) run_slabs(e, groups, packed, first);
   return {w, softmax1, softmax2};
+}
+
+Tensor coordinate_cross_spatial_packed(Tensor e, Tensor gate, double eps, Tensor packed,
+                                       int64_t groups) {
+  check_slabs(e, groups);
+  const int64_t batch = e.size(0), c = e.size(1) / groups;
+  const CoordinateAttention& coordinate = *chosen_instruction_set().coordinate_attention;
+  Tensor w = torch::stable::empty({batch, groups, e.size(2), e.size(3)}, e.scalar_type(),
+                                  std::nullopt, e.device());
+  Tensor softmax = empty_floats(e, {2, batch, groups, c});
+  CrossSpatialSlab first = {};
+  first.gate = float_values(gate, "gate", coordinate.packed_size(c));
+  first.gate_eps = eps;
+  first.w = w.mutable_data_ptr();
+  first.softmax1 = data_of(softmax);
+  first.softmax2 = first.softmax1 + batch * groups * c;
+  if (batch > 0) run_slabs(e, groups, packed, first);
+  return w;
 }
 
 }  // namespace ciema::cpu

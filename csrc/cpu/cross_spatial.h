@@ -29,4 +29,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_spatial_packed(Tensor e, Tensor alpha_h
                                                         Tensor mean, Tensor rstd, Tensor packed,
                                                         int64_t groups);
 
+// The stages coordinate_attention and cross_spatial in one pass over e (B, C, H, W): gate from
+// coordinate_attention_pack, eps of the group norm -> w (B, G, H, W)
+Tensor coordinate_cross_spatial_packed(Tensor e, Tensor gate, double eps, Tensor packed,
+                                       int64_t groups);
+
 }  // namespace ciema::cpu

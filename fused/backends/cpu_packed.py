@@ -39,14 +39,15 @@ class PackedCIEMA:
             *(first.fc[0].weight.float(), first.fc[2].weight.float()),
             cpu_products.pack(first.channel_interaction.weight, probe),
         )
-        self.coordinate = (block.conv1x1.weight, block.conv1x1.bias, block.groups, block.gn.eps)
+        weights = (block.conv1x1.weight, block.conv1x1.bias)
+        self.coordinate = cpu_slabs.pack_coordinate_attention(*weights)
         net = block.cross_spatial_learning
         self.cross = cpu_slabs.pack_cross_spatial(
             [state[name] for name in _CROSS_SPATIAL],
             net.spatial_attention[1].eps,
             net.ms_reduce[1].eps,
         )
-        self.groups = block.groups
+        self.groups, self.eps = block.groups, block.gn.eps
         self.fusion = self._fusion(folding.fold_fusion(block), probe)
 
     def _fusion(self, fusion: folding.Fusion, probe: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -66,9 +67,7 @@ class PackedCIEMA:
 
     def gate(self, e: torch.Tensor) -> torch.Tensor:
         """e → w (B, G, H, W)."""
-        vectors = cpu_slabs.coordinate_attention(e, *self.coordinate)
-        w: torch.Tensor = kernel("cross_spatial_packed")(e, *vectors, self.cross, self.groups)[0]
-        return w
+        return cpu_slabs.both_stages(e, self.coordinate, self.eps, self.cross, self.groups)
 
     def fuse(self, e: torch.Tensor, w: torch.Tensor, *, mean_only: bool) -> torch.Tensor:
         """e, w → out, or only its mean over H×W, float32 (B, C)."""

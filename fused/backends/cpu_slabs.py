@@ -16,19 +16,27 @@ from .reference import cross_spatial as reference
 
 _pack = native.kernel("cross_spatial_pack")
 _packed = native.kernel("cross_spatial_packed")
-_coordinate_attention = native.kernel("coordinate_attention")
+_pack_gate = native.kernel("coordinate_attention_pack")
+_gates = native.kernel("coordinate_attention_packed")
+_both = native.kernel("coordinate_cross_spatial_packed")
 
 
 def _floats(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.float32).contiguous()
 
 
+def pack_coordinate_attention(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """K and b as the native kernels want them; for this processor, not a format to store."""
+    gate: torch.Tensor = _pack_gate(_floats(weight), _floats(bias))
+    return gate
+
+
 def coordinate_attention(
     e: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
 ) -> tuple[torch.Tensor, ...]:
     """Arguments and results of the op `coordinate_attention`."""
-    results: tuple[torch.Tensor, ...] = _coordinate_attention(
-        e, _floats(weight), _floats(bias), groups, eps
+    results: tuple[torch.Tensor, ...] = _gates(
+        e, pack_coordinate_attention(weight, bias), groups, eps
     )
     return results
 
@@ -54,6 +62,22 @@ def pack_cross_spatial(
     values = [_floats(parameter) for parameter in parameters]
     packed: torch.Tensor = _pack(*values, attention_eps, reduce_eps, height, width)
     return packed
+
+
+def both_stages(
+    e: torch.Tensor, gate: torch.Tensor, eps: float, packed: torch.Tensor, groups: int
+) -> torch.Tensor:
+    """e → w in evaluation, both grouped stages in one pass over e.
+
+    Args:
+        e: the map (B, C, H, W).
+        gate: from `pack_coordinate_attention`.
+        eps: of the group norm.
+        packed: from `pack_cross_spatial`.
+        groups: G.
+    """
+    w: torch.Tensor = _both(e, gate, eps, packed, groups)
+    return w
 
 
 def cross_spatial(*args: Any) -> tuple[torch.Tensor, ...]:

@@ -29,7 +29,8 @@ SCHEMAS = (
     "channel_statistics(Tensor x) -> (Tensor mean, Tensor max, Tensor argmax)",
     "channel_statistics_backward(Tensor grad_mean, Tensor grad_max, Tensor argmax, Tensor x)"
     " -> Tensor grad_x",
-    "coordinate_attention(Tensor e, Tensor weight, Tensor bias, int groups, float eps)"
+    "coordinate_attention_pack(Tensor weight, Tensor bias) -> Tensor",
+    "coordinate_attention_packed(Tensor e, Tensor gate, int groups, float eps)"
     " -> (Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd)",
     "cross_spatial_pack(Tensor gn_weight, Tensor gn_bias, Tensor conv3x3_weight,"
     " Tensor conv3x3_bias, Tensor spatial_conv1_weight, Tensor spatial_conv3_weight,"
@@ -40,6 +41,8 @@ SCHEMAS = (
     " Tensor alpha, float attention_eps, float reduce_eps, int height=-1, int width=-1) -> Tensor",
     "cross_spatial_packed(Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
     " Tensor packed, int groups) -> (Tensor w, Tensor softmax1, Tensor softmax2)",
+    "coordinate_cross_spatial_packed(Tensor e, Tensor gate, float eps, Tensor packed, int groups)"
+    " -> Tensor w",
     # Products on the CPU (csrc/cpu/products.cpp). A packed weight is bytes for this processor;
     # `bfloat16` says that its maps will be. Vectors are float32, maps float32, bfloat16 or
     # float16; an output has the dtype and the memory format of the first map.

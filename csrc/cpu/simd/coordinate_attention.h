@@ -1,4 +1,4 @@
-// What each instruction set offers the stage coordinate_attention: one table of functions to a file.
+// What each instruction set offers the stage coordinate_attention: one table a file.
 #pragma once
 
 #include "slab.h"

@@ -4,8 +4,8 @@
 //   mean, rstd of u over H*W, of every channel
 //
 // The slab is copied once, pixel-major (slab_frame_body.h), and stays in the core's cache for the
-// three passes: pools, mean of u, variance of u about that mean. Sums are float32, a row's sum first
-// and then the sum of the rows' (the pools: of pixels).
+// three passes: pools, mean of u, variance of u about that mean. Sums are float32, a row's sum
+// first and then the sum of the rows' (the pools: of pixels).
 // Included inside the namespace of an instruction-set file, after slab_frame_body.h.
 
 // Gates and statistics, pixel-major: what normalise_map takes.
@@ -76,7 +76,7 @@ struct StoreSigmoid {
   }
 };
 
-// Sum over the map of g(u), with g(u) = u, or (u - mean)^2 if there is a mean; one vector of channels.
+// Sum over the map of u, or of (u - mean)^2; one vector of channels.
 template <bool kCentred>
 inline Floats sum_of_u(const Frame& f, const float* map, const Gates& gates, int64_t c,
                        Floats mean) {
@@ -133,5 +133,36 @@ inline void coordinate_gates(const Frame& f, const float* map, const float* pack
 inline void to_channel_major(const Frame& f, const float* from, int64_t count, float* to) {
   for (int64_t c = 0; c < f.c; ++c) {
     for (int64_t i = 0; i < count; ++i) to[c * count + i] = from[i * f.cp + c];
+  }
+}
+
+// Gates and statistics as the ops pass them, (c, H), (c, W) and (c), pixel-major.
+inline void load_gates(const float* alpha_h, const float* alpha_w, const float* mean,
+                       const float* rstd, const Frame& f, const Gates& gates) {
+  memset(gates.rows, 0, static_cast<size_t>(Gates::size(f)) * sizeof(float));
+  for (int64_t c = 0; c < f.c; ++c) {
+    for (int64_t y = 0; y < f.height; ++y) gates.rows[y * f.cp + c] = alpha_h[c * f.height + y];
+    for (int64_t x = 0; x < f.width; ++x) gates.columns[x * f.cp + c] = alpha_w[c * f.width + x];
+    gates.mean[c] = mean[c];
+    gates.rstd[c] = rstd[c];
+  }
+}
+
+// e becomes x1 = GN(e alpha_h alpha_w), in place. gn_weight and gn_bias are zero in the padding.
+inline void normalise_map(const Gates& gates, const float* gn_weight, const float* gn_bias,
+                          const Frame& f, float* map) {
+  for (int64_t c = 0; c < f.cp; c += kLanes) {
+    const Floats slope = Simd::mul(Simd::load(gates.rstd + c), Simd::load(gn_weight + c));
+    const Floats start = Simd::sub(Simd::load(gn_bias + c),
+                                   Simd::mul(Simd::load(gates.mean + c), slope));
+    for (int64_t y = 0; y < f.height; ++y) {
+      const Floats row = Simd::mul(Simd::load(gates.rows + y * f.cp + c), slope);
+      float* pixel = map + f.at(y, 0) + c;
+      const float* column = gates.columns + c;
+      for (int64_t x = 0; x < f.width; ++x, pixel += f.cp, column += f.cp) {
+        const Floats gate = Simd::mul(row, Simd::load(column));
+        Simd::store(pixel, Simd::fma(Simd::load(pixel), gate, start));
+      }
+    }
   }
 }

@@ -29,6 +29,8 @@ struct CrossSpatialShape {
 
 struct CrossSpatialSlab {
   SlabMap map;
+  const float* gate;               // packed weights of coordinate_attention, which then runs first
+  double gate_eps;                 // on the same copy of e; or null, and the four vectors are given
   const float *alpha_h, *alpha_w;  // (c, H), (c, W)
   const float *mean, *rstd;        // (c)
   void* w;                         // (H, W), contiguous, of e's type

@@ -1,6 +1,7 @@
 // A slab's maps in a core's cache: pixel-major, channels padded to whole vectors, framed with zeros
-// so that no tile or tap asks where the map ends. Interiors are overwritten by each slab, frames and
-// padding stay zero. Included inside the namespace of an instruction-set file, after winograd_body.h.
+// so that no tile or tap asks where the map ends. Interiors are overwritten by each slab, frames
+// and padding stay zero.
+// Included inside the namespace of an instruction-set file, after winograd_body.h.
 
 constexpr int64_t kBorder = 2;         // pixels before the map: half of a 5x5 kernel
 constexpr int64_t kOutputs5 = 4;       // outputs along a tile of the 5x5 (and 3x3) convolution
