@@ -3,20 +3,32 @@
 
 #include "cpu/channel_interaction.h"
 #include "cpu/channel_statistics.h"
+#include "cpu/coordinate_attention.h"
+#include "cpu/cross_spatial.h"
 #include "cpu/gated_fusion.h"
 #include "cpu/msff.h"
 #include "cpu/product_gradient.h"
 #include "cpu/products.h"
+#include "cpu/separable.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ciema::cpu::channel_statistics));
   m.impl("channel_statistics_backward", TORCH_BOX(&ciema::cpu::channel_statistics_backward));
+  m.impl("coordinate_attention_pack", TORCH_BOX(&ciema::cpu::coordinate_attention_pack));
+  m.impl("coordinate_attention_packed", TORCH_BOX(&ciema::cpu::coordinate_attention_packed));
+  m.impl("cross_spatial_pack", TORCH_BOX(&ciema::cpu::cross_spatial_pack));
+  m.impl("cross_spatial_packed", TORCH_BOX(&ciema::cpu::cross_spatial_packed));
+  m.impl("coordinate_cross_spatial_packed",
+         TORCH_BOX(&ciema::cpu::coordinate_cross_spatial_packed));
   m.impl("pack_product_weight", TORCH_BOX(&ciema::cpu::pack_product_weight));
   m.impl("product_gradient", TORCH_BOX(&ciema::cpu::product_gradient));
   m.impl("pointwise_packed", TORCH_BOX(&ciema::cpu::pointwise_packed));
   m.impl("channel_interaction_packed", TORCH_BOX(&ciema::cpu::channel_interaction_packed));
   m.impl("gated_fusion_packed", TORCH_BOX(&ciema::cpu::gated_fusion_packed));
   m.impl("msff_packed", TORCH_BOX(&ciema::cpu::msff_packed));
+  m.impl("separable_pack", TORCH_BOX(&ciema::cpu::separable_pack));
+  m.impl("separable_block", TORCH_BOX(&ciema::cpu::separable_block));
+  m.impl("stem", TORCH_BOX(&ciema::cpu::stem));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CompositeExplicitAutograd, m) {

@@ -42,6 +42,31 @@ _PLAIN = (
 )
 
 
+def why_called(module: nn.Module, also: tuple[type, ...] = ()) -> str | None:
+    """Why the descendants of `module` must be called one by one; None if their parameters suffice.
+
+    `also` are further kinds that only hold others.
+    """
+    training: bool | None = None
+    for name, child in _leaves(module):
+        kind = type(child)
+        if kind not in (*_PLAIN, *also) and kind.__module__ != PublishedCIEMA.__module__:
+            return f"{name} is a {kind.__name__}"
+        if has_hooks(child):
+            return f"{name} has hooks"
+        if kind is nn.GroupNorm and not child.affine:
+            return f"{name} has affine=False"
+        if kind is nn.BatchNorm2d:
+            if not child.affine:
+                return f"{name} has affine=False"
+            if not child.track_running_stats or child.running_mean is None:
+                return f"{name} has track_running_stats=False"
+            if training is not None and child.training != training:
+                return "some batch norms are in training mode and others are not"
+            training = child.training
+    return None
+
+
 class _FusedBlock(nn.Module):
     """What both blocks share: the backend's name, and the test for children that need calling."""
 
@@ -53,24 +78,15 @@ class _FusedBlock(nn.Module):
 
     def modular_reason(self) -> str | None:
         """Why this block must call its children one by one; None if its parameters suffice."""
-        training: bool | None = None
-        for name, child in _leaves(self):
-            kind = type(child)
-            if kind not in _PLAIN and kind.__module__ != PublishedCIEMA.__module__:
-                return f"{name} is a {kind.__name__}"
-            if has_hooks(child):
-                return f"{name} has hooks"
-            if kind is nn.GroupNorm and not child.affine:
-                return f"{name} has affine=False"
-            if kind is nn.BatchNorm2d:
-                if not child.affine:
-                    return f"{name} has affine=False"
-                if not child.track_running_stats or child.running_mean is None:
-                    return f"{name} has track_running_stats=False"
-                if training is not None and child.training != training:
-                    return "some batch norms are in training mode and others are not"
-                training = child.training
-        return None
+        return why_called(self)
+
+    def _frozen_as(self, kind: Any, dtype: torch.dtype | None) -> nn.Module | str:
+        """`frozen_for_inference` of both blocks."""
+        if has_hooks(self):
+            return "it has hooks"
+        if type(self) not in kind.__mro__:
+            return f"{type(self).__name__} is a subclass, whose own methods would be lost"
+        return why_called(self) or kind.of(self, dtype)
 
     def probe(self) -> torch.Tensor:
         """A map of one pixel with the block's channels, dtype and device, for `explain`."""
@@ -179,6 +195,12 @@ class FusedCIEMA(_FusedBlock, PublishedCIEMA):
         if self._goes_modular():
             return self._spatial_gate(self.channel_interaction(x))
         return self._cross(self._interact(x), update=False)
+
+    def frozen_for_inference(self, dtype: torch.dtype | None) -> nn.Module | str:
+        """The frozen form of this private copy, or why there is none."""
+        from .frozen import FrozenCIEMA
+
+        return self._frozen_as(FrozenCIEMA, dtype)
 
     def _check_channels(self, x: torch.Tensor) -> None:
         if isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[1] != self.channels:
@@ -293,6 +315,12 @@ class FusedMSFF(_FusedBlock, PublishedMSFF):
         weight = self.fusion_conv[0].get_parameter("weight")
         return torch.empty(1, weight.shape[1], 1, 1, dtype=weight.dtype, device=weight.device)
 
+    def frozen_for_inference(self, dtype: torch.dtype | None) -> nn.Module | str:
+        """The frozen form of this private copy, or why there is none."""
+        from .frozen import FrozenMSFF
+
+        return self._frozen_as(FrozenMSFF, dtype)
+
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
         return self._run(features, statistics=False)[0]
@@ -309,15 +337,7 @@ class FusedMSFF(_FusedBlock, PublishedMSFF):
     def _run(
         self, features: Sequence[torch.Tensor], *, statistics: bool
     ) -> tuple[torch.Tensor, Statistics | None]:
-        if isinstance(features, torch.Tensor):
-            raise TypeError("FusedMSFF: features must be a list of maps, got one tensor")
-        if self.stage_channels is not None:
-            got = [f.shape[1] if f.dim() > 1 else None for f in features]
-            if got != list(self.stage_channels):
-                raise ValueError(
-                    f"FusedMSFF: features have {got} channels, this block was built for "
-                    f"stage_channels={list(self.stage_channels)}"
-                )
+        self._check_features(features)
         if self._goes_modular():
             return PublishedMSFF.forward(self, features), None
         conv: Any = self.fusion_conv[0]
@@ -332,6 +352,17 @@ class FusedMSFF(_FusedBlock, PublishedMSFF):
             count = out.shape[0] * out.shape[2] * out.shape[3]
             update_running_statistics(norm, mean, var, count)
         return out, (of_channels[0], of_channels[1], of_channels[2]) if statistics else None
+
+    def _check_features(self, features: Sequence[torch.Tensor]) -> None:
+        if isinstance(features, torch.Tensor):
+            raise TypeError("FusedMSFF: features must be a list of maps, got one tensor")
+        if self.stage_channels is not None:
+            got = [f.shape[1] if f.dim() > 1 else None for f in features]
+            if got != list(self.stage_channels):
+                raise ValueError(
+                    f"FusedMSFF: features have {got} channels, this block was built for "
+                    f"stage_channels={list(self.stage_channels)}"
+                )
 
     def extra_repr(self) -> str:
         """Constructor arguments."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,12 @@ class Checkpoint:
     normalisation: dict[str, list[float]]
     training: dict[str, Any] = field(default_factory=dict)
     named_classes: bool = True
+
+    def frozen(self, dtype: torch.dtype | None = None) -> Checkpoint:
+        """The same with the frozen, fastest form of the network (fused.optimize_for_inference)."""
+        from fused import optimize_for_inference
+
+        return replace(self, model=optimize_for_inference(self.model, dtype))
 
 
 def save_checkpoint(

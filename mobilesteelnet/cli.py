@@ -53,6 +53,10 @@ Classes = Annotated[
     str | None,
     typer.Option(help="Class names for published weights, a,b,c in the order of the outputs."),
 ]
+FrozenOption = Annotated[
+    bool,
+    typer.Option("--frozen/--no-frozen", help="On a CPU: fold and pack the weights first, faster."),
+]
 OnBadFile = Annotated[str, typer.Option(help="skip bad files (exit code 1), or fatal.")]
 
 
@@ -96,6 +100,7 @@ def evaluate_command(
     device: Device = "auto",
     backend: Backend = None,
     classes: Classes = None,
+    frozen: FrozenOption = True,
     on_bad_file: OnBadFile = "skip",
 ) -> int:
     """Measure a checkpoint on labelled pictures and write a report.
@@ -110,7 +115,7 @@ def evaluate_command(
     from .tables import evaluation_table
 
     console = Console(stderr=True)
-    checkpoint, run = _open_checkpoint(source, device, backend, classes)
+    checkpoint, run = _open_checkpoint(source, device, backend, classes, frozen)
     if data is None:
         if run is None:
             raise ValueError(f"--data is needed: {str(source)!r} is no run folder")
@@ -161,6 +166,7 @@ def predict_command(
     device: Device = "auto",
     backend: Backend = None,
     classes: Classes = None,
+    frozen: FrozenOption = True,
 ) -> int:
     """Say which defect each picture shows; goes on past files that cannot be read.
 
@@ -176,7 +182,7 @@ def predict_command(
     if json_file == "-" and csv_file == "-":
         raise ValueError("--json and --csv cannot both be written to the output")
     console = Console(stderr=True)
-    checkpoint, _ = _open_checkpoint(source, device, backend, classes)
+    checkpoint, _ = _open_checkpoint(source, device, backend, classes, frozen)
     with bar("reading pictures", console) as progress:
         pictures = scan(path, labelled=False, progress=progress)
     with bar("classifying", console) as progress:
@@ -353,7 +359,7 @@ def demo_command(
 
 
 def _open_checkpoint(
-    source: Path, device: str, backend: str | None, classes: str | None
+    source: Path, device: str, backend: str | None, classes: str | None, frozen: bool = False
 ) -> tuple[Checkpoint, RunFolder | None]:
     from .checkpoint import load_checkpoint
     from .predict import choose_device
@@ -367,7 +373,8 @@ def _open_checkpoint(
         file = run.best
     names = [name.strip() for name in classes.split(",")] if classes is not None else None
     place = choose_device(device)
-    return load_checkpoint(file, place, classes=names, backend=backend), run
+    checkpoint = load_checkpoint(file, place, classes=names, backend=backend)
+    return checkpoint.frozen() if frozen and place.type == "cpu" else checkpoint, run
 
 
 def _write(target: str, text: str) -> None:

@@ -145,13 +145,22 @@ class MobileSteelNet(nn.Module):
         """Build the network that `config`, another network's `.config`, describes."""
         return cls(**config)
 
-    def backbone(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs of the three stages."""
+    def frozen_for_inference(self, dtype: torch.dtype | None) -> nn.Module | str:
+        """The frozen form of this private copy (fused.optimize_for_inference), or why none."""
+        from .frozen import freeze
+
+        return freeze(self, dtype)
+
+    def _check_images(self, images: torch.Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != self.config["in_channels"]:
             raise ValueError(
                 f"MobileSteelNet: images have shape {tuple(images.shape)}, expected "
                 f"(B, {self.config['in_channels']}, H, W)"
             )
+
+    def backbone(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of the three stages."""
+        self._check_images(images)
         stage1 = self.stage1(self.initial_conv(images))
         stage2 = self.stage2(stage1)
         return [stage1, stage2, self.stage3(stage2)]

@@ -28,8 +28,11 @@ from training_cases import (
 )
 
 from mobilesteelnet.__main__ import main
+from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.cli import EXIT_CODES
+from mobilesteelnet.data import scan
 from mobilesteelnet.demo import BUDGETS, run_demo
+from mobilesteelnet.predict import predict
 from mobilesteelnet.run_folder import RunFolderError
 
 COMMANDS = (
@@ -83,6 +86,27 @@ def test_the_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> No
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("mobilesteelnet ")
+
+
+@pytest.mark.parametrize("option", [[], ["--no-frozen"], ["--backend", "reference"]])
+def test_frozen_by_default_with_the_same_answers(
+    option: list[str],
+    checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common, out = [*option, "--device", "cpu"], tmp_path / "out"
+    assert main(["predict", str(checkpoint), str(pictures), "--json", "-", *common]) == 0
+    got = json.loads(capsys.readouterr().out)["predictions"]
+    data = scan(pictures, labelled=False)
+    for item, want in zip(got, predict(load_checkpoint(checkpoint), data).items, strict=True):
+        assert (item["name"], item["class"]) == (want.name, want.label)
+        assert item["probability"] == pytest.approx(want.probability, rel=1e-5)
+    arguments = ["eval", str(checkpoint), "--data", str(pictures), "--no-report", "--out", str(out)]
+    assert main([*arguments, *common]) == 0
+    about = json.loads((out / "evaluation.json").read_text())["about"]
+    assert ("frozen" in about["backends"]) == (option != ["--no-frozen"])
 
 
 def test_train_eval_predict(

@@ -18,12 +18,17 @@ std::vector<InstructionSet> find_available() {
                       __builtin_cpu_supports("avx512vl");
   if (avx512) {
     const bool pairs = __builtin_cpu_supports("avx512bf16");
-    found.push_back({"avx512", &kAvx512ChannelStatistics,
-                     pairs ? &kAvx512bf16Products : &kAvx512Products});
+    found.push_back({"avx512", &kAvx512ChannelStatistics, &kAvx512CoordinateAttention,
+                     &kAvx512CrossSpatial, pairs ? &kAvx512bf16Products : &kAvx512Products,
+                     pairs ? &kAvx512bf16Separable : &kAvx512Separable});
   }
-  if (avx2) found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2Products});
+  if (avx2) {
+    found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2CoordinateAttention, &kAvx2CrossSpatial,
+                     &kAvx2Products, &kAvx2Separable});
+  }
 #endif
-  found.push_back({"portable", &kPortableChannelStatistics, &kPortableProducts});
+  found.push_back({"portable", &kPortableChannelStatistics, &kPortableCoordinateAttention,
+                   &kPortableCrossSpatial, &kPortableProducts, &kPortableSeparable});
   return found;
 }
 

@@ -4,14 +4,20 @@
 #include <string>
 
 #include "simd/channel_statistics.h"
+#include "simd/coordinate_attention.h"
+#include "simd/cross_spatial.h"
 #include "simd/products.h"
+#include "simd/separable.h"
 
 namespace ciema::cpu {
 
 struct InstructionSet {
   const char* name;
   const ChannelStatistics* channel_statistics;
+  const CoordinateAttention* coordinate_attention;
+  const CrossSpatial* cross_spatial;
   const Products* products;
+  const Separable* separable;
 };
 
 // Chosen once, when first asked (FUSED_CPU_ISA is read then). Throws with the reason if the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -188,9 +188,14 @@ def explain(subject: torch.Tensor | nn.Module) -> Explanation:
             continue
         name, x = requested(module.backend), module.probe()
         groups = getattr(module, "groups", None)
-        lines += [
-            line for stage in stages for line in _explain_stage(block, stage, x, name, groups)
-        ]
+        found = [line for stage in stages for line in _explain_stage(block, stage, x, name, groups)]
+        note = getattr(module, "frozen_note", None)
+        if note is not None:
+            found = [
+                replace(line, reason=note(line.stage, line.backend)) if line.chosen else line
+                for line in found
+            ]
+        lines += found
     if not lines:
         kind = type(subject).__name__
         raise ValueError(f"explain: {kind} holds no FusedCIEMA or FusedMSFF block; see fused.fuse")

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from . import cpu_products, native
+from . import cpu_products, cpu_slabs, native
 from .backend import Backend
+from .reference import coordinate_attention, cross_spatial_backward
 
 
 def _load() -> native.NativeLibrary:
@@ -26,7 +27,14 @@ def _load() -> native.NativeLibrary:
 
 
 LIBRARY = _load()
-KERNELS: Mapping[str, Callable[..., object]] = {**native.kernels(), **cpu_products.KERNELS}
+KERNELS: Mapping[str, Callable[..., object]] = {
+    **native.kernels(),
+    **cpu_products.KERNELS,
+    "coordinate_attention": cpu_slabs.coordinate_attention,
+    "coordinate_attention_backward": coordinate_attention.backward,
+    "cross_spatial": cpu_slabs.cross_spatial,
+    "cross_spatial_backward": cross_spatial_backward.backward,
+}
 
 
 def can_run(op: str, x: torch.Tensor) -> str | None:

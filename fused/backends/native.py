@@ -29,6 +29,20 @@ SCHEMAS = (
     "channel_statistics(Tensor x) -> (Tensor mean, Tensor max, Tensor argmax)",
     "channel_statistics_backward(Tensor grad_mean, Tensor grad_max, Tensor argmax, Tensor x)"
     " -> Tensor grad_x",
+    "coordinate_attention_pack(Tensor weight, Tensor bias) -> Tensor",
+    "coordinate_attention_packed(Tensor e, Tensor gate, int groups, float eps)"
+    " -> (Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd)",
+    "cross_spatial_pack(Tensor gn_weight, Tensor gn_bias, Tensor conv3x3_weight,"
+    " Tensor conv3x3_bias, Tensor spatial_conv1_weight, Tensor spatial_conv3_weight,"
+    " Tensor spatial_conv5_weight, Tensor attention_weight, Tensor attention_bn_weight,"
+    " Tensor attention_bn_bias, Tensor attention_running_mean, Tensor attention_running_var,"
+    " Tensor reduce_weight, Tensor reduce_bn_weight, Tensor reduce_bn_bias,"
+    " Tensor reduce_running_mean, Tensor reduce_running_var, Tensor channel_feat_weight,"
+    " Tensor alpha, float attention_eps, float reduce_eps, int height=-1, int width=-1) -> Tensor",
+    "cross_spatial_packed(Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
+    " Tensor packed, int groups) -> (Tensor w, Tensor softmax1, Tensor softmax2)",
+    "coordinate_cross_spatial_packed(Tensor e, Tensor gate, float eps, Tensor packed, int groups)"
+    " -> Tensor w",
     # Products on the CPU (csrc/cpu/products.cpp). A packed weight is bytes for this processor;
     # `bfloat16` says that its maps will be. Vectors are float32, maps float32, bfloat16 or
     # float16; an output has the dtype and the memory format of the first map.
@@ -48,6 +62,10 @@ SCHEMAS = (
     # sum over pixels of grad x^T, float32 (B or 1, M, K); x first as it was for its product
     "product_gradient(Tensor grad, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift,"
     " bool per_sample) -> Tensor out",
+    "separable_pack(Tensor weight, bool pairs) -> Tensor",
+    "separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed, Tensor bias,"
+    " int stride, bool relu) -> Tensor",
+    "stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) -> Tensor",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )

@@ -1,0 +1,33 @@
+// What each instruction set offers the stage coordinate_attention: one table a file.
+#pragma once
+
+#include "slab.h"
+#include "target.h"
+
+namespace ciema::cpu {
+
+struct CoordinateShape {
+  int64_t channels, height, width;  // of a slab
+};
+
+struct CoordinateSlab {
+  SlabMap map;
+  float *alpha_h, *alpha_w;  // (c, H), (c, W)
+  float *mean, *rstd;        // (c)
+};
+
+struct CoordinateAttention {
+  int64_t (*packed_size)(int64_t channels);  // in floats
+  void (*pack)(const float* weight, const float* bias, int64_t channels, float* packed);
+  int64_t (*scratch_size)(const CoordinateShape& shape);  // in floats
+  void (*slab)(const CoordinateShape& shape, const float* packed, double eps,
+               const CoordinateSlab& slab, float* scratch);
+};
+
+extern const CoordinateAttention kPortableCoordinateAttention;
+#ifdef CIEMA_X86_SIMD
+extern const CoordinateAttention kAvx2CoordinateAttention;
+extern const CoordinateAttention kAvx512CoordinateAttention;
+#endif
+
+}  // namespace ciema::cpu

@@ -1,0 +1,94 @@
+"""The grouped stages on the CPU: arguments of the ops made ready for the native slab kernels.
+
+In evaluation both forwards are native. Batch statistics in training and both backwards are the
+reference's, which keeps the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import native
+from .reference import cross_spatial as reference
+
+_pack = native.kernel("cross_spatial_pack")
+_packed = native.kernel("cross_spatial_packed")
+_pack_gate = native.kernel("coordinate_attention_pack")
+_gates = native.kernel("coordinate_attention_packed")
+_both = native.kernel("coordinate_cross_spatial_packed")
+
+
+def _floats(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float32).contiguous()
+
+
+def pack_coordinate_attention(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """K and b as the native kernels want them; for this processor, not a format to store."""
+    gate: torch.Tensor = _pack_gate(_floats(weight), _floats(bias))
+    return gate
+
+
+def coordinate_attention(
+    e: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+) -> tuple[torch.Tensor, ...]:
+    """Arguments and results of the op `coordinate_attention`."""
+    results: tuple[torch.Tensor, ...] = _gates(
+        e, pack_coordinate_attention(weight, bias), groups, eps
+    )
+    return results
+
+
+def pack_cross_spatial(
+    parameters: Sequence[torch.Tensor],
+    attention_eps: float,
+    reduce_eps: float,
+    size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """The op's nineteen parameters, in its order, as `cross_spatial_packed` wants them.
+
+    Args:
+        parameters: gn_weight … alpha, running statistics among them.
+        attention_eps: of the batch norm over 3c channels.
+        reduce_eps: of the batch norm over c channels.
+        size: height and width of the maps to come; None for any.
+
+    Returns:
+        Float32 numbers for this processor's instruction set; not a format to store.
+    """
+    height, width = size or (-1, -1)
+    values = [_floats(parameter) for parameter in parameters]
+    packed: torch.Tensor = _pack(*values, attention_eps, reduce_eps, height, width)
+    return packed
+
+
+def both_stages(
+    e: torch.Tensor, gate: torch.Tensor, eps: float, packed: torch.Tensor, groups: int
+) -> torch.Tensor:
+    """e → w in evaluation, both grouped stages in one pass over e.
+
+    Args:
+        e: the map (B, C, H, W).
+        gate: from `pack_coordinate_attention`.
+        eps: of the group norm.
+        packed: from `pack_cross_spatial`.
+        groups: G.
+    """
+    w: torch.Tensor = _both(e, gate, eps, packed, groups)
+    return w
+
+
+def cross_spatial(*args: Any) -> tuple[torch.Tensor, ...]:
+    """Arguments and results of the op `cross_spatial`."""
+    e, *vectors = args[:5]
+    parameters = args[5:24]
+    groups, training, _, attention_eps, reduce_eps = args[24:]
+    if training:
+        return reference.forward(*args)
+    packed = pack_cross_spatial(parameters, attention_eps, reduce_eps, (e.shape[2], e.shape[3]))
+    results = _packed(e, *(_floats(vector) for vector in vectors), packed, groups)
+    c = e.shape[1] // groups
+    none = [torch.empty(0, n, device=e.device) for n in (3 * c, 3 * c, c, c)]
+    return (*results, *none)

@@ -1,0 +1,267 @@
+"""The frozen blocks: the same children and keys, what is derived from them made once.
+
+A frozen module keeps its weights, so that its state dict is that of the module it came from, and
+derives a plan from them: folded and packed weights in the layout of this machine. The plan is not
+saved; it is made again when a weight has changed (loading, moving) and after unpickling.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import backends, folding
+from .backends.cpu_packed import PackedCIEMA, PackedMSFF
+from .contract import check_map, memory_format, product_dtype, statistics_dtype
+from .modules import FusedCIEMA, FusedMSFF
+
+PACKED = "frozen: weights folded and packed once"
+AS_BEFORE = "frozen, but this stage runs as in the unfrozen block"
+
+
+class FrozenError(RuntimeError):
+    """A frozen module was asked to train, to be differentiated, exported or converted."""
+
+
+def refuse_training(what: str) -> NoReturn:
+    """Raise the one error that tells how to train after all."""
+    raise FrozenError(
+        f"{what}: this is a frozen copy for inference (fused.optimize_for_inference), it cannot "
+        "be trained or differentiated; train the model it was made from and freeze that again"
+    )
+
+
+class Frozen(nn.Module):
+    """What all frozen modules share; put it before the class that is frozen.
+
+    Maps inside are of `map_dtype`. Inputs may be of any floating dtype, outputs are of the
+    input's. A subclass makes its plan in `_make_plan` and asks for it with `_plan`.
+    """
+
+    map_dtype: torch.dtype
+    _made: tuple[Any, Any, list[Any]] | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype | None) -> Any:
+        """Freeze `module`, a private copy in evaluation mode, whose children are taken over."""
+        own = next(module.parameters()).dtype
+        dtype = own if dtype is None else dtype
+        if own not in (dtype, statistics_dtype(dtype)):
+            module.to(statistics_dtype(dtype))
+        frozen = cls.__new__(cls)
+        frozen.__dict__.update(module.__dict__)
+        for parameter in frozen.parameters():
+            parameter.requires_grad = False
+        nn.Module.train(frozen, False)  # containers that `from_module` made are in training mode
+        frozen.map_dtype = dtype
+        frozen._made = None
+        frozen._plan()
+        return frozen
+
+    # ------------------------------------------------------------------------------- the plan
+
+    def _make_plan(self) -> Any:
+        """What is derived from the weights."""
+        raise NotImplementedError
+
+    def _requested(self) -> str | None:
+        """The backend that this module was built with."""
+        return getattr(self, "backend", None)
+
+    def _runs_on_cpu(self, x: torch.Tensor, groups: int | None) -> bool:
+        """Whether the registry gives every stage of this block to the native CPU kernels."""
+        name = backends.requested(self._requested())
+        stages: tuple[str, ...] = getattr(self, "fused_stages", ())
+        return all(backends.choose(s, x, name, groups).name == "cpu" for s in stages)
+
+    def _plan(self) -> Any:
+        # One assignment of key and plan together: two threads may both make it, none sees half.
+        made = self._made
+        name = backends.requested(self._requested())
+        if made is None or made[0] != (name, _key(made[2])):
+            stores = [s for m in self.modules() for s in (m._parameters, m._buffers) if s]
+            key = (name, _key(stores))
+            with torch.inference_mode(False), torch.no_grad():
+                self._made = made = (key, self._make_plan(), stores)
+        return made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the plan, which another machine would lay out differently."""
+        return {**self.__dict__, "_made": None}
+
+    # ------------------------------------------------------------------------------ what it refuses
+
+    def train(self, mode: bool = True) -> Any:
+        """Refuse training mode."""
+        if mode:
+            refuse_training(f"{type(self).__name__}.train()")
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Refuse gradients."""
+        if requires_grad:
+            refuse_training(f"{type(self).__name__}.requires_grad_()")
+        return super().requires_grad_(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        own = next(self.parameters())
+        if fn(own.new_empty(0)).dtype != own.dtype:
+            raise FrozenError(
+                f"{type(self).__name__} cannot change its dtype; convert the model it was made "
+                "from, or name one: fused.optimize_for_inference(model, dtype=...)"
+            )
+        return super()._apply(fn, recurse)
+
+    def guard(self, *inputs: object) -> None:
+        """Refuse a call that asks for gradients, or that would be traced for export."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise FrozenError(
+                f"{type(self).__name__} holds weights laid out for this machine and cannot be "
+                "exported; export the model it was made from"
+            )
+        if not torch.is_grad_enabled():
+            return
+        if any(getattr(x, "requires_grad", False) for x in inputs):
+            refuse_training("an input requires grad")
+        if any(p is not None and p.requires_grad for s in self._stores() for p in s.values()):
+            refuse_training("a parameter requires grad")
+
+    def _stores(self) -> Iterator[dict[str, Any]]:
+        self._plan()
+        assert self._made is not None
+        yield from self._made[2]
+
+
+def guarded(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A frozen module's public method of one argument: guarded, without gradients, never traced."""
+
+    @torch.compiler.disable
+    @functools.wraps(method)
+    def call(self: Frozen, x: Any) -> Any:
+        self.guard(*(x if isinstance(x, (list, tuple)) else (x,)))
+        with torch.no_grad():
+            return method(self, x)
+
+    return call
+
+
+def _key(stores: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+    """What changes when a weight is replaced, moved or written to."""
+    return tuple(
+        (id(t), t.data_ptr(), -1 if t.is_inference() else t._version)
+        for store in stores
+        for t in store.values()
+        if t is not None
+    )
+
+
+# ------------------------------------------------------------------------------------------ blocks
+
+
+class FrozenCIEMA(Frozen, FusedCIEMA):
+    """CIEMA, frozen: see `fused.optimize_for_inference`."""
+
+    def _make_plan(self) -> PackedCIEMA | folding.Fusion:
+        probe = self.probe()
+        if self._runs_on_cpu(probe, self.groups):
+            return PackedCIEMA(self, probe)
+        return folding.fold_fusion(self).to(product_dtype(probe))
+
+    @guarded
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) → (B, C, H, W), of x's dtype."""
+        return self._out(*self._e_and_w(x)).to(x.dtype)
+
+    @guarded
+    def spatial_gate(self, x: torch.Tensor) -> torch.Tensor:
+        """The gate w (B, G, H, W) in (0, 1) that this block draws over x."""
+        return self._e_and_w(x)[1].to(x.dtype)
+
+    @guarded
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of `forward(x)` over H×W, (B, C) in float32 or better."""
+        plan, (e, w) = self._plan(), self._e_and_w(x)
+        if isinstance(plan, PackedCIEMA):
+            return plan.fuse(e, w, mean_only=True)
+        out = self._out(e, w)
+        return out.mean((2, 3), dtype=statistics_dtype(out.dtype))
+
+    def _e_and_w(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check_channels(x)
+        plan, x = self._plan(), x.to(self.map_dtype)
+        if isinstance(plan, PackedCIEMA):
+            e = plan.interact(x)
+            return e, plan.gate(e)
+        e = self._interact(x)
+        return e, self._cross(e, update=False)
+
+    def _out(self, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        plan = self._plan()
+        if isinstance(plan, PackedCIEMA):
+            return plan.fuse(e, w, mean_only=False)
+        name = backends.requested(self.backend)
+        if backends.choose("gated_fusion", e, name, self.groups).name != "reference":
+            return self._fuse(e, w)
+        return run_fusion(plan, e, w)
+
+    def _check_channels(self, x: torch.Tensor) -> None:
+        check_map(type(self).__name__, "x", x)
+        super()._check_channels(x)
+
+    def probe(self) -> torch.Tensor:
+        """A map of one pixel with the block's channels, maps' dtype and device, for `explain`."""
+        return super().probe().to(self.map_dtype)
+
+    def frozen_note(self, stage: str, backend: str) -> str:
+        """What the frozen form does in a stage that runs on `backend`, for `explain`."""
+        if isinstance(self._plan(), PackedCIEMA):
+            return PACKED
+        if stage == "gated_fusion" and backend == "reference":
+            return "frozen: norms and second product folded once"
+        return AS_BEFORE
+
+
+class FrozenMSFF(Frozen, FusedMSFF):
+    """MSFF, frozen: see `fused.optimize_for_inference`."""
+
+    def _make_plan(self) -> PackedMSFF | None:
+        probe = self.probe()
+        return PackedMSFF(self, probe) if self._runs_on_cpu(probe, None) else None
+
+    @guarded
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
+        self._check_features(features)
+        if len(features) == 0:
+            raise ValueError("FrozenMSFF: features is empty, at least one map is needed")
+        for index, feature in enumerate(features):
+            check_map("FrozenMSFF", f"features[{index}]", feature)
+        plan, maps = self._plan(), [f.to(self.map_dtype) for f in features]
+        out: torch.Tensor = super().forward(maps) if plan is None else plan(maps)
+        return out.to(features[0].dtype)
+
+    def probe(self) -> torch.Tensor:
+        """A map of one pixel with the block's channels, maps' dtype and device, for `explain`."""
+        return super().probe().to(self.map_dtype)
+
+    def frozen_note(self, stage: str, backend: str) -> str:
+        """What the frozen form does in a stage that runs on `backend`, for `explain`."""
+        return AS_BEFORE if self._plan() is None else PACKED
+
+
+def run_fusion(fusion: folding.Fusion, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Gated fusion in plain PyTorch with folded products: e (B, C, H, W), w (B, G, H, W) → out."""
+    slabs = e.unflatten(1, (w.shape[1], -1))
+    s = (slabs * w[:, :, None]).to(product_dtype(e)).reshape(e.shape)
+    r = F.conv2d(s, *fusion.squeeze).relu()
+    logits = F.conv2d(s, fusion.of_s[:, :, None, None], fusion.bias)
+    phi = (logits + F.conv2d(r, fusion.of_r[:, :, None, None])).sigmoid()
+    # Identity 5.2: out = e ⊙ (w + φ (1 − w)).
+    gate = w[:, :, None].to(phi.dtype)
+    out = slabs * torch.addcmul(gate, phi.unflatten(1, slabs.shape[1:3]), 1 - gate)
+    return out.reshape(e.shape).to(e.dtype).contiguous(memory_format=memory_format(e))
