@@ -4,6 +4,7 @@
 #include "cpu/channel_interaction.h"
 #include "cpu/coordinate_attention.h"
 #include "cpu/cross_spatial.h"
+#include "cpu/cross_spatial_training.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ciema::cpu::channel_statistics));
@@ -14,6 +15,8 @@ STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("cross_spatial_packed", TORCH_BOX(&ciema::cpu::cross_spatial_packed));
   m.impl("coordinate_cross_spatial_packed",
          TORCH_BOX(&ciema::cpu::coordinate_cross_spatial_packed));
+  m.impl("cross_spatial_train", TORCH_BOX(&ciema::cpu::cross_spatial_train));
+  m.impl("cross_spatial_backward", TORCH_BOX(&ciema::cpu::cross_spatial_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CompositeExplicitAutograd, m) {

@@ -18,15 +18,15 @@ std::vector<InstructionSet> find_available() {
                       __builtin_cpu_supports("avx512vl");
   if (avx512) {
     found.push_back({"avx512", &kAvx512ChannelStatistics, &kAvx512CoordinateAttention,
-                     &kAvx512CrossSpatial});
+                     &kAvx512CrossSpatial, &kAvx512CrossSpatialTraining});
   }
   if (avx2) {
     found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2CoordinateAttention,
-                     &kAvx2CrossSpatial});
+                     &kAvx2CrossSpatial, &kAvx2CrossSpatialTraining});
   }
 #endif
   found.push_back({"portable", &kPortableChannelStatistics, &kPortableCoordinateAttention,
-                   &kPortableCrossSpatial});
+                   &kPortableCrossSpatial, &kPortableCrossSpatialTraining});
   return found;
 }
 

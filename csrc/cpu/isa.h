@@ -6,6 +6,7 @@
 #include "simd/channel_statistics.h"
 #include "simd/coordinate_attention.h"
 #include "simd/cross_spatial.h"
+#include "simd/cross_spatial_training.h"
 
 namespace ciema::cpu {
 
@@ -14,6 +15,7 @@ struct InstructionSet {
   const ChannelStatistics* channel_statistics;
   const CoordinateAttention* coordinate_attention;
   const CrossSpatial* cross_spatial;
+  const CrossSpatialTraining* cross_spatial_training;
 };
 
 // Chosen once, when first asked (FUSED_CPU_ISA is read then). Throws with the reason if the
