@@ -5,6 +5,7 @@
 #include "cpu/channel_statistics.h"
 #include "cpu/coordinate_attention.h"
 #include "cpu/cross_spatial.h"
+#include "cpu/cross_spatial_training.h"
 #include "cpu/gated_fusion.h"
 #include "cpu/msff.h"
 #include "cpu/product_gradient.h"
@@ -29,6 +30,8 @@ STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("separable_pack", TORCH_BOX(&ciema::cpu::separable_pack));
   m.impl("separable_block", TORCH_BOX(&ciema::cpu::separable_block));
   m.impl("stem", TORCH_BOX(&ciema::cpu::stem));
+  m.impl("cross_spatial_train", TORCH_BOX(&ciema::cpu::cross_spatial_train));
+  m.impl("cross_spatial_backward", TORCH_BOX(&ciema::cpu::cross_spatial_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ciema_native, CompositeExplicitAutograd, m) {

@@ -65,10 +65,23 @@ Tensor interpolate_with_product(const Map& x, const PackedWeight& weight, const 
   return out.tensor();
 }
 
+// Copies: an op's outputs may not be its inputs.
+std::tuple<Tensor, Tensor, Tensor> known_statistics(const Tensor& mean, const Tensor& maximum,
+                                                    const Tensor& argmax, const Tensor& x) {
+  check_per_channel(mean, "x_mean", ScalarType::Float, "float32", x);
+  check_per_channel(maximum, "x_maximum", ScalarType::Float, "float32", x);
+  check_per_channel(argmax, "x_argmax", ScalarType::Long, "int64", x);
+  return {torch::stable::clone(torch::stable::contiguous(mean)),
+          torch::stable::clone(torch::stable::contiguous(maximum)),
+          torch::stable::clone(torch::stable::contiguous(argmax))};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_interaction_packed(
-    Tensor x, Tensor squeeze_weight, Tensor excite_weight, Tensor interaction_packed) {
+    Tensor x, Tensor squeeze_weight, Tensor excite_weight, Tensor interaction_packed,
+    std::optional<Tensor> x_mean, std::optional<Tensor> x_maximum,
+    std::optional<Tensor> x_argmax) {
   check_x(x);
   const int64_t batch = x.size(0), channels = x.size(1);
   const int64_t hidden = squeeze_weight.size(0);
@@ -77,7 +90,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_interaction_packed(
   const PackedWeight weight(interaction_packed, "interaction_packed", x, channels);
   STD_TORCH_CHECK(weight.rows() == channels, "interaction_packed must be square");
   const Map map(x);
-  auto [mean, maximum, argmax] = channel_statistics(map.tensor());
+  auto [mean, maximum, argmax] = x_mean && x_maximum && x_argmax
+                                     ? known_statistics(*x_mean, *x_maximum, *x_argmax, x)
+                                     : channel_statistics(map.tensor());
   Tensor gate = empty_per_channel(x, ScalarType::Float);
   float* gates = static_cast<float*>(gate.mutable_data_ptr());
   for (int64_t b = 0; b < batch; ++b) {

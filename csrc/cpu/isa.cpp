@@ -19,16 +19,19 @@ std::vector<InstructionSet> find_available() {
   if (avx512) {
     const bool pairs = __builtin_cpu_supports("avx512bf16");
     found.push_back({"avx512", &kAvx512ChannelStatistics, &kAvx512CoordinateAttention,
-                     &kAvx512CrossSpatial, pairs ? &kAvx512bf16Products : &kAvx512Products,
+                     &kAvx512CrossSpatial, &kAvx512CrossSpatialTraining,
+                     pairs ? &kAvx512bf16Products : &kAvx512Products,
                      pairs ? &kAvx512bf16Separable : &kAvx512Separable});
   }
   if (avx2) {
-    found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2CoordinateAttention, &kAvx2CrossSpatial,
-                     &kAvx2Products, &kAvx2Separable});
+    found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2CoordinateAttention,
+                     &kAvx2CrossSpatial, &kAvx2CrossSpatialTraining, &kAvx2Products,
+                     &kAvx2Separable});
   }
 #endif
   found.push_back({"portable", &kPortableChannelStatistics, &kPortableCoordinateAttention,
-                   &kPortableCrossSpatial, &kPortableProducts, &kPortableSeparable});
+                   &kPortableCrossSpatial, &kPortableCrossSpatialTraining, &kPortableProducts,
+                   &kPortableSeparable});
   return found;
 }
 

@@ -13,7 +13,7 @@ import torch
 
 from . import cpu_products, cpu_slabs, native
 from .backend import Backend
-from .reference import coordinate_attention, cross_spatial_backward
+from .reference import coordinate_attention
 
 
 def _load() -> native.NativeLibrary:
@@ -33,7 +33,7 @@ KERNELS: Mapping[str, Callable[..., object]] = {
     "coordinate_attention": cpu_slabs.coordinate_attention,
     "coordinate_attention_backward": coordinate_attention.backward,
     "cross_spatial": cpu_slabs.cross_spatial,
-    "cross_spatial_backward": cross_spatial_backward.backward,
+    "cross_spatial_backward": cpu_slabs.cross_spatial_backward,
 }
 
 

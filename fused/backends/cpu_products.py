@@ -14,6 +14,7 @@ import torch
 from .native import kernel
 from .reference import gated_fusion as reference_gated_fusion
 from .reference import msff as reference_msff
+from .reference.msff import nothing, unknown_statistics
 
 
 def pack(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -45,10 +46,14 @@ def channel_interaction(
     squeeze_weight: torch.Tensor,
     excite_weight: torch.Tensor,
     interaction_weight: torch.Tensor,
+    *known: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Return e (B, C, H, W), the gate a (B, C), and x's mean, maximum and argmax (B, C)."""
+    """Return e (B, C, H, W), the gate a (B, C), and x's mean, maximum and argmax (B, C).
+
+    Where these three are `known`, x is read once less.
+    """
     results: tuple[torch.Tensor, ...] = kernel("channel_interaction_packed")(
-        x, squeeze_weight.float(), excite_weight.float(), pack(interaction_weight, x)
+        x, squeeze_weight.float(), excite_weight.float(), pack(interaction_weight, x), *known
     )
     return results
 
@@ -157,17 +162,22 @@ def msff(
     running_var: torch.Tensor | None,
     training: bool,
     eps: float,
+    statistics: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """As the reference's `forward`, which still runs training."""
     if training:
         return reference_msff.forward(
-            features, weight, bn_weight, bn_bias, running_mean, running_var, training, eps
+            *(features, weight, bn_weight, bn_bias, running_mean, running_var, training, eps),
+            statistics,
+            statistics_of=kernel("channel_statistics"),
         )
     scale, shift = folded_norm(bn_weight, bn_bias, running_mean, running_var, eps)
     parts = weight.split([f.shape[1] for f in features], 1)
     packed = [pack(part, features[0]) for part in parts]
     out = kernel("msff_packed")(list(features), packed, scale.float(), shift.float())
-    return out, *(out.new_empty(0, dtype=torch.float32) for _ in range(2))
+    none = torch.empty(0)
+    known = kernel("channel_statistics")(out) if statistics else unknown_statistics(none)
+    return out, *nothing(none, 2), *known
 
 
 KERNELS: Mapping[str, Callable[..., object]] = {

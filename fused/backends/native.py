@@ -51,8 +51,8 @@ SCHEMAS = (
     "pointwise_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, bool relu)"
     " -> Tensor out",
     "channel_interaction_packed(Tensor x, Tensor squeeze_weight, Tensor excite_weight,"
-    " Tensor interaction_packed)"
-    " -> (Tensor e, Tensor gate, Tensor mean, Tensor maximum, Tensor argmax)",
+    " Tensor interaction_packed, Tensor? x_mean=None, Tensor? x_maximum=None,"
+    " Tensor? x_argmax=None) -> (Tensor e, Tensor gate, Tensor mean, Tensor maximum, Tensor argmax)",
     # batch norms as scales and shifts; mean_only: the mean of out over the pixels, float32 (B, C)
     "gated_fusion_packed(Tensor e, Tensor w, Tensor squeeze_packed, Tensor squeeze_scale,"
     " Tensor squeeze_shift, Tensor fusion_of_s_packed, Tensor fusion_of_r_packed,"
@@ -66,6 +66,16 @@ SCHEMAS = (
     "separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed, Tensor bias,"
     " int stride, bool relu) -> Tensor",
     "stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) -> Tensor",
+    "cross_spatial_train(Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
+    " Tensor[] parameters, int groups, float attention_eps, float reduce_eps) -> (Tensor w,"
+    " Tensor softmax1, Tensor softmax2, Tensor attention_mean, Tensor attention_var,"
+    " Tensor reduce_mean, Tensor reduce_var)",
+    "cross_spatial_backward(Tensor grad_w, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean,"
+    " Tensor rstd, Tensor w, Tensor softmax1, Tensor softmax2, Tensor attention_mean,"
+    " Tensor attention_var, Tensor reduce_mean, Tensor reduce_var, Tensor[] parameters,"
+    " int groups, bool constants, float attention_eps, float reduce_eps) -> (Tensor grad_e,"
+    " Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean, Tensor grad_rstd,"
+    " Tensor grad_parameters)",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )

@@ -148,20 +148,21 @@ inline void load_gates(const float* alpha_h, const float* alpha_w, const float* 
   }
 }
 
-// e becomes x1 = GN(e alpha_h alpha_w), in place. gn_weight and gn_bias are zero in the padding.
+// x1 = GN(e alpha_h alpha_w), maybe in place. gn_weight and gn_bias are zero in the padding.
 inline void normalise_map(const Gates& gates, const float* gn_weight, const float* gn_bias,
-                          const Frame& f, float* map) {
+                          const Frame& f, const float* e, float* x1) {
   for (int64_t c = 0; c < f.cp; c += kLanes) {
     const Floats slope = Simd::mul(Simd::load(gates.rstd + c), Simd::load(gn_weight + c));
     const Floats start = Simd::sub(Simd::load(gn_bias + c),
                                    Simd::mul(Simd::load(gates.mean + c), slope));
     for (int64_t y = 0; y < f.height; ++y) {
       const Floats row = Simd::mul(Simd::load(gates.rows + y * f.cp + c), slope);
-      float* pixel = map + f.at(y, 0) + c;
       const float* column = gates.columns + c;
-      for (int64_t x = 0; x < f.width; ++x, pixel += f.cp, column += f.cp) {
+      const int64_t first = f.at(y, 0) + c;
+      for (int64_t x = 0; x < f.width; ++x, column += f.cp) {
+        const int64_t pixel = first + x * f.cp;
         const Floats gate = Simd::mul(row, Simd::load(column));
-        Simd::store(pixel, Simd::fma(Simd::load(pixel), gate, start));
+        Simd::store(x1 + pixel, Simd::fma(Simd::load(e + pixel), gate, start));
       }
     }
   }

@@ -1,6 +1,6 @@
 // Weights of cross_spatial as its kernels read them: batch norms folded, the convolutions' kernels
 // transformed in float64, everything padded to whole vectors and cut into panels.
-// Included inside the namespace of an instruction-set file, after winograd_body.h.
+// Included inside the namespace of an instruction-set file, after packing_body.h.
 
 constexpr float kPackedMark = 5150.0f;  // first number of packed weights
 
@@ -59,38 +59,8 @@ inline bool is_packed(const float* packed, int64_t size, int64_t channels, int f
 }
 
 inline void pack_direct(const float* weight, int64_t c, int64_t taps, float* out) {
-  for (int64_t o = 0; o < c; ++o) {
-    const PackedColumn column(taps * c, padded(c) / kLanes, o);
-    for (int64_t i = 0; i < c; ++i) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        out[column.start + (tap * c + i) * column.step] = weight[(o * c + i) * taps + tap];
-      }
-    }
-  }
-}
-
-// One kernel's columns start at `first` of `vectors` vectors.
-inline void pack_winograd(const float* weight, int64_t c, int size, int r, int64_t first,
-                          int64_t vectors, float* out) {
-  double kernels[kMostTaps][kKernels], transformed[kPositions][kKernels];
-  const int64_t stride = c * vectors * kLanes, taps = size * size;
-  for (int64_t o = 0; o < c; o += kKernels) {  // kKernels divides the lanes: one panel has them all
-    const PackedColumn column(c, vectors, first + o);
-    const int64_t count = c - o < kKernels ? c - o : kKernels;
-    for (int64_t i = 0; i < c; ++i) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        for (int64_t k = 0; k < kKernels; ++k) {
-          kernels[tap][k] = k < count ? weight[((o + k) * c + i) * taps + tap] : 0.0;
-        }
-      }
-      kernel_transform(kernels, size, r, transformed);
-      float* at = out + column.start + i * column.step;
-      for (int p = 0; p < kPositions; ++p) {
-        for (int64_t k = 0; k < kKernels; ++k) {
-          at[p * stride + k] = static_cast<float>(transformed[p][k]);
-        }
-      }
-    }
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    pack_matrix(weight + tap, c, c * taps, taps, {taps * c, padded(c) / kLanes, tap * c, 0}, out);
   }
 }
 
@@ -141,9 +111,11 @@ inline void pack(const CrossSpatialParameters& p, int64_t c, int forms, float* p
   memcpy(out.conv3x3_bias, p.conv3x3_bias, bytes);
   const int64_t vectors = padded(c) / kLanes;
   if ((forms & kWinogradForm) != 0) {
-    pack_winograd(p.conv3x3_weight, c, 3, 3, 0, vectors, out.conv3x3_winograd);
-    pack_winograd(p.spatial_conv3_weight, c, 3, 5, 0, 2 * vectors, out.spatial_winograd);
-    pack_winograd(p.spatial_conv5_weight, c, 5, 5, padded(c), 2 * vectors, out.spatial_winograd);
+    pack_winograd(p.conv3x3_weight, c, 3, 3, false, {c, vectors, 0, 0}, out.conv3x3_winograd);
+    pack_winograd(p.spatial_conv3_weight, c, 3, 5, false, {c, 2 * vectors, 0, 0},
+                  out.spatial_winograd);
+    pack_winograd(p.spatial_conv5_weight, c, 5, 5, false, {c, 2 * vectors, 0, padded(c)},
+                  out.spatial_winograd);
   }
   if ((forms & kDirectForm) != 0) {
     pack_direct(p.conv3x3_weight, c, 9, out.conv3x3_direct);
