@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import backends, folding
 from .backends.cpu_packed import PackedCIEMA, PackedMSFF
 from .contract import check_map, memory_format, product_dtype, statistics_dtype
-from .modules import FusedCIEMA, FusedMSFF
+from .modules import FusedCIEMA, FusedMSFF, Statistics
 
 PACKED = "frozen: weights folded and packed once"
 AS_BEFORE = "frozen, but this stage runs as in the unfrozen block"
@@ -137,15 +137,15 @@ class Frozen(nn.Module):
         yield from self._made[2]
 
 
-def guarded(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A frozen module's public method of one argument: guarded, without gradients, never traced."""
+def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A frozen module's public method of a map or list: guarded, without gradients, not traced."""
 
     @torch.compiler.disable
     @functools.wraps(method)
-    def call(self: Frozen, x: Any) -> Any:
+    def call(self: Frozen, x: Any, *rest: Any, **named: Any) -> Any:
         self.guard(*(x if isinstance(x, (list, tuple)) else (x,)))
         with torch.no_grad():
-            return method(self, x)
+            return method(self, x, *rest, **named)
 
     return call
 
@@ -173,8 +173,8 @@ class FrozenCIEMA(Frozen, FusedCIEMA):
         return folding.fold_fusion(self).to(product_dtype(probe))
 
     @guarded
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) → (B, C, H, W), of x's dtype."""
+    def forward(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
+        """(B, C, H, W) → (B, C, H, W), of x's dtype; `statistics` are found anew."""
         return self._out(*self._e_and_w(x)).to(x.dtype)
 
     @guarded

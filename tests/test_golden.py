@@ -134,6 +134,7 @@ def test_float32_network_matches(
     with monkeypatch.context() as patch:
         patch.setattr(FusedCIEMA, "forward", PublishedCIEMA.forward)
         patch.setattr(FusedMSFF, "forward", PublishedMSFF.forward)
+        patch.setattr(MobileSteelNet, "_statistics_can_pass", lambda self: False)
         eager = errors(case, run(case, "auto", mode, torch.float32, device), mode)
     for name, value in found.items():
         limit = out_tolerance if name.endswith(".out") else max(grad_tolerance, 2 * eager[name])

@@ -102,7 +102,9 @@ def cross_spatial(*args: Any) -> tuple[torch.Tensor, ...]:
         trained = [_floats(p) for p in _trained(parameters)]
         results = _train(e, *vectors, trained, groups, *eps)
         return results
-    packed = pack_cross_spatial(parameters, *eps, size=(e.shape[2], e.shape[3]))
+    attention_eps, reduce_eps = eps
+    size = (e.shape[2], e.shape[3])
+    packed = pack_cross_spatial(parameters, attention_eps, reduce_eps, size=size)
     results = _packed(e, *vectors, packed, groups)
     c = e.shape[1] // groups
     none = [torch.empty(0, n, device=e.device) for n in (3 * c, 3 * c, c, c)]
@@ -126,4 +128,5 @@ def cross_spatial_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     )
     shares = flat.split([p.numel() for p in trained])
     pairs = zip(shares, trained, strict=True)
-    return (*grads, *(share.reshape(p.shape).to(p.dtype) for share, p in pairs))
+    # Copies: outputs of an op may not share memory.
+    return (*grads, *(share.reshape(p.shape).to(p.dtype, copy=True) for share, p in pairs))

@@ -52,7 +52,8 @@ SCHEMAS = (
     " -> Tensor out",
     "channel_interaction_packed(Tensor x, Tensor squeeze_weight, Tensor excite_weight,"
     " Tensor interaction_packed, Tensor? x_mean=None, Tensor? x_maximum=None,"
-    " Tensor? x_argmax=None) -> (Tensor e, Tensor gate, Tensor mean, Tensor maximum, Tensor argmax)",
+    " Tensor? x_argmax=None)"
+    " -> (Tensor e, Tensor gate, Tensor mean, Tensor maximum, Tensor argmax)",
     # batch norms as scales and shifts; mean_only: the mean of out over the pixels, float32 (B, C)
     "gated_fusion_packed(Tensor e, Tensor w, Tensor squeeze_packed, Tensor squeeze_scale,"
     " Tensor squeeze_shift, Tensor fusion_of_s_packed, Tensor fusion_of_r_packed,"

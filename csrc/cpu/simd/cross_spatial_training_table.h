@@ -1,6 +1,6 @@
 // The stage cross_spatial in training for one instruction set. Included inside its namespace.
 
-#include "products_body.h"
+#include "slab_products_body.h"
 #include "winograd_body.h"
 #include "packing_body.h"
 #include "cross_spatial_training_weights_body.h"
