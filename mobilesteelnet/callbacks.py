@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .checkpoint import save_checkpoint
-from .lightning_modules import TrainingError
+from .lightning_modules import Classifier, TrainingError
 from .run_folder import RunFolder, write_atomically, write_json
 
 FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
@@ -134,8 +134,8 @@ class RunWriter(Checkpoint):
         return False
 
     def _save_best(self, module: L.LightningModule, row: dict[str, Any]) -> None:
-        network = module.model
-        assert isinstance(network, torch.nn.Module)
+        assert isinstance(module, Classifier)
+        network = module.kept
         # Without the seconds: the same run has to give the same file.
         figures = {key: value for key, value in row.items() if key != "seconds"}
         training = {**self.card["training"], **figures, "selected_by": self.select}

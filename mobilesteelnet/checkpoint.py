@@ -326,13 +326,15 @@ def _published_metadata(tensors: dict[str, torch.Tensor], name: str) -> dict[str
 def _build(
     config: dict[str, Any], tensors: dict[str, torch.Tensor], backend: str | None, name: str
 ) -> nn.Module:
-    from .model import MobileSteelNet
+    from .networks import build_network
 
     config = {**config, "backend": backend}
     try:
         # Without memory first, so that a hostile width or class count costs nothing.
         with torch.device("meta"):
-            skeleton = MobileSteelNet.from_config({**config, "backend": None})
+            skeleton = build_network({**config, "backend": None})
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"checkpoint {name!r}: {error}") from None
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {name!r}: network {config!r:.200} cannot be built: {_first_line(error)}"
@@ -351,7 +353,7 @@ def _build(
         raise CheckpointError(
             f"checkpoint {name!r} does not fit the network: {'; '.join(problems[:3])}{more}"
         )
-    model = MobileSteelNet.from_config(config)
+    model = build_network(config)
     model.load_state_dict(tensors, strict=True)
     return model
 

@@ -16,6 +16,8 @@ from .cli_training import train_command
 from .progress import bar
 
 if TYPE_CHECKING:
+    import torch
+
     from .checkpoint import Checkpoint
     from .run_folder import RunFolder
 
@@ -258,19 +260,20 @@ def info_command(
 
     Example: [bold]mobilesteelnet info runs/first --size 224[/bold]
     """
-    from .model import MobileSteelNet, describe
+    from .model import MobileSteelNet
+    from .networks import describe_network
     from .tables import information_table
 
     facts: dict[str, Any] = {}
-    model = MobileSteelNet(backend=backend)
+    model: torch.nn.Module = MobileSteelNet(backend=backend)
     if source is not None:
         checkpoint, _ = _open_checkpoint(source, "cpu", backend, None)
         size = size or checkpoint.input_size
         facts = {"classes": checkpoint.classes, "training": checkpoint.training}
-        model = checkpoint.model  # type: ignore[assignment]  # load_checkpoint builds this class
+        model = checkpoint.model
     if size is not None and not 1 <= size <= 8192:
         raise ValueError(f"--size {size}: must be from 1 to 8192")
-    facts = {**describe(model, size or 224), **facts}
+    facts = {**describe_network(model, size or 224), **facts}
     if json_file is not None:
         _write(json_file, json.dumps(facts, indent=2) + "\n")
     if json_file != "-":

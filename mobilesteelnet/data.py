@@ -42,6 +42,7 @@ from .transforms import (
     EvalTransform,
     Transform,
     eval_transform,
+    texture_transform,
     train_transform,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "eval_transform",
     "scan",
     "stratified_split",
+    "texture_transform",
     "train_transform",
 ]
 

@@ -40,8 +40,8 @@ QUICK: dict[str, Any] = {
     "select": "last",
 }
 BUDGETS: dict[str, dict[str, Any]] = {
-    "tiny": {**QUICK, "width": 0.125, "size": 48, "augment": False},
-    "small": {**QUICK, "width": 0.25, "size": 64, "augment": False},
+    "tiny": {**QUICK, "width": 0.125, "size": 48, "augmentation": "none"},
+    "small": {**QUICK, "width": 0.25, "size": 64, "augmentation": "none"},
     "full": {},
 }
 # Steps of the optimizer, so that a large set does not take longer than a small one.

@@ -49,10 +49,10 @@ def prediction_table(predictions: Predictions) -> Table:
 
 
 def information_table(facts: dict[str, Any]) -> Table:
-    """What ``model.describe`` tells, stage by stage."""
+    """What ``networks.describe_network`` tells, stage by stage."""
     size = facts["input_size"]
     table = Table(
-        title=f"MobileSteelNet, one image of {size}×{size}, forward (GFLOP: two a multiply-add)",
+        title=f"{facts['network']}, one image of {size}×{size}, forward (two FLOP a multiply-add)",
         title_justify="left",
         show_footer=True,
     )
@@ -67,6 +67,8 @@ def information_table(facts: dict[str, Any]) -> Table:
         table.add_column(name, foot, justify=side)  # type: ignore[arg-type]  # "left" or "right"
     backbone = f"{facts['backbone_flop'] / 1e9:.3f}"
     table.add_row("backbone", backbone, backbone, "", "")
+    other = f"{facts['other_flop'] / 1e9:.3f}"
+    table.add_row("head, attention of other papers", other, other, "", "")
     for row in facts["stages"]:
         table.add_row(
             escape(row["stage"]),
