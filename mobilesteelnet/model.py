@@ -157,6 +157,25 @@ class MobileSteelNet(nn.Module):
         """Build the network that `config`, another network's `.config`, describes."""
         return cls(**config)
 
+    @classmethod
+    def from_pretrained(
+        cls, *, device: str | torch.device = "cpu", backend: str | None = None
+    ) -> MobileSteelNet:
+        """The network with the weights that the package brings, in evaluation mode; no download.
+
+        `mobilesteelnet.shipped.load_shipped` gives classes and normalisation with it.
+
+        Raises:
+            CheckpointError: this version brings no weights, or they are damaged.
+            ModuleNotFoundError: safetensors is not installed.
+        """
+        from .shipped import load_shipped
+
+        model = load_shipped(device, backend=backend).model
+        if not isinstance(model, cls):
+            raise TypeError(f"the package's weights are those of a {type(model).__name__}")
+        return model
+
     def backbone(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of the three stages."""
         if images.dim() != 4 or images.shape[1] != self.config["in_channels"]:

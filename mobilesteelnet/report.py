@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from . import figures
 from .checkpoint import Checkpoint
-from .data import PictureSet, eval_transform
+from .data import PictureSet
 from .evaluate import Evaluation, PictureResult
+from .gates import mean_gate
 from .run_folder import RunFolder, write_atomically, write_json, write_text
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ def write_report(
         "confusion_matrix": lambda theme: figures.confusion_matrix(evaluation, theme),
         "class_accuracy": lambda theme: figures.class_bars(evaluation, theme),
     }
+    found = evaluation.calibration
+    if found is not None:
+        drawings["calibration"] = lambda theme: figures.calibration(found, theme)
     if rows:
         drawings["training_curves"] = lambda theme: figures.training_curves(rows, best, theme)
     images = []
@@ -94,9 +97,10 @@ def write_report(
         tags[name] = _themed_image(light, draw(figures.DARK), alt)
     sections = [
         _result_section(evaluation, tags),
+        _confidence_section(evaluation, tags),
         _training_section(tags, rows, best),
         _gate_section(evaluation, checkpoint, pictures),
-        _wrong_section(evaluation, pictures),
+        _wrong_section(evaluation, checkpoint, pictures),
         _origin_section(evaluation, command),
     ]
     template = resources.files(__package__).joinpath("report_template.html").read_text("utf-8")
@@ -161,6 +165,9 @@ def _alternative_text(
         return "Confusion matrix. " + (
             f"Most frequent: {words}" if words else "No picture is wrong"
         )
+    if name == "calibration" and evaluation.calibration is not None:
+        error = 100 * evaluation.calibration.expected_error
+        return f"Accuracy against confidence; the expected calibration error is {error:.2f} %"
     last = rows[-1]
     return (
         f"Loss and accuracy over {len(rows)} epochs; the last validation loss is "
@@ -243,17 +250,45 @@ def _training_section(tags: dict[str, str], rows: Sequence[dict[str, Any]], best
     )
 
 
-def _wrong_section(evaluation: Evaluation, pictures: PictureSet) -> str:
+def _confidence_section(evaluation: Evaluation, tags: dict[str, str]) -> str:
+    found = evaluation.calibration
+    if found is None:
+        return ""
+    lines = "".join(
+        f"<tr><td>{item.threshold:g}</td><td>{_percent(item.coverage)}</td>"
+        f"<td>{_percent(item.accuracy)}</td></tr>"
+        for item in found.coverage
+    )
+    return (
+        f"<section><h2>Confidence</h2><figure>{tags['calibration']}</figure>"
+        f'<p class="soft">Expected calibration error {_percent(found.expected_error)} %. A picture '
+        "whose most probable class is less probable than the threshold of "
+        "<code>predict --min-confidence</code> is rejected.</p><details><summary>Accuracy and "
+        "coverage by threshold</summary><div class=scroll><table><caption>In per cent."
+        "</caption><thead><tr><th scope=col>threshold</th><th scope=col>accepted</th>"
+        f"<th scope=col>accuracy</th></tr></thead><tbody>{lines}</tbody></table></div></details>"
+        "</section>"
+    )
+
+
+def _wrong_section(evaluation: Evaluation, checkpoint: Checkpoint, pictures: PictureSet) -> str:
     wrong = evaluation.wrong
     if not wrong:
         return "<section><h2>Wrong pictures</h2><p>None.</p></section>"
     places = {item.name: index for index, item in enumerate(pictures.items)}
     shown = wrong[:MOST_WRONG_PICTURES]
-    cards = "".join(_wrong_card(item, evaluation, pictures, places[item.name]) for item in shown)
+    plain = gated = ""
+    for number, item in enumerate(shown):
+        picture = pictures.open(places[item.name])
+        gate = mean_gate(checkpoint, picture) if number < MOST_GATE_PICTURES else None
+        card = _wrong_card(item, evaluation, picture, gate)
+        plain, gated = (plain + card, gated) if gate is None else (plain, gated + card)
     count = f"All {len(wrong)}" if len(shown) == len(wrong) else f"{len(shown)} of {len(wrong)}"
+    over = ", the first ones with the spatial gate laid over them" if gated else ""
     return (
-        f"<section><h2>Wrong pictures</h2><p class=soft>{count}, the most confident first; "
-        f'evaluation.json lists every picture.</p><div class="pictures">{cards}</div></section>'
+        f"<section><h2>Wrong pictures</h2><p class=soft>{count}, the most confident first{over}; "
+        f'evaluation.json lists every picture.</p><div class="pictures gates">{gated}</div>'
+        f'<div class="pictures">{plain}</div></section>'
     )
 
 
@@ -263,13 +298,17 @@ def _file_name(name: str) -> str:
 
 
 def _wrong_card(
-    item: PictureResult, evaluation: Evaluation, pictures: PictureSet, index: int
+    item: PictureResult, evaluation: Evaluation, picture: Image, gate: np.ndarray | None
 ) -> str:
     chosen = item.probabilities[evaluation.classes.index(item.predicted)]
     true = item.probabilities[evaluation.classes.index(item.true)]
     alt = f"{item.name}: {item.true}, taken for {item.predicted}"
+    shown = _thumbnail(picture, alt)
+    if gate is not None:
+        over = _thumbnail(figures.gate_overlay(picture, gate), f"The gate over {item.name}")
+        shown = f'<div class="pair">{shown}{over}</div>'
     return (
-        f"<figure>{_thumbnail(pictures.open(index), alt)}<figcaption>"
+        f"<figure>{shown}<figcaption>"
         f'<span class="wrong">{_safe(item.predicted)}</span> {100 * chosen:.1f} %<br>'
         f'<span class="right">{_safe(item.true)}</span> {100 * true:.1f} %<br>'
         f"{_file_name(item.name)}</figcaption></figure>"
@@ -279,17 +318,13 @@ def _wrong_card(
 def _gate_section(evaluation: Evaluation, checkpoint: Checkpoint, pictures: PictureSet) -> str:
     places = {item.name: index for index, item in enumerate(pictures.items)}
     samples = _samples(evaluation)
-    transform = eval_transform(checkpoint.input_size, **checkpoint.normalisation)
-    device = next(checkpoint.model.parameters()).device
     cards = []
     for item in samples:
         picture = pictures.open(places[item.name])
-        with torch.inference_mode():
-            gate = checkpoint.model.spatial_gate(transform(picture)[None].to(device))  # type: ignore[operator]
+        gate = mean_gate(checkpoint, picture)
         if gate is None:
             return ""
-        mean = gate[0].float().mean(dim=0).cpu().numpy()
-        cards.append(_gate_card(item, picture, mean))
+        cards.append(_gate_card(item, picture, gate))
     return (
         "<section><h2>Where the network looks</h2>"
         "<p>The spatial gate <i>w</i> of CIEMA, one value from 0 to 1 a place, averaged over its "
