@@ -66,20 +66,24 @@ class KeptNetwork(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Move the exponential average."""
-        if self.config.averaging == "ema":
+        """Move the average: the exponential one each step, the other at the end of an epoch."""
+        epoch_ends = batch_idx + 1 == trainer.num_training_batches
+        swa = self._averages_epochs(trainer) and epoch_ends
+        if swa or self.config.averaging == "ema":
             assert self._network is not None
             assert isinstance(pl_module, Classifier)
             self._network.update_parameters(pl_module.model)
+
+    def _averages_epochs(self, trainer: L.Trainer) -> bool:
+        begun = trainer.current_epoch >= self.first_averaged_epoch
+        return self.config.averaging == "swa" and begun
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the network that this epoch validates."""
         assert self._network is not None
         assert isinstance(pl_module, Classifier)
-        swa = self.config.averaging == "swa" and trainer.current_epoch >= self.first_averaged_epoch
-        if swa:
-            self._network.update_parameters(pl_module.model)
-        elif self.config.averaging != "ema":
+        swa = self._averages_epochs(trainer)
+        if not swa and self.config.averaging != "ema":
             self._network.module.load_state_dict(pl_module.model.state_dict())
         if swa or self.config.recalibrate_bn:
             update_bn(self.loader, self._network.module, device=pl_module.device)

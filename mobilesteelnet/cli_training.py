@@ -125,6 +125,9 @@ def train_command(  # one parameter an option
             help="Which epoch to keep: val_loss, val_accuracy or last.", rich_help_panel=PROTOCOL
         ),
     ] = "val_loss",
+    validate_every: Annotated[
+        int, typer.Option(help="Epochs between validations.", rich_help_panel=PROTOCOL)
+    ] = 1,
     averaging: Annotated[
         str, typer.Option(help="Of the kept weights: none, ema or swa.", rich_help_panel=PROTOCOL)
     ] = "none",

@@ -100,7 +100,6 @@ def class_bars(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
 def training_curves(rows: list[dict[str, Any]], best_epoch: int, theme: Theme = LIGHT) -> bytes:
     """Loss and accuracy of training and validation over the epochs, the kept epoch marked."""
     figure = new_figure((9, 3.2), theme)
-    epochs = [row["epoch"] for row in rows]
     few: dict[str, Any] = {"marker": "o", "markersize": 3} if len(rows) < 40 else {}
     for place, key in enumerate(("loss", "accuracy")):
         axes = figure.add_subplot(1, 2, place + 1)
@@ -110,7 +109,9 @@ def training_curves(rows: list[dict[str, Any]], best_epoch: int, theme: Theme = 
             ("train", theme.first, "training"),
             ("val", theme.second, "validation"),
         ):
-            values = [scale * row[f"{part}_{key}"] for row in rows]
+            measured = [row for row in rows if row[f"{part}_{key}"] is not None]
+            epochs = [row["epoch"] for row in measured]
+            values = [scale * row[f"{part}_{key}"] for row in measured]
             axes.plot(epochs, values, color=colour, label=name, linewidth=1.6, **few)
         if best_epoch:
             axes.axvline(best_epoch, color=theme.ink, linewidth=0.9, linestyle=":")
@@ -121,7 +122,9 @@ def training_curves(rows: list[dict[str, Any]], best_epoch: int, theme: Theme = 
         if key == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
             axes.set_ylim(0, 102)
-        elif max(row["val_loss"] for row in rows) > 20 * max(row["train_loss"] for row in rows):
+        elif max(row["val_loss"] or 0.0 for row in rows) > 20 * max(
+            row["train_loss"] for row in rows
+        ):
             axes.set_yscale("log")
         axes.legend(frameon=False, labelcolor=theme.ink)
     return figure_png(figure)

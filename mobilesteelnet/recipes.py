@@ -23,6 +23,7 @@ _OURS: dict[str, Any] = {
     "epochs": 150,
     "patience": 0,
     "select": "last",
+    "validate_every": 10,
     "bn_statistics": "pooled",
     "recalibrate_bn": True,
     "augmentation": "texture",

@@ -156,12 +156,14 @@ def _alternative_text(
     if name == "calibration" and evaluation.calibration is not None:
         error = 100 * evaluation.calibration.expected_error
         return f"Accuracy against confidence; the expected calibration error is {error:.2f} %"
-    last = rows[-1]
-    return (
-        f"Loss and accuracy over {len(rows)} epochs; the last validation loss is "
-        f"{last['val_loss']:.4f} and accuracy {100 * last['val_accuracy']:.2f} %. "
-        f"Epoch {best} was kept."
-    )
+    validated = [row for row in rows if row["val_loss"] is not None]
+    last = ""
+    if validated:
+        last = (
+            f"the last validation loss is {validated[-1]['val_loss']:.4f} and accuracy "
+            f"{100 * validated[-1]['val_accuracy']:.2f} %. "
+        )
+    return f"Loss and accuracy over {len(rows)} epochs; {last}Epoch {best} was kept."
 
 
 def _confusions(evaluation: Evaluation) -> list[tuple[int, str, str]]:

@@ -21,6 +21,7 @@ WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
     "batch_size": (1, 1_000_000),
     "warmup_epochs": (0, 1_000_000),
     "patience": (0, 1_000_000),
+    "validate_every": (1, 1_000_000),
 }
 NUMBERS: dict[str, tuple[float, float]] = {
     "learning_rate": (0.0, 1e3),
@@ -81,6 +82,8 @@ class TrainConfig:
         patience: Stop after so many epochs without a lower validation loss; 0 never stops early.
         select: Which epoch becomes ``best.safetensors``: lowest ``val_loss``, highest
             ``val_accuracy`` or the ``last``.
+        validate_every: Validate (and perhaps keep) each so many epochs, and the last one; above 1
+            only without ``patience``.
         averaging: Which weights are validated and kept: those of the step (``none``), their
             exponential moving average (``ema``), or from a point on their mean over the ends of
             epochs (``swa``).
@@ -120,6 +123,7 @@ class TrainConfig:
     gradient_clip: float = 0.0
     patience: int = 10
     select: str = "val_loss"
+    validate_every: int = 1
     averaging: str = "none"
     average_decay: float = 0.98
     average_from: float = 0.75
@@ -145,6 +149,11 @@ class TrainConfig:
                 )
         if type(self.recalibrate_bn) is not bool:
             raise ValueError(f"recalibrate_bn={self.recalibrate_bn!r}: must be true or false")
+        if self.validate_every > 1 and self.patience:
+            raise ValueError(
+                f"validate_every={self.validate_every}: patience={self.patience} counts validated "
+                "epochs, so that each has to be"
+            )
         _check_fractions(self.fractions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,6 +176,10 @@ class TrainConfig:
             return cls(**{**values, "fractions": tuple(fractions)})
         except TypeError as error:
             raise ValueError(f"config: {error}") from None
+
+    def validates(self, epoch: int) -> bool:
+        """Whether an epoch, counted from 1, ends with a validation."""
+        return epoch % self.validate_every == 0 or epoch == self.epochs
 
     def learning_rate_factor(self, step: int, steps_per_epoch: int) -> float:
         """What the peak learning rate is multiplied with at an optimizer step (counted from 0)."""

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from .callbacks import AtomicCheckpointIO, EpochProgress, RunWriter
+from .callbacks import AtomicCheckpointIO, EpochProgress, RunWriter, SparseValidation
 from .run_folder import RunFolder
 from .train_config import Machine, TrainConfig
 
@@ -33,6 +33,8 @@ def make_trainer(
         ValueError: Lightning cannot do what the machine's options ask for.
     """
     callbacks: list[L.Callback] = [*others, writer]
+    if config.validate_every > 1:
+        callbacks.append(SparseValidation(config))
     if config.patience:
         callbacks.append(EarlyStopping("val_loss", patience=config.patience, check_finite=False))
     if console is not None:

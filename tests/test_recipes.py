@@ -29,6 +29,7 @@ from training_cases import (
     run_program,
 )
 
+from mobilesteelnet import figures
 from mobilesteelnet.averaging import KeptNetwork
 from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.data import PictureDataset, eval_transform, scan, texture_transform
@@ -119,6 +120,7 @@ def test_recalibrated_norms_fit_the_training_pictures(
         {"averaging": "swa", "average_from": 0.3},
         {"recalibrate_bn": True, "mix": "cutmix", "augmentation": "texture", "dropout": 0.3},
         {"mix": "mixup", "schedule": "cosine"},
+        {"validate_every": 3, "averaging": "swa", "average_from": 0.0, "select": "last"},
     ],
 )
 def test_a_run_cut_off_gives_the_same(
@@ -139,6 +141,25 @@ def test_a_run_cut_off_gives_the_same(
             train(config, tmp_path / "cut", machine=CPU)
     resume(tmp_path / "cut", machine=CPU)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_validation_of_some_epochs_only(pictures: Path, tmp_path: Path) -> None:
+    options = {"epochs": 5, "validate_every": 2, "averaging": "swa", "average_from": 0.2}
+    result = train(small(pictures, **options), tmp_path / "run", machine=CPU)
+    assert [row["val_loss"] is not None for row in result.rows] == [False, True, False, True, True]
+    assert all(row["train_loss"] > 0 for row in result.rows)
+    assert result.best_epoch in (2, 4, 5)
+    card = load_checkpoint(result.checkpoint).training
+    assert card["val_loss"] == result.rows[result.best_epoch - 1]["val_loss"]
+    every = train(
+        small(pictures, **{**options, "validate_every": 1}), tmp_path / "all", machine=CPU
+    )
+    for sparse, dense in zip(result.rows, every.rows, strict=True):
+        assert sparse["train_loss"] == dense["train_loss"]
+        assert sparse["val_loss"] in (None, dense["val_loss"])
+    figures.training_curves(result.rows, result.best_epoch)
+    table = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert table[1].split(",")[3] == ""
 
 
 def test_mixing_blends_pictures_and_labels() -> None:

@@ -67,9 +67,10 @@ def training_curves(rows: list[Row]) -> bytes:
         paint(axes)
         for row, colour in zip(rows, COLOURS, strict=False):
             for number, result in enumerate(row.results):
-                values = [scale * value for value in result["training"]["history"][key]]
+                history = enumerate(result["training"]["history"][key], start=1)
+                points = [(epoch, scale * value) for epoch, value in history if value is not None]
                 label = NETWORKS[row.network].name if number == 0 else None
-                epochs = range(1, len(values) + 1)
+                epochs, values = zip(*points, strict=True)
                 axes.plot(epochs, values, color=colour, label=label, linewidth=1, alpha=0.7)
         axes.set_xlabel("epoch")
         axes.set_title("validation loss" if place == 0 else "validation accuracy, %", fontsize=9)

@@ -173,7 +173,7 @@ def _judge(
             "best_epoch": done.best_epoch,
             "reason": done.reason,
             "seconds": round(sum(row["seconds"] for row in done.rows), 1),
-            "history": {name: [round(row[name], DIGITS) for row in done.rows] for name in columns},
+            "history": {name: [_rounded(row[name]) for row in done.rows] for name in columns},
         },
         "test": test_figures(test),
         "machine": {
@@ -182,6 +182,10 @@ def _judge(
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
         },
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, DIGITS)
 
 
 def test_figures(result: Evaluation) -> dict[str, Any]:
