@@ -88,7 +88,7 @@ def evaluate_command(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="test, val, train or all; left out: test of a run, all otherwise."),
+        typer.Option(help="test, val, train or all; left out: what the training never saw."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Report folder; left out: RUN/eval-SPLIT or ./evaluation.")
@@ -109,6 +109,7 @@ def evaluate_command(
     from .data import scan
     from .evaluate import evaluate, pick_split
     from .run_folder import write_json
+    from .shipped import unseen_pictures
     from .tables import evaluation_table
 
     console = Console(stderr=True)
@@ -117,11 +118,14 @@ def evaluate_command(
         if run is None:
             raise ValueError(f"--data is needed: {str(source)!r} is no run folder")
         data = Path(run.read_json(run.config).get("data", ""))
-    split = split or ("test" if run is not None else "all")
     rule: Any = on_bad_file
     with bar("reading pictures", console) as progress:
         pictures = scan(data, on_bad_file=rule, progress=progress)
-    indexes = pick_split(pictures, split, run)
+    if split is None and run is None:
+        split, indexes = unseen_pictures(checkpoint, pictures)
+    else:
+        split = split or "test"
+        indexes = pick_split(pictures, split, run)
     with bar("classifying", console) as progress:
         result = evaluate(
             checkpoint, pictures, indexes, split=split, batch_size=batch_size, progress=progress
@@ -342,12 +346,19 @@ def demo_command(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is put.")] = Path("demo-output"),
     budget: Annotated[
-        str, typer.Option(help="tiny (a minute), small (some minutes) or full (the paper's).")
+        str,
+        typer.Option(
+            help="tiny (a minute), small (some minutes), full (the paper's), or shipped: the "
+            "package's weights on --data, no training."
+        ),
     ] = "small",
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 42,
     overwrite: Annotated[bool, typer.Option(help="Start an earlier demo in --out again.")] = False,
 ) -> int:
     """Draw pictures, train, evaluate, predict and write a report, in minutes on two cores.
+
+    With --budget shipped, nothing is trained: your pictures are classified with the weights that
+    come with the package.
 
     Run again, it continues where it was cut off, or shows what is already there.
 
@@ -368,7 +379,7 @@ def demo_command(
     )
     typer.echo(
         f"average accuracy {100 * result.evaluation.average_accuracy:.2f} % on "
-        f"{len(result.evaluation.predictions)} test pictures that the training never saw "
+        f"{len(result.evaluation.predictions)} pictures that the training never saw "
         f"(chance: {100 / len(result.evaluation.classes):.1f} %)"
     )
     typer.echo(f"report:      {result.report}")

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from .data import PictureSet
+from .data import DataError, PictureSet, stratified_split
 from .evaluate import Evaluation, evaluate
 from .predict import Progress
 from .quantisation import choose_bits, quantise
 from .run_folder import write_json, write_text
+from .splits import SIDES
 
 SHIPPED = "shipped"
 """What the command line takes in place of a checkpoint's path for the weights of the package."""
@@ -69,6 +70,28 @@ def load_shipped(
             "install the package again"
         )
     return load_checkpoint(file, device, backend=backend)
+
+
+def unseen_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, list[int]]:
+    """The pictures that a fair figure may be measured on: a part's name, and its indexes.
+
+    The test part, if the set divides as the checkpoint's training says that its own did; all
+    pictures, if they must be others.
+    """
+    options, counts = (checkpoint.training.get(key) for key in ("options", "pictures"))
+    if isinstance(options, dict) and isinstance(counts, dict):
+        seed = options.get("split_seed")
+        seed = options.get("seed") if seed is None else seed
+        try:
+            split = stratified_split(pictures, options.get("fractions", ()), seed)  # type: ignore[arg-type]  # checked there
+        except DataError:
+            split = None
+        same = split is not None and all(
+            len(getattr(split, side)) == counts.get(side) for side in SIDES
+        )
+        if split is not None and same and pictures.classes == checkpoint.classes:
+            return "test", split.test
+    return "all", list(range(len(pictures)))
 
 
 @dataclass(frozen=True)

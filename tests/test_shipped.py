@@ -31,7 +31,14 @@ from mobilesteelnet.data import PictureSet, scan, stratified_split
 from mobilesteelnet.evaluate import evaluate
 from mobilesteelnet.model import MobileSteelNet
 from mobilesteelnet.quantisation import choose_bits, quantise, restore, stored_bytes
-from mobilesteelnet.shipped import CARD, WEIGHTS, load_shipped, package_weights, shipped_folder
+from mobilesteelnet.shipped import (
+    CARD,
+    WEIGHTS,
+    load_shipped,
+    package_weights,
+    shipped_folder,
+    unseen_pictures,
+)
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +257,37 @@ def test_pictures_alone_are_predicted_with_the_packages_weights(
     )
     assert main(["predict", str(shipping / WEIGHTS)]) == 2
     assert "give the pictures" in capsys.readouterr().err
+
+
+def test_the_demo_with_the_packages_weights(
+    shipping: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    arguments = ["demo", "--budget", "shipped", "--out", str(out)]
+    assert main(arguments) == 2
+    assert "needs data" in capsys.readouterr().err
+    assert main([*arguments, "--data", str(folder)]) == 0
+    assert (out / "report" / "report.html").is_file()
+    assert not (out / "run").exists()
+    assert "on 12 " in " ".join(capsys.readouterr().out.split())
+
+
+def test_pictures_that_a_training_never_saw(pictures: PictureSet) -> None:
+    split = stratified_split(pictures, (0.5, 0.25, 0.25), 7)
+    options = {"fractions": [0.5, 0.25, 0.25], "seed": 3, "split_seed": 7}
+    counts = {"train": 6, "val": 3, "test": 3}
+    trained = checkpoint()
+    trained.training = {"options": options, "pictures": counts}
+    assert unseen_pictures(trained, pictures) == ("test", split.test)
+    everything = ("all", list(range(len(pictures))))
+    for training in (
+        {},
+        {"options": options, "pictures": {**counts, "test": 4}},
+        {"options": {**options, "fractions": "x"}, "pictures": counts},
+        {"options": {"seed": None}, "pictures": counts},
+    ):
+        trained.training = training
+        assert unseen_pictures(trained, pictures) == everything
 
 
 @pytest.mark.skipif((shipped_folder() / WEIGHTS).is_file(), reason="weights are shipped")

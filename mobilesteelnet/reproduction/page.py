@@ -322,7 +322,8 @@ def _recipe(found: Results) -> str:
     return (
         "## How the recipe was chosen\n\nCross-validation inside the training and validation "
         "pictures (10 % of the set); the test pictures took no part. Each candidate is `ours` with "
-        "one change, but `published`.\n\n" + "\n".join(lines) + "\n\n"
+        "one change, but `published`, which is favoured: it stops, and chooses its epoch, on the "
+        "pictures that it is judged on.\n\n" + "\n".join(lines) + "\n\n"
         "Command: `mobilesteelnet reproduce recipe --data NEU-DET.zip`."
     )
 
