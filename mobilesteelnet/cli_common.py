@@ -100,10 +100,3 @@ def make_machine(
     return Machine(
         accelerator=accelerator, devices="1", precision=precision, workers=workers, backend=backend
     )
-
-
-def machine_device(machine: Machine) -> Any:
-    """The device on which the results of such a machine's runs are judged."""
-    from .predict import choose_device
-
-    return choose_device("cpu" if machine.accelerator == "cpu" else "auto")

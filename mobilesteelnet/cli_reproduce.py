@@ -18,7 +18,6 @@ from .cli_common import (
     Precision,
     Settings,
     Workers,
-    machine_device,
     make_machine,
     tell_bad_files,
 )
@@ -142,6 +141,7 @@ def _accuracies(
 
 def _list(planned: Any, places: Any, changes: dict[str, Any], machine: Machine) -> int:
     from .data import scan
+    from .predict import choose_device
     from .reproduction.listing import in_words, list_runs
 
     console = Console(stderr=True)
@@ -149,7 +149,7 @@ def _list(planned: Any, places: Any, changes: dict[str, Any], machine: Machine) 
         pictures = scan(places.data, progress=progress)
     with console.status("timing two steps of each network"):
         listed = list_runs(
-            planned, places, changes, pictures=len(pictures), device=machine_device(machine)
+            planned, places, changes, pictures=len(pictures), device=choose_device(machine.device)
         )
     for item in listed:
         left = f", {in_words(item.seconds)} at most" if item.seconds else ""
@@ -228,6 +228,7 @@ def _measure(
     changes: dict[str, Any],
     overwrite: bool,
 ) -> int:
+    from .predict import choose_device
     from .reproduction.cost import measure_cost
     from .reproduction.grid import COST_TABLES
     from .run_folder import write_json
@@ -245,7 +246,7 @@ def _measure(
             continue
         with console.status(f"measuring {name}"):
             cost = measure_cost(
-                name, device=machine_device(machine), backend=machine.backend, **options
+                name, device=choose_device(machine.device), backend=machine.backend, **options
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, cost)

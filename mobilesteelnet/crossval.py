@@ -96,6 +96,7 @@ def cross_validate(
     Raises:
         DataError, RunFolderError, ValueError, TrainingError: As training does.
     """
+    machine = machine or Machine()
     folder = Path(out)
     with bar("reading pictures", console) as progress:
         rule: Any = config.on_bad_file
@@ -113,7 +114,7 @@ def cross_validate(
         done = finish_run(
             own, path, machine=machine, console=console, split=part, overwrite=overwrite
         )
-        checkpoint = load_checkpoint(done.checkpoint, _device(machine))
+        checkpoint = load_checkpoint(done.checkpoint, choose_device(machine.device))
         result = evaluate(checkpoint, pictures, part.val, split="val")
         assert result.calibration is not None
         found.append(
@@ -138,8 +139,3 @@ def cross_validate(
     )
     write_json(folder / RESULT, summary.to_dict())
     return summary
-
-
-def _device(machine: Machine | None) -> Any:
-    on_cpu = machine is not None and machine.accelerator == "cpu"
-    return choose_device("cpu" if on_cpu else "auto")

@@ -180,6 +180,11 @@ def resume(
             if is_first_process():
                 _write_finished(folder, state, reason)
             return _result(folder, state["rows"], state["best_epoch"], reason, already=True)
+    elif (rows := _finished_rows(folder)) and not longer:
+        facts = folder.read_json(folder.state)
+        return _result(folder, rows, facts["best_epoch"], facts["reason"], already=True)
+    elif rows:
+        raise ValueError(f"epochs={epochs}: this run's last.ckpt is gone, it cannot go on")
     pictures = _scan(config, console)
     split = Split.from_dict(folder.read_json(folder.split), pictures)
     session = _Session(config, machine or Machine(), folder, pictures, split, console)
@@ -313,6 +318,15 @@ def _saved_state(folder: RunFolder) -> dict[str, Any] | None:
     if not isinstance(state, dict):
         raise TrainingError(f"{str(folder.last)!r} is the state of another program's training")
     return state
+
+
+def _finished_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rows of a finished run whose ``last.ckpt`` was deleted to save room; else nothing."""
+    if not folder.state.is_file() or not folder.best.is_file():
+        return []
+    facts = folder.read_json(folder.state)
+    finished = isinstance(facts, dict) and facts.get("state") == "finished"
+    return folder.read_rows() if finished else []
 
 
 def _end_reason(rows: list[dict[str, Any]], stopped: bool, config: TrainConfig) -> str:

@@ -216,6 +216,11 @@ class Machine:
     backend: str | None = None
     compile: bool = False
 
+    @property
+    def device(self) -> str:
+        """Where its results are judged: a name for ``predict.choose_device``."""
+        return "cpu" if self.accelerator == "cpu" else "auto"
+
     def __post_init__(self) -> None:
         _check_whole("num_nodes", self.num_nodes, 1, 100_000)
         if self.workers is not None:

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("lightning", reason="lightning is not installed")
 pytest.importorskip("torchvision", reason="torchvision is not installed")
 from run_cases import CPU, SMALL, pictures, small  # noqa: F401
-from training_cases import CLASSES, one_thread  # noqa: F401
+from training_cases import CLASSES, ROOT, one_thread  # noqa: F401
 
 from mobilesteelnet.__main__ import main
 from mobilesteelnet.checkpoint import load_checkpoint
@@ -39,7 +39,7 @@ from mobilesteelnet.reproduction.summary import read_results
 from mobilesteelnet.run_folder import RunFolder, RunFolderError, write_json
 from mobilesteelnet.runs import finish_run
 from mobilesteelnet.splits import Split, fold_splits
-from mobilesteelnet.train import TrainConfig, train
+from mobilesteelnet.train import TrainConfig, resume, train
 
 CHANGES = {key: value for key, value in SMALL.items() if key != "patience"}
 RUNS = [PlannedRun("backbone", PUBLISHED, seed) for seed in (42, 43)]
@@ -132,6 +132,18 @@ def test_runs_are_resumed_and_done_ones_are_left(
     assert RunFolder(places.run(RUNS[1])).best.read_bytes() == weights
     finish_runs(RUNS, places, CHANGES, machine=CPU)
     assert len(judged) == 3  # the test pictures are read once a run
+
+
+def test_a_finished_run_is_not_trained_again(places: Places) -> None:
+    finish_runs(RUNS[:1], places, CHANGES, machine=CPU)
+    run = RunFolder(places.run(RUNS[0]))
+    before, result = run.best.stat().st_mtime_ns, read_result(places.result(RUNS[0]))
+    places.result(RUNS[0]).unlink()
+    finish_runs(RUNS[:1], places, CHANGES, machine=CPU)
+    assert run.best.stat().st_mtime_ns == before
+    assert read_result(places.result(RUNS[0])) == result
+    with pytest.raises(ValueError, match=r"epochs=9: this run's last.ckpt is gone"):
+        resume(run.path, epochs=9, machine=CPU)
 
 
 def test_results_of_other_options_are_in_the_way(places: Places) -> None:
@@ -294,6 +306,12 @@ def test_tables_and_page_from_the_command_line(
     assert names == {"confusion", "curves", "cost", "calibration", "contrast"}
     assert main(["reproduce", "page"]) == 0
     assert Path("RESULTS.md").read_text() == page
+
+
+@pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="no results are committed yet")
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    write_page(ROOT / "results", tmp_path / "RESULTS.md", tmp_path / "docs" / "results")
+    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text()
 
 
 def test_the_page_says_nothing_without_results(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def finish_runs(
         RunFolderError: A run or result of other options is in the way; nothing of it was changed.
         DataError, ValueError, TrainingError: As training does.
     """
+    machine = machine or Machine()
     configs = [run.config(places.data, changes) for run in planned]
     left = [
         place
@@ -150,12 +151,11 @@ def _judge(
     config: TrainConfig,
     done: TrainResult,
     pictures: PictureSet,
-    machine: Machine | None,
+    machine: Machine,
     console: Console | None,
 ) -> dict[str, Any]:
     """The figures of a finished run on the test pictures."""
-    on_cpu = machine is not None and machine.accelerator == "cpu"
-    device = choose_device("cpu" if on_cpu else "auto")
+    device = choose_device(machine.device)
     checkpoint = load_checkpoint(done.checkpoint, device)
     indexes = pick_split(pictures, "test", RunFolder(done.run))
     with bar("testing", console) as progress:
