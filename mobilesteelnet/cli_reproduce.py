@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +23,9 @@ from .cli_common import (
 from .progress import bar
 
 if TYPE_CHECKING:
+    from .crossval import CrossValidation
+    from .reproduction.grid import PlannedRun
+    from .reproduction.runner import Places
     from .train_config import Machine
 
 WHAT = (
@@ -98,39 +100,42 @@ def reproduce_command(
     from .reproduction.runner import Places
 
     places = Places(str(data.absolute()), runs, results)
+    request = _Request(places, changes, machine, only, part, show, overwrite)
     if what == "recipe":
-        return _candidates(places, only, part, changes, machine, show, overwrite)
-    return _accuracies(what, places, seeds, recipe, only, part, changes, machine, show, overwrite)
+        return _candidates(request)
+    return _accuracies(what, seeds, recipe, request)
 
 
-def _accuracies(
-    what: str,
-    places: Any,
-    seeds: int,
-    recipe: str | None,
-    only: str | None,
-    part: str,
-    changes: dict[str, Any],
-    machine: Machine,
-    show: bool,
-    overwrite: bool,
-) -> int:
+@dataclass(frozen=True)
+class _Request:
+    """What a table of accuracies and the choice of a recipe have in common."""
+
+    places: Places
+    changes: dict[str, Any]
+    machine: Machine
+    only: str | None
+    part: str
+    show: bool
+    overwrite: bool
+
+
+def _accuracies(what: str, seeds: int, recipe: str | None, request: _Request) -> int:
     from .recipes import OURS, PUBLISHED
     from .reproduction.grid import plan_runs
     from .reproduction.runner import finish_runs, read_result
 
     planned = plan_runs(what, seeds, recipe or (OURS if what == "ours" else PUBLISHED))
-    names = _chosen(only, sorted({run.network for run in planned}))
-    planned = _share([run for run in planned if run.network in names], part)
-    if show:
-        return _list(planned, places, changes, machine)
+    names = _chosen(request.only, sorted({run.network for run in planned}))
+    planned = _share([run for run in planned if run.network in names], request.part)
+    if request.show:
+        return _list(planned, request)
     paths = finish_runs(
         planned,
-        places,
-        changes,
-        machine=machine,
+        request.places,
+        request.changes,
+        machine=request.machine,
         console=Console(stderr=True),
-        overwrite=overwrite,
+        overwrite=request.overwrite,
     )
     for path in paths:
         accuracy = read_result(path)["test"]["average_accuracy"]
@@ -139,17 +144,18 @@ def _accuracies(
     return OK
 
 
-def _list(planned: Any, places: Any, changes: dict[str, Any], machine: Machine) -> int:
+def _list(planned: list[PlannedRun], request: _Request) -> int:
     from .data import scan
     from .predict import choose_device
     from .reproduction.listing import in_words, list_runs
 
     console = Console(stderr=True)
     with bar("reading pictures", console) as progress:
-        pictures = scan(places.data, progress=progress)
+        pictures = scan(request.places.data, progress=progress)
+    device = choose_device(request.machine.device)
     with console.status("timing two steps of each network"):
         listed = list_runs(
-            planned, places, changes, pictures=len(pictures), device=choose_device(machine.device)
+            planned, request.places, request.changes, pictures=len(pictures), device=device
         )
     for item in listed:
         left = f", {in_words(item.seconds)} at most" if item.seconds else ""
@@ -160,64 +166,30 @@ def _list(planned: Any, places: Any, changes: dict[str, Any], machine: Machine) 
     return OK
 
 
-def _candidates(
-    places: Any,
-    only: str | None,
-    part: str,
-    changes: dict[str, Any],
-    machine: Machine,
-    show: bool,
-    overwrite: bool,
-) -> int:
-    from .crossval import cross_validate
+def _candidates(request: _Request) -> int:
     from .recipes import CANDIDATES
-    from .reproduction.grid import FIRST_SEED
-    from .run_folder import write_json
-    from .train import TrainConfig
+    from .reproduction.candidates import judge_candidates, result_file
 
-    names = _share(_chosen(only, list(CANDIDATES)), part)
-    console = Console(stderr=True)
-    for name in names:
-        target = places.results / "recipe" / f"{name}.json"
-        config = TrainConfig(**{"data": places.data, "seed": FIRST_SEED, **CANDIDATES[name]})
-        config = replace(config, **changes)
-        if show:
-            typer.echo(f"{name}: {'done' if target.is_file() else 'to do'}")
-            continue
-        if target.is_file() and not overwrite:
-            _require_same(target, config)
-            continue
-        console.print(f"candidate {name}", highlight=False)
-        found = cross_validate(
-            config,
-            places.runs / "recipe" / name,
-            machine=machine,
-            console=console,
-            overwrite=overwrite,
-        )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, found.to_dict())
+    def tell(path: Path, found: CrossValidation) -> None:
         figures = f"{100 * found.average_accuracy:.2f} ± {100 * found.deviation:.2f} %"
-        typer.echo(f"{figures}  {target}")
+        typer.echo(f"{figures}  {path}")
+
+    names = _share(_chosen(request.only, list(CANDIDATES)), request.part)
+    if request.show:
+        for name in names:
+            done = result_file(name, request.places).is_file()
+            typer.echo(f"{name}: {'done' if done else 'to do'}")
+        return OK
+    judge_candidates(
+        names,
+        request.places,
+        request.changes,
+        machine=request.machine,
+        console=Console(stderr=True),
+        overwrite=request.overwrite,
+        tell=tell,
+    )
     return OK
-
-
-def _require_same(target: Path, config: Any) -> None:
-    from .run_folder import RunFolderError
-    from .runs import differing_option
-
-    try:
-        stored = type(config).from_dict(
-            {**json.loads(target.read_text("utf-8"))["config"], "data": config.data}
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"result {str(target)!r} cannot be read: {error}") from None
-    changed = differing_option(stored, config)
-    if changed:
-        raise RunFolderError(
-            f"result {str(target)!r} was made with other options ({changed}): choose another "
-            "--results folder, or make it again with --overwrite"
-        )
 
 
 def _measure(

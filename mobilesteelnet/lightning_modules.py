@@ -38,6 +38,10 @@ class TrainingError(RuntimeError):
     """A training that could not go on; the run folder keeps the last good state."""
 
 
+class NotFiniteError(TrainingError):
+    """A training whose loss is not finite any more: its options are at fault, not the machine."""
+
+
 def mix_seed(*parts: int) -> int:
     """One 64-bit seed from several whole numbers; near inputs give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
@@ -264,7 +268,7 @@ class Classifier(L.LightningModule):
         finite = bool(torch.isfinite(loss).all())
         # All processes stop together; one alone would leave the others waiting for its gradients.
         if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
-            raise TrainingError(
+            raise NotFiniteError(
                 f"the loss is not finite at epoch {self.current_epoch + 1}, {where}: "
                 "lower the learning rate, lengthen the warm-up or set a gradient clip"
             )

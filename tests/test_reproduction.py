@@ -21,6 +21,7 @@ from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.crossval import cross_validate
 from mobilesteelnet.data import DataError, scan, stratified_split
 from mobilesteelnet.evaluate import evaluate
+from mobilesteelnet.lightning_modules import Classifier
 from mobilesteelnet.recipes import OURS, PUBLISHED
 from mobilesteelnet.reproduction import runner
 from mobilesteelnet.reproduction.cost import measure_cost
@@ -39,7 +40,7 @@ from mobilesteelnet.reproduction.summary import read_results
 from mobilesteelnet.run_folder import RunFolder, RunFolderError, write_json
 from mobilesteelnet.runs import finish_run
 from mobilesteelnet.splits import Split, fold_splits
-from mobilesteelnet.train import TrainConfig, resume, train
+from mobilesteelnet.train import TrainConfig, TrainingError, resume, train
 
 CHANGES = {key: value for key, value in SMALL.items() if key != "patience"}
 RUNS = [PlannedRun("backbone", PUBLISHED, seed) for seed in (42, 43)]
@@ -160,6 +161,24 @@ def test_results_of_other_options_are_in_the_way(places: Places) -> None:
     places.result(RUNS[0]).write_text('{"format": 0}')
     with pytest.raises(RunFolderError, match="format"):
         finish_runs(RUNS[:1], places, other, machine=CPU)
+
+
+def test_a_run_that_fails_does_not_keep_the_others(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Classifier.training_step
+
+    def explode(self: Classifier, batch: Any, batch_index: int) -> torch.Tensor:
+        loss = original(self, batch, batch_index)
+        if self.config.seed == 42:
+            self._require_finite(loss * float("nan"), "step 1")
+        return loss
+
+    monkeypatch.setattr(Classifier, "training_step", explode)
+    with pytest.raises(TrainingError, match=r"1 of 2 runs failed: published backbone-seed42: the"):
+        finish_runs(RUNS, places, CHANGES, machine=CPU)
+    assert not places.result(RUNS[0]).exists()
+    assert places.result(RUNS[1]).is_file()
 
 
 def test_a_run_cut_off_before_its_options_were_written(pictures: Path, tmp_path: Path) -> None:

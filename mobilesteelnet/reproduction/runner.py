@@ -20,11 +20,12 @@ import torch
 from ..checkpoint import load_checkpoint
 from ..data import PictureSet, scan
 from ..evaluate import Evaluation, evaluate, pick_split
+from ..lightning_modules import NotFiniteError
 from ..predict import choose_device
 from ..progress import bar
 from ..run_folder import RunFolder, RunFolderError, write_json
 from ..runs import differing_option, finish_run
-from ..train import Machine, TrainConfig, TrainResult
+from ..train import Machine, TrainConfig, TrainingError, TrainResult
 from .grid import PlannedRun
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def finish_runs(
 
     Raises:
         RunFolderError: A run or result of other options is in the way; nothing of it was changed.
-        DataError, ValueError, TrainingError: As training does.
+        TrainingError: Runs failed because their loss was not finite; the others were done.
+        DataError, ValueError, TrainingError: As training does; what is finished is kept.
     """
     machine = machine or Machine()
     configs = [run.config(places.data, changes) for run in planned]
@@ -122,18 +124,23 @@ def finish_runs(
         if overwrite or not is_done(run, configs[place], places)
     ]
     pictures: PictureSet | None = None
+    failed: list[str] = []
     for number, place in enumerate(left):
         run = planned[place]
         if console is not None:
             text = f"run {number + 1} of {len(left)}: {run.recipe}, {run.name}"
             console.print(text, highlight=False, markup=False)
-        done = finish_run(
-            configs[place],
-            places.run(run),
-            machine=machine,
-            console=console,
-            overwrite=overwrite,
-        )
+        try:
+            done = finish_run(
+                configs[place],
+                places.run(run),
+                machine=machine,
+                console=console,
+                overwrite=overwrite,
+            )
+        except NotFiniteError as error:
+            failed.append(f"{run.recipe} {run.name}: {error}")
+            continue
         if pictures is None:
             with bar("reading pictures", console) as progress:
                 pictures = scan(places.data, progress=progress)
@@ -143,6 +150,8 @@ def finish_runs(
         write_json(target, result)
         # Only a training that goes on needs its optimizer, three times the size of the weights.
         RunFolder(done.run).last.unlink(missing_ok=True)
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(left)} runs failed: {'; '.join(failed)}")
     return [places.result(run) for run in planned]
 
 
