@@ -49,6 +49,9 @@ def train_command(  # one parameter an option
     crop_scale: Annotated[
         float, typer.Option(help="Least area of a crop of texture.", rich_help_panel=DATA)
     ] = 0.5,
+    quarter_turns: Annotated[
+        bool, typer.Option(help="Let texture turn by 90 degrees.", rich_help_panel=DATA)
+    ] = True,
     mix: Annotated[str, typer.Option(help="none, mixup or cutmix.", rich_help_panel=DATA)] = "none",
     mix_alpha: Annotated[
         float, typer.Option(help="Beta distribution of the mix.", rich_help_panel=DATA)

@@ -37,6 +37,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "no-recalibration": {"recalibrate_bn": False},
     "published-augmentation": {"augmentation": "published"},
     "small-crops": {"crop_scale": 0.25},
+    "large-crops": {"crop_scale": 0.8},
+    "no-quarter-turns": {"quarter_turns": False},
     "no-label-smoothing": {"label_smoothing": 0.0},
     "moving-average": {"averaging": "ema"},
     "stochastic-average": {"averaging": "swa"},

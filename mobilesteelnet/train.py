@@ -268,7 +268,9 @@ def _training_transform(config: TrainConfig) -> Transform:
     if config.augmentation == "none":
         return eval_transform(config.size)
     if config.augmentation == "texture":
-        return texture_transform(config.size, crop_scale=config.crop_scale)
+        return texture_transform(
+            config.size, crop_scale=config.crop_scale, quarter_turns=config.quarter_turns
+        )
     return train_transform(config.size)
 
 

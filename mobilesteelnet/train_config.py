@@ -38,6 +38,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
 }
 ABOVE_ZERO = ("learning_rate", "width", "crop_scale", "mix_alpha")
 BELOW_ONE = ("label_smoothing", "dropout", "average_decay", "average_from")
+SWITCHES = ("quarter_turns", "recalibrate_bn")
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
@@ -63,6 +64,8 @@ class TrainConfig:
         augmentation: Of the training pictures: ``published`` (see ``transforms.train_transform``),
             ``texture`` (``transforms.texture_transform``) or ``none``.
         crop_scale: Least share of a picture's area that a crop of ``texture`` keeps.
+        quarter_turns: Whether ``texture`` turns pictures by multiples of 90 degrees; where the rolling
+            direction tells classes apart, it should not.
         mix: ``none``, ``mixup`` or ``cutmix``: each training picture is blended with another one.
         mix_alpha: Parameter of the Beta distribution of the blend.
         on_bad_file: ``skip`` or ``fatal``.
@@ -100,6 +103,7 @@ class TrainConfig:
     size: int = 224
     augmentation: str = "published"
     crop_scale: float = 0.5
+    quarter_turns: bool = True
     mix: str = "none"
     mix_alpha: float = 0.2
     on_bad_file: str = "skip"
@@ -147,8 +151,9 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}"
                 )
-        if type(self.recalibrate_bn) is not bool:
-            raise ValueError(f"recalibrate_bn={self.recalibrate_bn!r}: must be true or false")
+        for name in SWITCHES:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false")
         if self.validate_every > 1 and self.patience:
             raise ValueError(
                 f"validate_every={self.validate_every}: patience={self.patience} counts validated "

@@ -118,6 +118,7 @@ def texture_transform(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     crop_scale: float = 0.5,
+    quarter_turns: bool = True,
 ) -> Transform:
     """An augmenting transform for grey textures, which have no up, no colour and no one scale.
 
@@ -131,6 +132,7 @@ def texture_transform(
         mean: value taken from each channel, pixels in [0, 1].
         std: divisor of each channel.
         crop_scale: least share of the area, above 0, at most 1.
+        quarter_turns: whether pictures are turned; flips are made in any case.
 
     Returns:
         A picklable `torchvision.transforms.v2.Compose`: picture -> float32 (3, size, size).
@@ -144,7 +146,8 @@ def texture_transform(
     _check_arguments(size, mean, std)
     if not 0 < crop_scale <= 1:
         raise ValueError(f"crop_scale={crop_scale!r} must be above 0, at most 1")
-    turns = [v2.RandomRotation((angle, angle)) for angle in (90, 180, 270)]
+    angles = (90, 180, 270) if quarter_turns else ()
+    turns = [v2.RandomRotation((angle, angle)) for angle in angles]
     return v2.Compose(
         [
             v2.ToImage(),

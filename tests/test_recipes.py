@@ -22,6 +22,7 @@ from run_cases import (
     small,
     states,
 )
+from torch.optim.swa_utils import update_bn
 from training_cases import (
     CLASSES,
     SIZE,
@@ -29,6 +30,8 @@ from training_cases import (
     run_program,
 )
 
+import fused
+from fused.backends.reference.published import PublishedCIEMA
 from mobilesteelnet import figures
 from mobilesteelnet.averaging import KeptNetwork
 from mobilesteelnet.checkpoint import load_checkpoint
@@ -113,6 +116,22 @@ def test_recalibrated_norms_fit_the_training_pictures(
     torch.testing.assert_close(found["initial_conv.1.running_mean"], torch.stack(maps).mean(0))
 
 
+@pytest.mark.parametrize("statistics", ["sequential", "pooled"])
+def test_recalibrated_ciema_is_that_of_the_published_form(statistics: str) -> None:
+    """The fused layer's buffers follow torch's `update_bn` as child modules would."""
+    torch.manual_seed(0)
+    block = fused.FusedCIEMA(16, 4, bn_statistics=statistics)
+    published = PublishedCIEMA(16, 4, bn_statistics=statistics)
+    published.load_state_dict(block.state_dict())
+    batches = [torch.randn(count, 16, 6, 5) for count in (3, 2)]
+    update_bn(batches, block)
+    update_bn(batches, published)
+    found = block.state_dict()
+    for key, tensor in published.state_dict().items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+    assert not torch.equal(found["final_fusion.1.running_mean"], torch.zeros(16))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -189,6 +208,11 @@ def test_textures_are_turned_but_keep_their_grey() -> None:
     for slopes in (across, down):  # each of the four directions comes
         assert min(slopes) < -0.003
         assert max(slopes) > 0.003
+    upright = texture_transform(32, mean=(0, 0, 0), std=(1, 1, 1), quarter_turns=False)
+    slopes = [
+        float((image[0, 1:] - image[0, :-1]).mean()) for image in map(upright, [picture] * 30)
+    ]
+    assert max(map(abs, slopes)) < 0.003
     with pytest.raises(ValueError, match=r"crop_scale=0"):
         texture_transform(32, crop_scale=0)
 

@@ -88,6 +88,7 @@ def test_learning_rate_warms_up_linearly_then_stays_or_falls() -> None:
         ("dropout", 1.0),
         ("split_seed", -1),
         ("recalibrate_bn", 1),
+        ("quarter_turns", 1),
         ("validate_every", 0),
         ("validate_every", 2),  # with patience
         ("fractions", (0.5, 0.5)),
