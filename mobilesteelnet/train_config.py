@@ -64,8 +64,8 @@ class TrainConfig:
         augmentation: Of the training pictures: ``published`` (see ``transforms.train_transform``),
             ``texture`` (``transforms.texture_transform``) or ``none``.
         crop_scale: Least share of a picture's area that a crop of ``texture`` keeps.
-        quarter_turns: Whether ``texture`` turns pictures by multiples of 90 degrees; where the rolling
-            direction tells classes apart, it should not.
+        quarter_turns: Whether ``texture`` turns pictures by multiples of 90 degrees; where the
+            rolling direction tells classes apart, it should not.
         mix: ``none``, ``mixup`` or ``cutmix``: each training picture is blended with another one.
         mix_alpha: Parameter of the Beta distribution of the blend.
         on_bad_file: ``skip`` or ``fatal``.

@@ -22,7 +22,7 @@ class ListedRun:
     Attributes:
         run: Which one.
         state: ``done``, ``begun (n of m epochs)`` or ``to do``.
-        seconds: What is left of it at most, on this machine; validation counts as a third.
+        seconds: What is left of it at most, on this machine.
         measured: Whether that follows from epochs of this network; else from two training steps.
     """
 
@@ -88,7 +88,9 @@ def _known_epoch(network: str, config: TrainConfig, places: Places) -> float | N
 
 
 def _guess(config: TrainConfig, device: torch.device) -> float:
-    return step_estimate(config, device) * (1 + config.fractions[1] / config.fractions[0] / 3)
+    """Seconds of an epoch for each training picture; a forward takes a third of a step."""
+    forwards = config.fractions[1] / config.fractions[0] + config.recalibrate_bn
+    return step_estimate(config, device) * (1 + forwards / 3 / config.validate_every)
 
 
 def in_words(seconds: float) -> str:
