@@ -16,6 +16,7 @@ SOURCES := $(shell find csrc fused -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 
 help:
 	@echo "make demo   train, evaluate and report on synthetic steel (BUDGET=tiny|small|full, DATA=PATH)"
+	@echo "            BUDGET=shipped DATA=PATH: the package's weights on your pictures, no training"
 	@echo "make test   lint, types and all tests"
 	@echo "make bench  the benchmarks, as a table"
 	@echo "make clean  remove $(VENV) and build results"

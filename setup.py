@@ -260,7 +260,12 @@ if __name__ == "__main__":
     print("\n".join(f"[fused] {line}" for line in PLAN.lines()), flush=True)
     setup(
         packages=PACKAGES,
-        package_data={"fused": ["py.typed"], "mobilesteelnet": ["py.typed", "*.html"]},
+        package_data={
+            "fused": ["py.typed"],
+            "mobilesteelnet": ["py.typed", "*.html"],
+            "mobilesteelnet.reproduction": ["*.json"],
+            "mobilesteelnet.weights": ["*.safetensors", "*.json", "*.md"],
+        },
         ext_modules=extensions(PLAN),
         cmdclass=commands(PLAN),
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if PLAN.cpu else {},

@@ -134,7 +134,7 @@ class FusedCIEMA(_FusedBlock, PublishedCIEMA):
         BackendError: `backend` is unknown, or cannot run and was asked for.
     """
 
-    fused_stages = (
+    fused_stages: tuple[str, ...] = (
         *("channel_interaction", "coordinate_attention", "cross_spatial", "gated_fusion"),
     )
 

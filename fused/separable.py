@@ -16,6 +16,7 @@ from .contract import product_dtype
 from .folding import Product
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
+Relus = tuple[bool, bool]  # behind the depthwise, and behind the pointwise convolution
 
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -38,15 +39,15 @@ def separable(
     depthwise: Product,
     pointwise: Product,
     stride: int,
-    relu: bool,
+    relus: Relus,
     dtype: torch.dtype,
     *,
     natively: bool,
 ) -> Layer:
-    """Depthwise 3×3, pointwise 1×1, both with folded norms; ReLU behind both, or nowhere."""
+    """Depthwise 3×3, pointwise 1×1, both with folded norms and, where `relus` says so, ReLU."""
     if natively:
-        return NativeSeparable(depthwise, pointwise, stride, relu, dtype)
-    return Separable(depthwise, pointwise, stride, relu, dtype)
+        return NativeSeparable(depthwise, pointwise, stride, relus, dtype)
+    return Separable(depthwise, pointwise, stride, relus, dtype)
 
 
 # ------------------------------------------------------------------------------------------ native
@@ -78,19 +79,19 @@ class NativeSeparable:
     """See `separable`."""
 
     def __init__(
-        self, depthwise: Product, pointwise: Product, stride: int, relu: bool, dtype: torch.dtype
+        self, depthwise: Product, pointwise: Product, stride: int, relus: Relus, dtype: torch.dtype
     ) -> None:
         weight, self.depthwise_bias = _floats(depthwise)
         self.depthwise = weight.mT.contiguous()
         weight, self.bias = _floats(pointwise)
         self.packed = native.kernel("separable_pack")(weight, dtype == torch.bfloat16)
         self.kernel = native.kernel("separable_block")
-        self.stride, self.relu = stride, relu
+        self.stride, self.relus = stride, relus
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(B, I, H, W) → (B, O, ceil(H/stride), ceil(W/stride)), channels_last."""
         weights = (self.depthwise, self.depthwise_bias, self.packed, self.bias)
-        out: torch.Tensor = self.kernel(x, *weights, self.stride, self.relu)
+        out: torch.Tensor = self.kernel(x, *weights, self.stride, *self.relus)
         return out
 
 
@@ -124,9 +125,9 @@ class Separable:
     """See `separable`."""
 
     def __init__(
-        self, depthwise: Product, pointwise: Product, stride: int, relu: bool, dtype: torch.dtype
+        self, depthwise: Product, pointwise: Product, stride: int, relus: Relus, dtype: torch.dtype
     ) -> None:
-        self.stride, self.relu, self.dtype = stride, relu, dtype
+        self.stride, self.relus, self.dtype = stride, relus, dtype
         product = product_dtype(depthwise.weight.new_empty(0, dtype=dtype))
         self.depthwise, self.pointwise = _rounded(depthwise, product), _rounded(pointwise, product)
 
@@ -135,5 +136,5 @@ class Separable:
         weight, bias = self.depthwise
         x = x.to(weight.dtype)
         x = F.conv2d(x, weight, bias, self.stride, 1, groups=weight.shape[0])
-        x = F.conv2d(x.relu_() if self.relu else x, *self.pointwise)
-        return (x.relu_() if self.relu else x).to(self.dtype)
+        x = F.conv2d(x.relu_() if self.relus[0] else x, *self.pointwise)
+        return (x.relu_() if self.relus[1] else x).to(self.dtype)

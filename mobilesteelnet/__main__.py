@@ -69,7 +69,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     for kind, code in ((CheckpointError, CHECKPOINT), (DataError, DATA), (BackendError, USAGE)):
         if isinstance(error, kind):
             return str(error), code
-    if type(error).__name__ == "TrainingError":  # its module needs the extra [train]
+    names = [kind.__name__ for kind in type(error).__mro__]
+    if "TrainingError" in names:  # its module needs the extra [train]
         return str(error), TRAINING
     if type(error).__name__ == "ExportError":  # its module needs the extra [export]
         return str(error), FILES

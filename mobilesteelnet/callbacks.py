@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .checkpoint import save_checkpoint
-from .lightning_modules import TrainingError
+from .lightning_modules import Classifier, TrainingError
 from .run_folder import RunFolder, write_atomically, write_json
+from .train_config import TrainConfig
 
 FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
 
@@ -65,6 +66,34 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+class SparseValidation(L.Callback):
+    """Lets only those epochs validate that the options name.
+
+    Args:
+        config: The run's options.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell Lightning about this epoch: its own rule would leave out a last one."""
+        due = self.config.validates(trainer.current_epoch + 1)
+        trainer.check_val_every_n_epoch = 1 if due else self.config.epochs + 1
+
+
+def _figures(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+    """The figures of the epoch that ends; None for those of a validation that was not due."""
+    assert isinstance(module, Classifier)
+    validated = module.config.validates(trainer.current_epoch + 1)
+    return {
+        key: float(trainer.callback_metrics[key])
+        if validated or not key.startswith("val_")
+        else None
+        for key in FIGURES
+    }
+
+
 class RunWriter(Checkpoint):
     """Writes ``best.safetensors``, the history and ``last.ckpt`` at the end of each epoch.
 
@@ -110,9 +139,7 @@ class RunWriter(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch's row and write all files."""
-        figures = trainer.callback_metrics
-        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1}
-        row |= {key: float(figures[key]) for key in FIGURES}
+        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **_figures(trainer, pl_module)}
         row["seconds"] = round(time.perf_counter() - self._started, 3)
         self.rows.append(row)
         self.stopped = bool(trainer.should_stop)
@@ -124,6 +151,8 @@ class RunWriter(Checkpoint):
         trainer.save_checkpoint(self.folder.last)
 
     def _improved(self, row: dict[str, Any]) -> bool:
+        if row["val_loss"] is None:  # what is kept is made when it is validated
+            return False
         value = float(row["epoch"]) if self.select == "last" else float(row[self.select])
         lower_is_better = self.select == "val_loss"
         best = self.best_value
@@ -134,8 +163,8 @@ class RunWriter(Checkpoint):
         return False
 
     def _save_best(self, module: L.LightningModule, row: dict[str, Any]) -> None:
-        network = module.model
-        assert isinstance(network, torch.nn.Module)
+        assert isinstance(module, Classifier)
+        network = module.kept
         # Without the seconds: the same run has to give the same file.
         figures = {key: value for key, value in row.items() if key != "seconds"}
         training = {**self.card["training"], **figures, "selected_by": self.select}
@@ -211,11 +240,13 @@ class EpochProgress(L.Callback):
         """Show the epoch's figures."""
         if not trainer.is_global_zero:
             return
-        figures = {key: float(trainer.callback_metrics[key]) for key in FIGURES}
-        text = (
-            f"train loss {figures['train_loss']:.4f} accuracy {figures['train_accuracy']:.1%}, "
-            f"validation loss {figures['val_loss']:.4f} accuracy {figures['val_accuracy']:.1%}"
-        )
+        figures = _figures(trainer, pl_module)
+        text = f"train loss {figures['train_loss']:.4f} accuracy {figures['train_accuracy']:.1%}"
+        if figures["val_loss"] is not None:
+            text += (
+                f", validation loss {figures['val_loss']:.4f} "
+                f"accuracy {figures['val_accuracy']:.1%}"
+            )
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], description=text)
         else:

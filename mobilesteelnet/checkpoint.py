@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .quantisation import restore
 from .run_folder import write_atomically
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ METADATA_KEY = "mobilesteelnet"
 # The published transforms normalise with these; data.py holds the same numbers for training.
 PUBLISHED_NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 PUBLISHED_INPUT_SIZE = 224
+Store = Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, Any]]]
 MAX_CLASSES = 100_000
 MAX_INPUT_SIZE = 8192
 
@@ -70,6 +73,7 @@ def save_checkpoint(
     input_size: int,
     normalisation: dict[str, list[float]],
     training: dict[str, Any],
+    store: Store | None = None,
 ) -> None:
     """Write a checkpoint; ``path`` is replaced only once the new file is complete.
 
@@ -80,6 +84,8 @@ def save_checkpoint(
         input_size: Height and width of the network's input in pixels.
         normalisation: ``{"mean": [...], "std": [...]}``, three numbers each.
         training: JSON-able summary of the training.
+        store: Turns the weights into those of the file, and gives the JSON-able record from which
+            :func:`mobilesteelnet.quantisation.restore` has them back; None writes them as they are.
 
     Raises:
         CheckpointError: The arguments do not describe the network, or a weight is not finite.
@@ -106,6 +112,8 @@ def save_checkpoint(
         for key, value in model.state_dict().items()
     }
     _check_finite(tensors, str(path))
+    if store is not None:
+        tensors, metadata["storage"] = store(tensors)
     try:
         text = json.dumps(metadata, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
@@ -147,6 +155,7 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist or is not a file")
     if _is_safetensors(file):
         tensors, metadata = _read_safetensors(file)
+        tensors = _restore(tensors, metadata, str(file))
         named = True
     else:
         tensors = _read_published(file)
@@ -218,6 +227,20 @@ def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         raise CheckpointError(f"checkpoint {str(file)!r}: metadata is not JSON: {error}") from None
     _check_metadata(metadata, str(file))
     return tensors, metadata
+
+
+def _restore(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, Any], name: str
+) -> dict[str, torch.Tensor]:
+    """The weights in float32, whatever they were stored as."""
+    record = metadata.get("storage")
+    if record is None:
+        return tensors
+    try:
+        tensors = restore(tensors, record if isinstance(record, dict) else {})
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {name!r}: {error}") from None
+    return {k: t.float() if t.dtype == torch.float16 else t for k, t in tensors.items()}
 
 
 def _check_metadata(metadata: Any, name: str) -> None:
@@ -332,13 +355,15 @@ def _published_metadata(tensors: dict[str, torch.Tensor], name: str) -> dict[str
 def _build(
     config: dict[str, Any], tensors: dict[str, torch.Tensor], backend: str | None, name: str
 ) -> nn.Module:
-    from .model import MobileSteelNet
+    from .networks import build_network
 
     config = {**config, "backend": backend}
     try:
         # Without memory first, so that a hostile width or class count costs nothing.
         with torch.device("meta"):
-            skeleton = MobileSteelNet.from_config({**config, "backend": None})
+            skeleton = build_network({**config, "backend": None})
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"checkpoint {name!r}: {error}") from None
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {name!r}: network {config!r:.200} cannot be built: {_first_line(error)}"
@@ -357,7 +382,7 @@ def _build(
         raise CheckpointError(
             f"checkpoint {name!r} does not fit the network: {'; '.join(problems[:3])}{more}"
         )
-    model = MobileSteelNet.from_config(config)
+    model = build_network(config)
     model.load_state_dict(tensors, strict=True)
     return model
 

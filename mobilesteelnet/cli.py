@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +10,28 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .cli_common import (
+    OK,
+    SOME_FAILED,
+    Backend,
+    BatchSize,
+    CheckpointArgument,
+    Classes,
+    Device,
+    FrozenOption,
+    OnBadFile,
+    command_line,
+    open_checkpoint,
+    tell_bad_files,
+    write,
+)
+from .cli_reproduce import reproduce_command
+from .cli_results import crossval_command, package_weights_command, robustness_command
 from .cli_training import train_command
 from .progress import bar
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-    from .run_folder import RunFolder
+    import torch
 
 EXIT_CODES = """
 Exit codes: 0 all done; 1 done, but some input files could not be used; 2 wrong options, run folder
@@ -25,7 +39,6 @@ or a missing extra; 3 the pictures cannot be used; 4 the checkpoint cannot be us
 failed or was interrupted; 6 a file cannot be read, written or exported; 70 a fault of this program;
 130 interrupted.
 """
-OK, SOME_FAILED = 0, 1
 
 app = typer.Typer(
     name="mobilesteelnet",
@@ -40,24 +53,10 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at picture sets before training on them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command("train")(train_command)
-
-CheckpointArgument = Annotated[
-    Path, typer.Argument(help="A run folder, a .safetensors checkpoint, or published .pth weights.")
-]
-BatchSize = Annotated[int, typer.Option(help="Pictures a forward.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Backend = Annotated[
-    str | None, typer.Option(help="Backend of the fused stages; left out: the best that runs.")
-]
-Classes = Annotated[
-    str | None,
-    typer.Option(help="Class names for published weights, a,b,c in the order of the outputs."),
-]
-FrozenOption = Annotated[
-    bool,
-    typer.Option("--frozen/--no-frozen", help="On a CPU: fold and pack the weights first, faster."),
-]
-OnBadFile = Annotated[str, typer.Option(help="skip bad files (exit code 1), or fatal.")]
+app.command("crossval")(crossval_command)
+app.command("reproduce")(reproduce_command)
+app.command("robustness")(robustness_command)
+app.command("package-weights")(package_weights_command)
 
 
 def _version(wanted: bool) -> None:
@@ -90,7 +89,7 @@ def evaluate_command(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="test, val, train or all; left out: test of a run, all otherwise."),
+        typer.Option(help="test, val, train or all; left out: what the training never saw."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Report folder; left out: RUN/eval-SPLIT or ./evaluation.")
@@ -112,19 +111,23 @@ def evaluate_command(
     from .data import scan
     from .evaluate import evaluate, pick_split
     from .run_folder import write_json
+    from .shipped import unseen_pictures
     from .tables import evaluation_table
 
     console = Console(stderr=True)
-    checkpoint, run = _open_checkpoint(source, device, backend, classes, frozen)
+    checkpoint, run = open_checkpoint(source, device, backend, classes, frozen)
     if data is None:
         if run is None:
             raise ValueError(f"--data is needed: {str(source)!r} is no run folder")
         data = Path(run.read_json(run.config).get("data", ""))
-    split = split or ("test" if run is not None else "all")
     rule: Any = on_bad_file
     with bar("reading pictures", console) as progress:
         pictures = scan(data, on_bad_file=rule, progress=progress)
-    indexes = pick_split(pictures, split, run)
+    if split is None and run is None:
+        split, indexes = unseen_pictures(checkpoint, pictures)
+    else:
+        split = split or "test"
+        indexes = pick_split(pictures, split, run)
     with bar("classifying", console) as progress:
         result = evaluate(
             checkpoint, pictures, indexes, split=split, batch_size=batch_size, progress=progress
@@ -141,21 +144,29 @@ def evaluate_command(
 
         with console.status("writing the report"):
             files = write_report(
-                target, result, checkpoint, pictures, run=run, command=_command_line()
+                target, result, checkpoint, pictures, run=run, command=command_line()
             )
         typer.echo(f"report: {files.page}")
     else:
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / "evaluation.json", result.to_dict())
         typer.echo(f"figures: {target / 'evaluation.json'}")
-    return _tell_bad_files(pictures.bad)
+    return tell_bad_files(pictures.bad)
 
 
 @app.command("predict")
 def predict_command(
-    source: CheckpointArgument,
-    path: Annotated[Path, typer.Argument(help="A picture, a folder or a zip of pictures.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A run folder or checkpoint; left out: the package's own weights."),
+    ],
+    path: Annotated[
+        Path | None, typer.Argument(help="A picture, a folder or a zip of pictures.")
+    ] = None,
     top_k: Annotated[int, typer.Option(help="How many classes to show for each picture.")] = 1,
+    min_confidence: Annotated[
+        float, typer.Option(help="Call pictures uncertain below this probability, 0 to 1.")
+    ] = 0.0,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - is the output.")
     ] = None,
@@ -170,6 +181,10 @@ def predict_command(
 ) -> int:
     """Say which defect each picture shows; goes on past files that cannot be read.
 
+    With one path alone the pictures are meant: the weights are those that come with the package.
+
+    Example: [bold]mobilesteelnet predict plate.jpg --min-confidence 0.9[/bold]
+
     Example: [bold]mobilesteelnet predict runs/first plate.jpg --top-k 3[/bold]
 
     Example: [bold]mobilesteelnet predict best.safetensors pictures/ --csv result.csv[/bold]
@@ -177,25 +192,35 @@ def predict_command(
     from .data import scan
     from .predict import predict
     from .run_folder import rows_to_csv
+    from .shipped import SHIPPED
     from .tables import prediction_table
 
     if json_file == "-" and csv_file == "-":
         raise ValueError("--json and --csv cannot both be written to the output")
+    if path is None:
+        if source.suffix in (".safetensors", ".pth") or (source / "config.json").is_file():
+            raise ValueError(f"{str(source)!r} is a checkpoint: give the pictures after it")
+        source, path = Path(SHIPPED), source
     console = Console(stderr=True)
-    checkpoint, _ = _open_checkpoint(source, device, backend, classes, frozen)
+    checkpoint, _ = open_checkpoint(source, device, backend, classes, frozen)
     with bar("reading pictures", console) as progress:
         pictures = scan(path, labelled=False, progress=progress)
     with bar("classifying", console) as progress:
         result = predict(
-            checkpoint, pictures, top_k=top_k, batch_size=batch_size, progress=progress
+            checkpoint,
+            pictures,
+            top_k=top_k,
+            min_confidence=min_confidence,
+            batch_size=batch_size,
+            progress=progress,
         )
     if json_file is not None:
-        _write(json_file, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write(json_file, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
     if csv_file is not None:
-        _write(csv_file, rows_to_csv(result.to_rows()))
+        write(csv_file, rows_to_csv(result.to_rows()))
     if "-" not in (json_file, csv_file) and result.items:
         Console().print(prediction_table(result))
-    return _tell_bad_files(result.bad, all_failed=not result.items)
+    return tell_bad_files(result.bad, all_failed=not result.items)
 
 
 @data_app.command("check")
@@ -221,7 +246,7 @@ def check_command(
         pictures = scan(path, on_bad_file=rule, progress=progress)
     facts = check(pictures)
     if json_file is not None:
-        _write(json_file, facts.to_json() + "\n")
+        write(json_file, facts.to_json() + "\n")
     if json_file != "-":
         Console().print(facts)
     if plot is not None:
@@ -264,21 +289,22 @@ def info_command(
 
     Example: [bold]mobilesteelnet info runs/first --size 224[/bold]
     """
-    from .model import MobileSteelNet, describe
+    from .model import MobileSteelNet
+    from .networks import describe_network
     from .tables import information_table
 
     facts: dict[str, Any] = {}
-    model = MobileSteelNet(backend=backend)
+    model: torch.nn.Module = MobileSteelNet(backend=backend)
     if source is not None:
-        checkpoint, _ = _open_checkpoint(source, "cpu", backend, None)
+        checkpoint, _ = open_checkpoint(source, "cpu", backend, None)
         size = size or checkpoint.input_size
         facts = {"classes": checkpoint.classes, "training": checkpoint.training}
-        model = checkpoint.model  # type: ignore[assignment]  # load_checkpoint builds this class
+        model = checkpoint.model
     if size is not None and not 1 <= size <= 8192:
         raise ValueError(f"--size {size}: must be from 1 to 8192")
-    facts = {**describe(model, size or 224), **facts}
+    facts = {**describe_network(model, size or 224), **facts}
     if json_file is not None:
-        _write(json_file, json.dumps(facts, indent=2) + "\n")
+        write(json_file, json.dumps(facts, indent=2) + "\n")
     if json_file != "-":
         console = Console()
         console.print(information_table(facts))
@@ -304,7 +330,7 @@ def export_command(
 
     from .export import export_onnx
 
-    checkpoint, _ = _open_checkpoint(source, "cpu", None, classes)
+    checkpoint, _ = open_checkpoint(source, "cpu", None, classes)
     example = torch.zeros(2, 3, checkpoint.input_size, checkpoint.input_size)
     with Console(stderr=True).status("exporting"):
         about = {
@@ -323,12 +349,19 @@ def demo_command(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is put.")] = Path("demo-output"),
     budget: Annotated[
-        str, typer.Option(help="tiny (a minute), small (some minutes) or full (the paper's).")
+        str,
+        typer.Option(
+            help="tiny (a minute), small (some minutes), full (the paper's), or shipped: the "
+            "package's weights on --data, no training."
+        ),
     ] = "small",
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 42,
     overwrite: Annotated[bool, typer.Option(help="Start an earlier demo in --out again.")] = False,
 ) -> int:
     """Draw pictures, train, evaluate, predict and write a report, in minutes on two cores.
+
+    With --budget shipped, nothing is trained: your pictures are classified with the weights that
+    come with the package.
 
     Run again, it continues where it was cut off, or shows what is already there.
 
@@ -345,56 +378,14 @@ def demo_command(
         seed=seed,
         overwrite=overwrite,
         console=Console(stderr=True),
-        command=_command_line(),
+        command=command_line(),
     )
     typer.echo(
         f"average accuracy {100 * result.evaluation.average_accuracy:.2f} % on "
-        f"{len(result.evaluation.predictions)} test pictures that the training never saw "
+        f"{len(result.evaluation.predictions)} pictures that the training never saw "
         f"(chance: {100 / len(result.evaluation.classes):.1f} %)"
     )
     typer.echo(f"report:      {result.report}")
     typer.echo(f"checkpoint:  {result.checkpoint}")
     typer.echo(f"predictions: {result.predictions}")
-    return _tell_bad_files(result.bad)
-
-
-def _open_checkpoint(
-    source: Path, device: str, backend: str | None, classes: str | None, frozen: bool = False
-) -> tuple[Checkpoint, RunFolder | None]:
-    from .checkpoint import load_checkpoint
-    from .predict import choose_device
-    from .run_folder import RunFolder
-
-    run = None
-    file = source
-    if source.is_dir():
-        run = RunFolder(source)
-        run.require()
-        file = run.best
-    names = [name.strip() for name in classes.split(",")] if classes is not None else None
-    place = choose_device(device)
-    checkpoint = load_checkpoint(file, place, classes=names, backend=backend)
-    return checkpoint.frozen() if frozen and place.type == "cpu" else checkpoint, run
-
-
-def _write(target: str, text: str) -> None:
-    from .run_folder import write_text
-
-    if target == "-":
-        sys.stdout.write(text)
-    else:
-        write_text(target, text)
-
-
-def _tell_bad_files(bad: list[Any], *, all_failed: bool = False) -> int:
-    from .data import DataError
-
-    for file in bad:
-        Console(stderr=True).print(Text(f"bad file: {file.name}: {file.reason}"), soft_wrap=True)
-    if bad and all_failed:
-        raise DataError(f"none of the {len(bad)} files could be used")
-    return SOME_FAILED if bad else OK
-
-
-def _command_line() -> str:
-    return shlex.join(["mobilesteelnet", *sys.argv[1:]])
+    return tell_bad_files(result.bad)

@@ -37,20 +37,42 @@ def train_command(  # one parameter an option
         typer.Option(help="Shares of training, validation, test.", rich_help_panel=DATA),
     ] = "0.05,0.05,0.90",
     seed: Annotated[
-        int, typer.Option(help="Split, weights, order, augmentation.", rich_help_panel=DATA)
+        int, typer.Option(help="Weights, order, augmentation; the split.", rich_help_panel=DATA)
     ] = 42,
+    split_seed: Annotated[
+        int | None, typer.Option(help="Of the split; left out: --seed.", rich_help_panel=DATA)
+    ] = None,
     size: Annotated[int, typer.Option(help="Input size in pixels.", rich_help_panel=DATA)] = 224,
-    augment: Annotated[
-        bool, typer.Option(help="Random crop, flip, rotation, colours.", rich_help_panel=DATA)
+    augmentation: Annotated[
+        str, typer.Option(help="published, texture or none.", rich_help_panel=DATA)
+    ] = "published",
+    crop_scale: Annotated[
+        float, typer.Option(help="Least area of a crop of texture.", rich_help_panel=DATA)
+    ] = 0.5,
+    quarter_turns: Annotated[
+        bool, typer.Option(help="Let texture turn by 90 degrees.", rich_help_panel=DATA)
     ] = True,
+    mix: Annotated[str, typer.Option(help="none, mixup or cutmix.", rich_help_panel=DATA)] = "none",
+    mix_alpha: Annotated[
+        float, typer.Option(help="Beta distribution of the mix.", rich_help_panel=DATA)
+    ] = 0.2,
     on_bad_file: Annotated[str, typer.Option(help="skip or fatal.", rich_help_panel=DATA)] = "skip",
+    network: Annotated[
+        str,
+        typer.Option(help="mobilesteelnet, or resnet18, ... of table 4.", rich_help_panel=NETWORK),
+    ] = "mobilesteelnet",
     attention: Annotated[
         str,
-        typer.Option(help="ciema or none.", rich_help_panel=NETWORK),
+        typer.Option(
+            help="ciema, none, se, eca, cbam, ca, ema, ciema-no-channel-interaction, "
+            "ciema-no-cross-spatial.",
+            rich_help_panel=NETWORK,
+        ),
     ] = "ciema",
     fusion: Annotated[str, typer.Option(help="msff or none.", rich_help_panel=NETWORK)] = "msff",
     activation: Annotated[
-        str, typer.Option(help="none (published) or relu.", rich_help_panel=NETWORK)
+        str,
+        typer.Option(help="none (published), relu or relu-output.", rich_help_panel=NETWORK),
     ] = "none",
     width: Annotated[
         float, typer.Option(help="Multiplier of the channels.", rich_help_panel=NETWORK)
@@ -59,10 +81,17 @@ def train_command(  # one parameter an option
         str,
         typer.Option(help="sequential (published) or pooled.", rich_help_panel=NETWORK),
     ] = "sequential",
+    dropout: Annotated[float, typer.Option(help="Before the head.", rich_help_panel=NETWORK)] = 0.0,
     init_from: Annotated[
         Path | None,
         typer.Option(help="Start from the weights of a checkpoint.", rich_help_panel=NETWORK),
     ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="published or ours: what the options left out are.", rich_help_panel=PROTOCOL
+        ),
+    ] = "published",
     epochs: Annotated[int, typer.Option(help="At most so many.", rich_help_panel=PROTOCOL)] = 200,
     batch_size: Annotated[
         int, typer.Option(help="Pictures a step and device.", rich_help_panel=PROTOCOL)
@@ -99,6 +128,22 @@ def train_command(  # one parameter an option
             help="Which epoch to keep: val_loss, val_accuracy or last.", rich_help_panel=PROTOCOL
         ),
     ] = "val_loss",
+    validate_every: Annotated[
+        int, typer.Option(help="Epochs between validations.", rich_help_panel=PROTOCOL)
+    ] = 1,
+    averaging: Annotated[
+        str, typer.Option(help="Of the kept weights: none, ema or swa.", rich_help_panel=PROTOCOL)
+    ] = "none",
+    average_decay: Annotated[
+        float, typer.Option(help="Of ema, a step.", rich_help_panel=PROTOCOL)
+    ] = 0.98,
+    average_from: Annotated[
+        float, typer.Option(help="Share of the epochs before swa.", rich_help_panel=PROTOCOL)
+    ] = 0.75,
+    recalibrate_bn: Annotated[
+        bool,
+        typer.Option(help="Batch-norm buffers anew each epoch.", rich_help_panel=PROTOCOL),
+    ] = False,
     accelerator: Annotated[
         str, typer.Option(help="auto, cpu or gpu.", rich_help_panel=MACHINE)
     ] = "auto",
@@ -135,9 +180,12 @@ def train_command(  # one parameter an option
 
     Example: [bold]mobilesteelnet train --resume runs/first[/bold]
 
+    Example: [bold]mobilesteelnet train --data NEU-DET.zip --out runs/ours --recipe ours[/bold]
+
     Example: [bold]mobilesteelnet train --data plates/ --out runs/mine --fractions 0.7,0.15,0.15
     --schedule cosine --patience 0 --epochs 60[/bold]
     """
+    from .recipes import recipe_options
     from .train import Machine, TrainConfig, train
     from .train import resume as resume_run
 
@@ -153,8 +201,8 @@ def train_command(  # one parameter an option
         backend=backend,
         compile=compile,
     )
+    given = {name: context.params[name] for name in context.params if _was_given(context, name)}
     if resume is not None:
-        given = [name for name in context.params if _was_given(context, name)]
         foreign = sorted(set(given) - RESUMABLE)
         if foreign:
             options = ", ".join("--" + name.replace("_", "-") for name in foreign)
@@ -164,32 +212,13 @@ def train_command(  # one parameter an option
         return _tell(result)
     if data is None:
         raise ValueError("--data or --resume is needed")
-    config = TrainConfig(
-        data=str(data),
-        fractions=_parse_fractions(fractions),
-        seed=seed,
-        size=size,
-        augment=augment,
-        on_bad_file=on_bad_file,
-        attention=attention,
-        fusion=fusion,
-        activation=None if activation == "none" else activation,
-        width=width,
-        bn_statistics=bn_statistics,
-        init_from=None if init_from is None else str(init_from.absolute()),
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        warmup_epochs=warmup_epochs,
-        schedule=schedule,
-        label_smoothing=label_smoothing,
-        gradient_clip=gradient_clip,
-        patience=patience,
-        select=select,
-    )
+    chosen = {name: given[name] for name in given if name in TrainConfig.__dataclass_fields__}
+    chosen |= {"data": str(data), "fractions": _parse_fractions(fractions)}
+    if chosen.get("activation") == "none":
+        chosen["activation"] = None
+    if init_from is not None:
+        chosen["init_from"] = str(init_from.absolute())
+    config = TrainConfig(**{**recipe_options(recipe), **chosen})
     return _tell(train(config, out, machine=machine, overwrite=overwrite, console=console))
 
 

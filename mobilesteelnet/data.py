@@ -42,6 +42,7 @@ from .transforms import (
     EvalTransform,
     Transform,
     eval_transform,
+    texture_transform,
     train_transform,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "eval_transform",
     "scan",
     "stratified_split",
+    "texture_transform",
     "train_transform",
 ]
 
@@ -182,8 +184,8 @@ def contrast_table(pictures: PictureSet) -> list[dict[str, Any]]:
         pictures: a labelled set.
 
     Returns:
-        One dict a class, in their order: class, count, and min, max, mean, median and std of the
-        contrasts of its pictures.
+        One dict a class, in their order: class, count, and min, q1, median, q3, max, mean and std
+        of the contrasts of its pictures (q1 and q3 are the quartiles).
     """
     labels = np.array(pictures.labels)
     contrasts = np.array([picture.contrast for picture in pictures.items])
@@ -198,6 +200,8 @@ def contrast_table(pictures: PictureSet) -> list[dict[str, Any]]:
                 "max": float(values.max()),
                 "mean": float(values.mean()),
                 "median": float(np.median(values)),
+                "q1": float(np.quantile(values, 0.25)),
+                "q3": float(np.quantile(values, 0.75)),
                 "std": float(values.std()),
             }
         )

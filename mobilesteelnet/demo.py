@@ -15,13 +15,14 @@ from typing import Any
 
 from rich.console import Console
 
-from .checkpoint import load_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint
 from .data import BadFile, DataError, PictureSet, scan
 from .evaluate import Evaluation, evaluate, pick_split
 from .predict import predict
 from .progress import bar
 from .report import write_report
 from .run_folder import RunFolder, RunFolderError, write_json
+from .shipped import SHIPPED, WEIGHTS, load_shipped, shipped_folder, unseen_pictures
 from .synthetic import make_synthetic
 from .train import TrainConfig, TrainResult, resume, train
 
@@ -40,8 +41,8 @@ QUICK: dict[str, Any] = {
     "select": "last",
 }
 BUDGETS: dict[str, dict[str, Any]] = {
-    "tiny": {**QUICK, "width": 0.125, "size": 48, "augment": False},
-    "small": {**QUICK, "width": 0.25, "size": 64, "augment": False},
+    "tiny": {**QUICK, "width": 0.125, "size": 48, "augmentation": "none"},
+    "small": {**QUICK, "width": 0.25, "size": 64, "augmentation": "none"},
     "full": {},
 }
 # Steps of the optimizer, so that a large set does not take longer than a small one.
@@ -87,19 +88,24 @@ def run_demo(
         out: Output folder: empty, missing, or that of an earlier demo with the same settings,
             which is continued.
         data: Folder or zip of ``<class>/<picture>``; None draws a synthetic set.
-        budget: ``tiny``, ``small`` or ``full`` (the paper's protocol).
+        budget: ``tiny``, ``small`` or ``full`` (the paper's protocol), or ``shipped``: ``data`` is
+            classified with the package's weights, and nothing is trained.
         seed: Of the pictures and the training.
         overwrite: Delete an earlier demo in ``out``.
         console: Where progress is shown.
         command: The command line, for the report.
 
     Raises:
-        ValueError: ``budget`` is unknown.
+        ValueError: ``budget`` is unknown, or ``shipped`` without ``data``.
+        CheckpointError: There are no shipped weights.
         RunFolderError: ``out`` holds something else, or a demo with other settings.
         DataError, TrainingError: As :func:`mobilesteelnet.train.train`.
     """
-    if budget not in BUDGETS:
-        raise ValueError(f"budget={budget!r}: must be one of {', '.join(BUDGETS)}")
+    if budget not in (*BUDGETS, SHIPPED):
+        raise ValueError(f"budget={budget!r}: must be one of {', '.join((*BUDGETS, SHIPPED))}")
+    if budget == SHIPPED and data is None:
+        raise ValueError("budget='shipped' needs data: drawn pictures tell nothing about steel")
+    shipped = load_shipped() if budget == SHIPPED else None
     folder = Path(out).absolute()
     source = str(Path(data).absolute()) if data is not None else None
     if source is not None and not Path(source).exists():
@@ -114,9 +120,15 @@ def run_demo(
     path = source or str(folder / "data")
     with bar("reading pictures", console) as progress:
         pictures = scan(path, progress=progress)
+    if shipped is not None:
+        split, indexes = unseen_pictures(shipped, pictures)
+        return _report(folder, shipped, pictures, split, indexes, None, console, command)
     trained = _train(folder / "run", _config(path, budget, seed, len(pictures)), console)
     say(f"trained: {trained.reason}")
-    return _report(folder, trained, pictures, console, command)
+    run = RunFolder(trained.run)
+    indexes = pick_split(pictures, "test", run)
+    checkpoint = load_checkpoint(trained.checkpoint)
+    return _report(folder, checkpoint, pictures, "test", indexes, run, console, command)
 
 
 def _config(data: str, budget: str, seed: int, pictures: int) -> TrainConfig:
@@ -157,16 +169,16 @@ def _train(path: Path, config: TrainConfig, console: Console | None) -> TrainRes
 
 def _report(
     folder: Path,
-    trained: TrainResult,
+    checkpoint: Checkpoint,
     pictures: PictureSet,
+    split: str,
+    indexes: list[int],
+    run: RunFolder | None,
     console: Console | None,
     command: str,
 ) -> DemoResult:
-    run = RunFolder(trained.run)
-    checkpoint = load_checkpoint(trained.checkpoint)
-    indexes = pick_split(pictures, "test", run)
     with bar("evaluating", console) as progress:
-        evaluation = evaluate(checkpoint, pictures, indexes, split="test", progress=progress)
+        evaluation = evaluate(checkpoint, pictures, indexes, split=split, progress=progress)
     sample = indexes[:: max(1, len(indexes) // PREDICTED_PICTURES)][:PREDICTED_PICTURES]
     predictions = predict(checkpoint, pictures, indexes=sample, top_k=3)
     write_json(folder / "predictions.json", predictions.to_dict())
@@ -181,7 +193,11 @@ def _report(
         title=f"MobileSteelNet demo: {synthetic}",
     )
     return DemoResult(
-        evaluation, files.page, trained.checkpoint, folder / "predictions.json", pictures.bad
+        evaluation,
+        files.page,
+        run.best if run is not None else shipped_folder() / WEIGHTS,
+        folder / "predictions.json",
+        pictures.bad,
     )
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from .calibration import Calibration, calibrate
 from .checkpoint import Checkpoint
 from .data import BadFile, DataError, PictureSet, Split
-from .predict import Progress, classify
+from .predict import Change, Progress, classify
 from .run_folder import RunFolder
 
 SPLITS = ("test", "val", "train", "all")
@@ -75,6 +76,7 @@ class Evaluation:
         predictions: One entry a picture.
         seconds: Time for reading and classifying.
         about: Where it comes from: data, checkpoint, versions, backends.
+        calibration: Whether the probabilities can be trusted.
     """
 
     split: str
@@ -89,6 +91,7 @@ class Evaluation:
     predictions: list[PictureResult]
     seconds: float
     about: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form of everything."""
@@ -109,6 +112,7 @@ def evaluate(
     split: str = "all",
     batch_size: int = 32,
     progress: Progress | None = None,
+    change: Change | None = None,
 ) -> Evaluation:
     """Classify labelled pictures and count.
 
@@ -119,6 +123,7 @@ def evaluate(
         split: The name of that part, for the record.
         batch_size: Pictures a forward.
         progress: Called with (done, total).
+        change: Applied to each picture before it is resized.
 
     Raises:
         DataError: There is nothing to evaluate, the classes differ, or a picture cannot be read.
@@ -132,7 +137,7 @@ def evaluate(
     results: list[PictureResult] = []
     truth: list[int] = []
     for index, found in classify(
-        checkpoint, pictures, indexes, batch_size=batch_size, progress=progress
+        checkpoint, pictures, indexes, batch_size=batch_size, progress=progress, change=change
     ):
         if isinstance(found, BadFile):
             raise DataError(found.reason)
@@ -156,6 +161,9 @@ def evaluate(
         predictions=results,
         seconds=seconds,
         about=about,
+        calibration=calibrate(
+            torch.tensor([r.probabilities for r in results]), torch.tensor(truth)
+        ),
         **figures,
     )
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
+    from .calibration import Calibration
     from .evaluate import Evaluation
 
 DPI = 150
@@ -69,7 +70,7 @@ def confusion_matrix(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
             colour = theme.paper if dark_cell else theme.ink
             if count:
                 axes.text(column, row, str(count), ha="center", va="center", color=colour)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def class_bars(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
@@ -93,23 +94,24 @@ def class_bars(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
     axes.legend(
         loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2, frameon=False, labelcolor=theme.ink
     )
-    return _png(figure)
+    return figure_png(figure)
 
 
 def training_curves(rows: list[dict[str, Any]], best_epoch: int, theme: Theme = LIGHT) -> bytes:
     """Loss and accuracy of training and validation over the epochs, the kept epoch marked."""
-    figure, _ = _figure((9, 3.2), theme, empty=True)
-    epochs = [row["epoch"] for row in rows]
+    figure = new_figure((9, 3.2), theme)
     few: dict[str, Any] = {"marker": "o", "markersize": 3} if len(rows) < 40 else {}
     for place, key in enumerate(("loss", "accuracy")):
         axes = figure.add_subplot(1, 2, place + 1)
-        _paint(axes, theme)
+        paint(axes, theme)
         scale = 100 if key == "accuracy" else 1
         for part, colour, name in (
             ("train", theme.first, "training"),
             ("val", theme.second, "validation"),
         ):
-            values = [scale * row[f"{part}_{key}"] for row in rows]
+            measured = [row for row in rows if row[f"{part}_{key}"] is not None]
+            epochs = [row["epoch"] for row in measured]
+            values = [scale * row[f"{part}_{key}"] for row in measured]
             axes.plot(epochs, values, color=colour, label=name, linewidth=1.6, **few)
         if best_epoch:
             axes.axvline(best_epoch, color=theme.ink, linewidth=0.9, linestyle=":")
@@ -120,10 +122,50 @@ def training_curves(rows: list[dict[str, Any]], best_epoch: int, theme: Theme = 
         if key == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
             axes.set_ylim(0, 102)
-        elif max(row["val_loss"] for row in rows) > 20 * max(row["train_loss"] for row in rows):
+        elif max(row["val_loss"] or 0.0 for row in rows) > 20 * max(
+            row["train_loss"] for row in rows
+        ):
             axes.set_yscale("log")
         axes.legend(frameon=False, labelcolor=theme.ink)
-    return _png(figure)
+    return figure_png(figure)
+
+
+def calibration(found: Calibration, theme: Theme = LIGHT) -> bytes:
+    """Accuracy against confidence, and what rejecting uncertain pictures buys."""
+    figure = new_figure((9, 3.6), theme)
+    axes = figure.add_subplot(1, 2, 1)
+    paint(axes, theme)
+    filled = [item for item in found.bins if item.pictures]
+    axes.plot([0, 100], [0, 100], color=theme.ink, linewidth=0.9, linestyle=":")
+    axes.bar(
+        [50 * (item.lower + item.upper) for item in filled],
+        [100 * (item.accuracy or 0.0) for item in filled],
+        width=90 / len(found.bins),
+        color=theme.first,
+    )
+    axes.set_title(f"calibration error {100 * found.expected_error:.1f} %", color=theme.ink)
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("accuracy")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 102)
+    curve = figure.add_subplot(1, 2, 2)
+    paint(curve, theme)
+    accepted = [item for item in found.coverage if item.accuracy is not None]
+    curve.plot(
+        [100 * item.coverage for item in accepted],
+        [100 * (item.accuracy or 0.0) for item in accepted],
+        color=theme.second,
+        marker="o",
+        markersize=4,
+    )
+    curve.set_title("accuracy of the accepted pictures", color=theme.ink)
+    curve.set_xlabel("accepted")
+    curve.set_xlim(left=0)
+    for part in (axes, curve):
+        part.grid(color=theme.faint, linewidth=0.8)
+        part.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+        part.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    return figure_png(figure)
 
 
 def gate_overlay(picture: Image, gate: np.ndarray) -> Image:
@@ -152,19 +194,22 @@ def shorten(name: str, longest: int = LONGEST_NAME) -> str:
     return "".join(sign if sign.isprintable() else "?" for sign in cut).replace("$", r"\$")
 
 
-def _figure(
-    size: tuple[float, float], theme: Theme, *, empty: bool = False
-) -> tuple[Figure, Axes | Any]:
+def new_figure(size: tuple[float, float], theme: Theme = LIGHT) -> Figure:
+    """A figure without axes, `size` in inches."""
     figure = Figure(figsize=size, dpi=DPI, facecolor=theme.paper, layout="constrained")
     FigureCanvasAgg(figure)
-    if empty:
-        return figure, None
+    return figure
+
+
+def _figure(size: tuple[float, float], theme: Theme) -> tuple[Figure, Axes]:
+    figure = new_figure(size, theme)
     axes = figure.add_subplot()
-    _paint(axes, theme)
+    paint(axes, theme)
     return figure, axes
 
 
-def _paint(axes: Axes, theme: Theme) -> None:
+def paint(axes: Axes, theme: Theme = LIGHT) -> None:
+    """Give axes the theme's colours, and no frame."""
     axes.set_facecolor(theme.paper)
     axes.tick_params(colors=theme.ink, labelcolor=theme.ink)
     axes.set_axisbelow(True)
@@ -174,7 +219,8 @@ def _paint(axes: Axes, theme: Theme) -> None:
     axes.yaxis.label.set_color(theme.ink)
 
 
-def _png(figure: Figure) -> bytes:
+def figure_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "mobilesteelnet"})
     return buffer.getvalue()

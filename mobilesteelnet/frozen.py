@@ -69,7 +69,7 @@ class FrozenMobileSteelNet(Frozen, MobileSteelNet):
             depthwise = fold(block.depthwise, block.depthwise_bn)
         return separable(
             *(depthwise, fold(block.pointwise, block.bn), block.depthwise.stride[0]),
-            *(block.depthwise_bn is not None, self.map_dtype),
+            *((block.depthwise_bn is not None, block.has_relu), self.map_dtype),
             natively=self._natively(),
         )
 

@@ -38,6 +38,10 @@ class TrainingError(RuntimeError):
     """A training that could not go on; the run folder keeps the last good state."""
 
 
+class NotFiniteError(TrainingError):
+    """A training whose loss is not finite any more: its options are at fault, not the machine."""
+
+
 def mix_seed(*parts: int) -> int:
     """One 64-bit seed from several whole numbers; near inputs give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
@@ -182,6 +186,7 @@ class Classifier(L.LightningModule):
         # Outside the module tree, so that the keys of the state stay those of the plain network.
         forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if compile else model
         object.__setattr__(self, "_forward", forward)
+        object.__setattr__(self, "_kept", None)
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_accuracy = MeanMetric(nan_strategy="disable")
         self.val_loss = MeanMetric(nan_strategy="disable")
@@ -192,9 +197,23 @@ class Classifier(L.LightningModule):
         run: Callable[[torch.Tensor], torch.Tensor] = self.__dict__["_forward"]
         return run(images)
 
-    def on_train_epoch_start(self) -> None:
-        """Seed the global generators anew, for layers that draw from them (dropout)."""
-        seed = mix_seed(self.config.seed, self.current_epoch, self.global_rank)
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and saved: the one in training, if no other was given."""
+        other: nn.Module | None = self.__dict__["_kept"]
+        return self.model if other is None else other
+
+    def keep(self, network: nn.Module) -> None:
+        """Validate and save ``network``; it is no part of this module's state."""
+        object.__setattr__(self, "_kept", network)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed the global generators anew, for what draws from them (dropout, mixing).
+
+        Each batch, not each epoch: a data loader draws too when it starts, and a resumed run starts
+        its loaders at another time.
+        """
+        seed = mix_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -206,9 +225,12 @@ class Classifier(L.LightningModule):
             TrainingError: The loss is not finite on any of the processes.
         """
         images, labels, _ = batch
+        targets = labels
+        if self.config.mix != "none":
+            images, targets = self._mix(images, labels)
         logits = self(images)
         loss = functional.cross_entropy(
-            logits.float(), labels, label_smoothing=self.config.label_smoothing
+            logits.float(), targets, label_smoothing=self.config.label_smoothing
         )
         self._require_finite(loss, f"step {batch_index + 1} (global step {self.global_step + 1})")
         self.train_loss.update(loss.detach(), len(labels))
@@ -219,10 +241,21 @@ class Classifier(L.LightningModule):
         self.log("learning_rate", self._learning_rate(), on_step=False, on_epoch=True)
         return loss
 
+    def _mix(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each picture blended with another of the batch; labels become shares (B, classes)."""
+        from torchvision.transforms import v2
+
+        kinds = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+        classes: int = self.model.config["num_classes"]  # type: ignore[index,assignment]
+        mix = kinds[self.config.mix](alpha=self.config.mix_alpha, num_classes=classes)
+        blended, shares = mix(images, labels)
+        return blended, shares
+
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Loss and accuracy of one batch; a picture taken twice to fill up counts once."""
         images, labels, counted = batch
-        logits = self(images).float()
+        other: nn.Module | None = self.__dict__["_kept"]
+        logits = (self(images) if other is None else other(images)).float()
         weight = counted.float()
         losses = functional.cross_entropy(logits, labels, reduction="none")
         self._require_finite(losses, f"validation batch {batch_index + 1}")
@@ -235,7 +268,7 @@ class Classifier(L.LightningModule):
         finite = bool(torch.isfinite(loss).all())
         # All processes stop together; one alone would leave the others waiting for its gradients.
         if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
-            raise TrainingError(
+            raise NotFiniteError(
                 f"the loss is not finite at epoch {self.current_epoch + 1}, {where}: "
                 "lower the learning rate, lengthen the warm-up or set a gradient clip"
             )

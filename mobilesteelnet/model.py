@@ -9,12 +9,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused
-from fused.contract import STAGES, Cost, Problem, cost
+from fused.contract import Cost, Problem, cost
 from fused.modules import has_hooks
 
-ATTENTIONS = ("ciema", "none")
+from .blocks import CIEMA_FORMS, OTHER_ATTENTIONS
+
+ATTENTIONS = (*CIEMA_FORMS, *OTHER_ATTENTIONS, "none")
 FUSIONS = ("msff", "none")
-ACTIVATIONS = (None, "relu")
+ACTIVATIONS = (None, "relu", "relu-output")
 PAPER_INPUT_SIZE = 224
 STEM_CHANNELS = 32
 # (output channels, stride) of every block; the stages' last outputs go into MSFF.
@@ -41,7 +43,8 @@ def attention_groups(channels: int) -> int:
 class DepthwiseSeparable(nn.Module):
     """3×3 depthwise, 1×1 pointwise, batch norm; published without any activation.
 
-    With `activation="relu"` batch norm and ReLU follow both convolutions, as in MobileNetV1.
+    With `activation="relu"` batch norm and ReLU follow both convolutions, as in MobileNetV1; with
+    "relu-output" a ReLU follows the published batch norm, and keys and shapes stay as published.
     """
 
     def __init__(
@@ -49,16 +52,18 @@ class DepthwiseSeparable(nn.Module):
     ) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(*(channels, channels, 3, stride, 1), groups=channels, bias=False)
-        self.depthwise_bn = nn.BatchNorm2d(channels) if activation else None
+        self.depthwise_bn = nn.BatchNorm2d(channels) if activation == "relu" else None
         self.pointwise = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
+        self.has_relu = activation is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) → (B, C', H/stride, W/stride)."""
         x = self.depthwise(x)
         if self.depthwise_bn is not None:
-            return self.bn(self.pointwise(self.depthwise_bn(x).relu())).relu()
-        return self.bn(self.pointwise(x))
+            x = self.depthwise_bn(x).relu()
+        x = self.bn(self.pointwise(x))
+        return x.relu() if self.has_relu else x
 
 
 class MobileSteelNet(nn.Module):
@@ -69,12 +74,14 @@ class MobileSteelNet(nn.Module):
     Args:
         num_classes: size of the head.
         in_channels: of the images.
-        attention: "ciema", or "none" for the paper's ablation (table 7).
+        attention: "ciema", "none" for the paper's table 7, "ciema-no-channel-interaction" or
+            "ciema-no-cross-spatial" for its table 9, "se", "eca", "cbam", "ca", "ema" for table 5.
         fusion: "msff", or "none": the last stage alone goes on.
-        activation: None as published, or "relu" in the blocks.
+        activation: None as published; "relu" or "relu-output" in the blocks.
         bn_statistics: of CIEMA, "sequential" as published or "pooled" (spec.md 3).
         backend: of the fused layers, None follows `fused.set_backend`.
         width: multiplier of all channel counts.
+        dropout: probability with which a feature before the head is dropped in training.
 
     Raises:
         ValueError: an argument is out of range; the message names it and its value.
@@ -90,6 +97,7 @@ class MobileSteelNet(nn.Module):
         bn_statistics: str = "sequential",
         backend: str | None = None,
         width: float = 1.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
@@ -97,6 +105,8 @@ class MobileSteelNet(nn.Module):
                 raise ValueError(f"{name}={value}, expected at least 1")
         if not 0 < width <= 8:
             raise ValueError(f"width={width}, expected a number above 0, at most 8")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}, expected at least 0, below 1")
         choices: dict[str, tuple[str | None, tuple[str | None, ...]]] = {
             "attention": (attention, ATTENTIONS),
             "fusion": (fusion, FUSIONS),
@@ -114,6 +124,7 @@ class MobileSteelNet(nn.Module):
             "bn_statistics": bn_statistics,
             "backend": backend,
             "width": width,
+            "dropout": dropout,
         }
         stem = scaled_channels(STEM_CHANNELS, width)
         self.initial_conv = nn.Sequential(
@@ -132,18 +143,39 @@ class MobileSteelNet(nn.Module):
         self.msff = None
         if fusion == "msff":
             self.msff = fused.FusedMSFF(stage_channels, channels, backend=backend)
-        self.ciema = None
-        if attention == "ciema":
-            groups = attention_groups(channels)
-            self.ciema = fused.FusedCIEMA(
+        self.ciema, self.attention = None, None
+        groups = attention_groups(channels)
+        if attention in CIEMA_FORMS:
+            self.ciema = CIEMA_FORMS[attention](
                 channels, groups, bn_statistics=bn_statistics, backend=backend
             )
+        elif attention != "none":
+            self.attention = OTHER_ATTENTIONS[attention](channels, groups)
         self.fc = nn.Linear(channels, num_classes)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MobileSteelNet:
         """Build the network that `config`, another network's `.config`, describes."""
         return cls(**config)
+
+    @classmethod
+    def from_pretrained(
+        cls, *, device: str | torch.device = "cpu", backend: str | None = None
+    ) -> MobileSteelNet:
+        """The network with the weights that the package brings, in evaluation mode; no download.
+
+        `mobilesteelnet.shipped.load_shipped` gives classes and normalisation with it.
+
+        Raises:
+            CheckpointError: this version brings no weights, or they are damaged.
+            ModuleNotFoundError: safetensors is not installed.
+        """
+        from .shipped import load_shipped
+
+        model = load_shipped(device, backend=backend).model
+        if not isinstance(model, cls):
+            raise TypeError(f"the package's weights are those of a {type(model).__name__}")
+        return model
 
     def frozen_for_inference(self, dtype: torch.dtype | None) -> nn.Module | str:
         """The frozen form of this private copy (fused.optimize_for_inference), or why none."""
@@ -180,7 +212,11 @@ class MobileSteelNet(nn.Module):
             features = self.features(images)
             if self.ciema is not None:
                 features = self.ciema(features)
-        return self.fc(features.mean((2, 3)))
+        if self.attention is not None:
+            features = self.attention(features)
+        vectors = features.mean((2, 3))
+        dropout: float = self.config["dropout"]
+        return self.fc(nn.functional.dropout(vectors, dropout, self.training))
 
     def _statistics_can_pass(self) -> bool:
         """Whether MSFF may hand its output's channel statistics to CIEMA past its `__call__`."""
@@ -209,7 +245,7 @@ def _costs(
         height, width = max(m.shape[2] for m in maps), max(m.shape[3] for m in maps)
         stages.append("msff")
     if model.ciema is not None:
-        stages += [stage for stage in STAGES if stage != "msff"]
+        stages += model.ciema.fused_stages
     problem = Problem(
         *(target.shape[0], channels, height, width),
         groups=1 if model.ciema is None else model.ciema.groups,
@@ -235,6 +271,11 @@ def describe(model: MobileSteelNet, input_size: int = PAPER_INPUT_SIZE) -> dict[
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         maps = twin.backbone(images)
     backbone = counter.get_total_flops()
+    # The fused ops count nothing here: what the whole network has beyond its backbone is the head
+    # and the attention that is computed in plain PyTorch.
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(images)
+    other = counter.get_total_flops() - backbone
     costs = _costs(twin, maps, published=False)
     published = _costs(twin, maps, published=True)
     rows: list[dict[str, Any]] = [
@@ -255,8 +296,9 @@ def describe(model: MobileSteelNet, input_size: int = PAPER_INPUT_SIZE) -> dict[
         "parameters": parameter_count(model),
         "float32_bytes": sum(4 * t.numel() for t in model.state_dict().values()),
         "backbone_flop": backbone,
-        "published_flop": backbone + sum(row["published_flop"] for row in rows),
-        "flop": backbone + sum(row["flop"] for row in rows),
+        "other_flop": other,
+        "published_flop": backbone + other + sum(row["published_flop"] for row in rows),
+        "flop": backbone + other + sum(row["flop"] for row in rows),
         "stages": rows,
         "backends": str(fused.explain(model)) if has_blocks else "no fused blocks",
     }

@@ -14,8 +14,11 @@ import torch
 
 from .checkpoint import Checkpoint, CheckpointError
 from .data import BadFile, DataError, PictureSet, eval_transform
+from .pictures import Image
 
 Progress = Callable[[int, int], None]
+Change = Callable[[Image.Image, str], Image.Image]
+"""(picture, its name) → the picture that is classified in its place."""
 LOADING_THREADS = 4
 
 
@@ -28,12 +31,14 @@ class Prediction:
         label: The most probable class.
         probability: Its softmax probability, 0 to 1.
         top: The most probable classes with their probabilities, falling.
+        rejected: Whether the probability is below the least confidence that was asked for.
     """
 
     name: str
     label: str
     probability: float
     top: list[tuple[str, float]]
+    rejected: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -41,6 +46,7 @@ class Prediction:
             "name": self.name,
             "class": self.label,
             "probability": self.probability,
+            "rejected": self.rejected,
             "top": [{"class": label, "probability": value} for label, value in self.top],
         }
 
@@ -74,8 +80,9 @@ class Predictions:
                 label, value = item.top[place]
                 end = "" if place == 0 else f"_{place + 1}"
                 row |= {f"class{end}": label, f"probability{end}": f"{value:.6f}"}
+            row["rejected"] = "yes" if item.rejected else "no"
             rows.append({**row, "error": ""})
-        columns = list(rows[0]) if rows else ["name", "class", "probability", "error"]
+        columns = list(rows[0]) if rows else ["name", "class", "probability", "rejected", "error"]
         for file in self.bad:
             rows.append({**dict.fromkeys(columns, ""), "name": file.name, "error": file.reason})
         return rows
@@ -105,6 +112,7 @@ def classify(
     *,
     batch_size: int = 32,
     progress: Progress | None = None,
+    change: Change | None = None,
 ) -> Iterator[tuple[int, torch.Tensor | BadFile]]:
     """Class probabilities of pictures, in batches, on the device of the network.
 
@@ -114,6 +122,7 @@ def classify(
         indexes: Which of them; None takes all.
         batch_size: Pictures a forward.
         progress: Called with (done, total) after each batch.
+        change: Applied to each picture before it is resized.
 
     Yields:
         ``(index, probabilities (num_classes,) float32 on the CPU)``, or the reason why the picture
@@ -135,7 +144,10 @@ def classify(
 
     def load(index: int) -> torch.Tensor | BadFile:
         try:
-            return transform(pictures.open(index))
+            picture = pictures.open(index)
+            return transform(
+                picture if change is None else change(picture, pictures.items[index].name)
+            )
         except DataError as error:
             return BadFile(pictures.items[index].name, str(error))
 
@@ -178,6 +190,7 @@ def predict(
     *,
     indexes: Sequence[int] | None = None,
     top_k: int = 1,
+    min_confidence: float = 0.0,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Predictions:
@@ -188,13 +201,16 @@ def predict(
         pictures: See :func:`mobilesteelnet.data.scan`, with ``labelled=False``.
         indexes: Which of the pictures; None takes all.
         top_k: How many classes to give for each picture; at most all.
+        min_confidence: Pictures whose most probable class is less probable are marked as rejected.
         batch_size: Pictures a forward.
         progress: Called with (done, total).
 
     Raises:
-        ValueError: ``top_k`` or ``batch_size`` is below 1.
+        ValueError: ``top_k`` or ``batch_size`` is below 1, ``min_confidence`` not from 0 to 1.
         CheckpointError: The network gives a value that is not finite.
     """
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"min_confidence={min_confidence}: must be from 0 to 1")
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: must be 1 or more")
     result = Predictions(bad=list(pictures.bad))
@@ -209,5 +225,8 @@ def predict(
             (checkpoint.classes[label], value)
             for label, value in zip(classes.tolist(), values.tolist(), strict=True)
         ]
-        result.items.append(Prediction(pictures.items[index].name, top[0][0], top[0][1], top))
+        label, probability = top[0]
+        rejected = probability < min_confidence
+        name = pictures.items[index].name
+        result.items.append(Prediction(name, label, probability, top, rejected))
     return result

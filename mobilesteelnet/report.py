@@ -5,9 +5,6 @@ write_report("runs/first/report", evaluation, checkpoint, pictures, run=RunFolde
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import os
 import string
 from collections.abc import Callable, Sequence
@@ -18,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from . import figures
 from .checkpoint import Checkpoint
-from .data import PictureSet, eval_transform
+from .data import PictureSet
 from .evaluate import Evaluation, PictureResult
+from .gates import mean_gate
+from .report_confidence import confidence_section
+from .report_html import percent, safe, themed_image, thumbnail
 from .run_folder import RunFolder, write_atomically, write_json, write_text
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 MOST_WRONG_PICTURES = 40
 MOST_GATE_PICTURES = 12
-THUMBNAIL = 220
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,9 @@ def write_report(
         "confusion_matrix": lambda theme: figures.confusion_matrix(evaluation, theme),
         "class_accuracy": lambda theme: figures.class_bars(evaluation, theme),
     }
+    found = evaluation.calibration
+    if found is not None:
+        drawings["calibration"] = lambda theme: figures.calibration(found, theme)
     if rows:
         drawings["training_curves"] = lambda theme: figures.training_curves(rows, best, theme)
     images = []
@@ -91,18 +92,19 @@ def write_report(
         write_atomically(path, partial(_write, content=light))
         images.append(path)
         alt = _alternative_text(name, evaluation, rows, best)
-        tags[name] = _themed_image(light, draw(figures.DARK), alt)
+        tags[name] = themed_image(light, draw(figures.DARK), alt)
     sections = [
         _result_section(evaluation, tags),
+        confidence_section(evaluation.calibration, tags.get("calibration", "")),
         _training_section(tags, rows, best),
         _gate_section(evaluation, checkpoint, pictures),
-        _wrong_section(evaluation, pictures),
+        _wrong_section(evaluation, checkpoint, pictures),
         _origin_section(evaluation, command),
     ]
     template = resources.files(__package__).joinpath("report_template.html").read_text("utf-8")
     page = string.Template(template).substitute(
-        title=_safe(title),
-        subtitle=_safe(_subtitle(evaluation)),
+        title=safe(title),
+        subtitle=safe(_subtitle(evaluation)),
         numbers=_numbers(evaluation),
         sections="\n".join(section for section in sections if section),
     )
@@ -113,16 +115,6 @@ def write_report(
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def _safe(text: object) -> str:
-    """Text for HTML; lone surrogates of undecodable file names become question marks."""
-    plain = str(text).encode("utf-8", "replace").decode("utf-8")
-    return html.escape(plain, quote=True)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f}"
 
 
 def _subtitle(evaluation: Evaluation) -> str:
@@ -144,7 +136,7 @@ def _numbers(evaluation: Evaluation) -> str:
         ("wrong", f"{wrong} of {len(evaluation.predictions)}", ""),
     ]
     return "".join(
-        f'<div class="{kind}"><dt>{_safe(name)}</dt><dd>{_safe(value)}</dd></div>'
+        f'<div class="{kind}"><dt>{safe(name)}</dt><dd>{safe(value)}</dd></div>'
         for name, value, kind in cells
     )
 
@@ -153,7 +145,7 @@ def _alternative_text(
     name: str, evaluation: Evaluation, rows: Sequence[dict[str, Any]], best: int
 ) -> str:
     if name == "class_accuracy":
-        parts = [f"{item.name} {_percent(item.accuracy)} %" for item in evaluation.per_class[:30]]
+        parts = [f"{item.name} {percent(item.accuracy)} %" for item in evaluation.per_class[:30]]
         return "Bars of accuracy and precision of each class. Accuracy: " + ", ".join(parts)
     if name == "confusion_matrix":
         most = _confusions(evaluation)[:3]
@@ -161,12 +153,17 @@ def _alternative_text(
         return "Confusion matrix. " + (
             f"Most frequent: {words}" if words else "No picture is wrong"
         )
-    last = rows[-1]
-    return (
-        f"Loss and accuracy over {len(rows)} epochs; the last validation loss is "
-        f"{last['val_loss']:.4f} and accuracy {100 * last['val_accuracy']:.2f} %. "
-        f"Epoch {best} was kept."
-    )
+    if name == "calibration" and evaluation.calibration is not None:
+        error = 100 * evaluation.calibration.expected_error
+        return f"Accuracy against confidence; the expected calibration error is {error:.2f} %"
+    validated = [row for row in rows if row["val_loss"] is not None]
+    last = ""
+    if validated:
+        last = (
+            f"the last validation loss is {validated[-1]['val_loss']:.4f} and accuracy "
+            f"{100 * validated[-1]['val_accuracy']:.2f} %. "
+        )
+    return f"Loss and accuracy over {len(rows)} epochs; {last}Epoch {best} was kept."
 
 
 def _confusions(evaluation: Evaluation) -> list[tuple[int, str, str]]:
@@ -181,30 +178,10 @@ def _confusions(evaluation: Evaluation) -> list[tuple[int, str, str]]:
     return sorted(found, key=lambda item: (-item[0], item[1], item[2]))
 
 
-def _data_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _themed_image(light: bytes, dark: bytes, alt: str) -> str:
-    return (
-        f'<picture><source media="screen and (prefers-color-scheme: dark)" '
-        f'srcset="{_data_url(dark, "png")}">'
-        f'<img src="{_data_url(light, "png")}" alt="{_safe(alt)}"></picture>'
-    )
-
-
-def _thumbnail(picture: Image, alt: str) -> str:
-    small = picture.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=85)
-    return f'<img src="{_data_url(buffer.getvalue(), "jpeg")}" alt="{_safe(alt)}" loading="lazy">'
-
-
 def _result_section(evaluation: Evaluation, tags: dict[str, str]) -> str:
     lines = "".join(
-        f"<tr><td>{_safe(item.name)}</td><td>{item.pictures}</td><td>{_percent(item.accuracy)}</td>"
-        f"<td>{_percent(item.precision)}</td><td>{_percent(item.f1)}</td></tr>"
+        f"<tr><td>{safe(item.name)}</td><td>{item.pictures}</td><td>{percent(item.accuracy)}</td>"
+        f"<td>{percent(item.precision)}</td><td>{percent(item.f1)}</td></tr>"
         for item in evaluation.per_class
     )
     return (
@@ -220,10 +197,10 @@ def _result_section(evaluation: Evaluation, tags: dict[str, str]) -> str:
 
 
 def _matrix_table(evaluation: Evaluation) -> str:
-    head = "".join(f"<th scope=col>{_safe(name)}</th>" for name in evaluation.classes)
+    head = "".join(f"<th scope=col>{safe(name)}</th>" for name in evaluation.classes)
     cells = ["".join(f"<td>{count}</td>" for count in row) for row in evaluation.confusion]
     lines = "".join(
-        f"<tr><th scope=row>{_safe(name)}</th>{row}</tr>"
+        f"<tr><th scope=row>{safe(name)}</th>{row}</tr>"
         for name, row in zip(evaluation.classes, cells, strict=True)
     )
     return (
@@ -243,35 +220,46 @@ def _training_section(tags: dict[str, str], rows: Sequence[dict[str, Any]], best
     )
 
 
-def _wrong_section(evaluation: Evaluation, pictures: PictureSet) -> str:
+def _wrong_section(evaluation: Evaluation, checkpoint: Checkpoint, pictures: PictureSet) -> str:
     wrong = evaluation.wrong
     if not wrong:
         return "<section><h2>Wrong pictures</h2><p>None.</p></section>"
     places = {item.name: index for index, item in enumerate(pictures.items)}
     shown = wrong[:MOST_WRONG_PICTURES]
-    cards = "".join(_wrong_card(item, evaluation, pictures, places[item.name]) for item in shown)
+    plain = gated = ""
+    for number, item in enumerate(shown):
+        picture = pictures.open(places[item.name])
+        gate = mean_gate(checkpoint, picture) if number < MOST_GATE_PICTURES else None
+        card = _wrong_card(item, evaluation, picture, gate)
+        plain, gated = (plain + card, gated) if gate is None else (plain, gated + card)
     count = f"All {len(wrong)}" if len(shown) == len(wrong) else f"{len(shown)} of {len(wrong)}"
+    over = ", the first ones with the spatial gate laid over them" if gated else ""
     return (
-        f"<section><h2>Wrong pictures</h2><p class=soft>{count}, the most confident first; "
-        f'evaluation.json lists every picture.</p><div class="pictures">{cards}</div></section>'
+        f"<section><h2>Wrong pictures</h2><p class=soft>{count}, the most confident first{over}; "
+        f'evaluation.json lists every picture.</p><div class="pictures gates">{gated}</div>'
+        f'<div class="pictures">{plain}</div></section>'
     )
 
 
 def _file_name(name: str) -> str:
     """The last part of a path; the whole of it appears where the pointer rests."""
-    return f'<span class="soft" title="{_safe(name)}">{_safe(name.rpartition("/")[2])}</span>'
+    return f'<span class="soft" title="{safe(name)}">{safe(name.rpartition("/")[2])}</span>'
 
 
 def _wrong_card(
-    item: PictureResult, evaluation: Evaluation, pictures: PictureSet, index: int
+    item: PictureResult, evaluation: Evaluation, picture: Image, gate: np.ndarray | None
 ) -> str:
     chosen = item.probabilities[evaluation.classes.index(item.predicted)]
     true = item.probabilities[evaluation.classes.index(item.true)]
     alt = f"{item.name}: {item.true}, taken for {item.predicted}"
+    shown = thumbnail(picture, alt)
+    if gate is not None:
+        over = thumbnail(figures.gate_overlay(picture, gate), f"The gate over {item.name}")
+        shown = f'<div class="pair">{shown}{over}</div>'
     return (
-        f"<figure>{_thumbnail(pictures.open(index), alt)}<figcaption>"
-        f'<span class="wrong">{_safe(item.predicted)}</span> {100 * chosen:.1f} %<br>'
-        f'<span class="right">{_safe(item.true)}</span> {100 * true:.1f} %<br>'
+        f"<figure>{shown}<figcaption>"
+        f'<span class="wrong">{safe(item.predicted)}</span> {100 * chosen:.1f} %<br>'
+        f'<span class="right">{safe(item.true)}</span> {100 * true:.1f} %<br>'
         f"{_file_name(item.name)}</figcaption></figure>"
     )
 
@@ -279,17 +267,13 @@ def _wrong_card(
 def _gate_section(evaluation: Evaluation, checkpoint: Checkpoint, pictures: PictureSet) -> str:
     places = {item.name: index for index, item in enumerate(pictures.items)}
     samples = _samples(evaluation)
-    transform = eval_transform(checkpoint.input_size, **checkpoint.normalisation)
-    device = next(checkpoint.model.parameters()).device
     cards = []
     for item in samples:
         picture = pictures.open(places[item.name])
-        with torch.inference_mode():
-            gate = checkpoint.model.spatial_gate(transform(picture)[None].to(device))  # type: ignore[operator]
+        gate = mean_gate(checkpoint, picture)
         if gate is None:
             return ""
-        mean = gate[0].float().mean(dim=0).cpu().numpy()
-        cards.append(_gate_card(item, picture, mean))
+        cards.append(_gate_card(item, picture, gate))
     return (
         "<section><h2>Where the network looks</h2>"
         "<p>The spatial gate <i>w</i> of CIEMA, one value from 0 to 1 a place, averaged over its "
@@ -318,9 +302,9 @@ def _gate_card(item: PictureResult, picture: Image, gate: np.ndarray) -> str:
     right = item.true == item.predicted
     kind, verdict = ("right", "recognised") if right else ("wrong", f"taken for {item.predicted}")
     return (
-        f'<figure><div class="pair">{_thumbnail(picture, f"{item.name}, {item.true}")}'
-        f"{_thumbnail(overlay, f'The gate over {item.name}, from {low:.3f} to {high:.3f}')}</div>"
-        f'<figcaption>{_safe(item.true)}, <span class="{kind}">{_safe(verdict)}</span><br>'
+        f'<figure><div class="pair">{thumbnail(picture, f"{item.name}, {item.true}")}'
+        f"{thumbnail(overlay, f'The gate over {item.name}, from {low:.3f} to {high:.3f}')}</div>"
+        f'<figcaption>{safe(item.true)}, <span class="{kind}">{safe(verdict)}</span><br>'
         f"{_file_name(item.name)}<br>"
         f'<span class="soft">w from {low:.3f} to {high:.3f}</span></figcaption></figure>'
     )
@@ -341,15 +325,15 @@ def _origin_section(evaluation: Evaluation, command: str) -> str:
         ("time", f"{evaluation.seconds:.1f} s, {each:.1f} ms a picture with reading"),
     ]
     lines = "".join(
-        f"<tr><th scope=row>{_safe(name)}</th><td>{_safe(value)}</td></tr>"
+        f"<tr><th scope=row>{safe(name)}</th><td>{safe(value)}</td></tr>"
         for name, value in facts
         if value != ""
     )
-    shown = f"<pre>{_safe(command)}</pre>" if command else ""
+    shown = f"<pre>{safe(command)}</pre>" if command else ""
     backends = about.get("backends", "")
     table = ""
     if backends:
-        table = f"<details><summary>Backends</summary><pre>{_safe(backends)}</pre></details>"
+        table = f"<details><summary>Backends</summary><pre>{safe(backends)}</pre></details>"
     return (
         f"<section><h2>How this was made</h2>{shown}<div class=scroll>"
         f'<table class="facts"><tbody>{lines}</tbody></table></div>{table}</section>'

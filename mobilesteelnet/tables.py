@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -11,6 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from .evaluate import Evaluation
     from .predict import Predictions
+    from .robustness import Robustness
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
@@ -42,17 +44,34 @@ def prediction_table(predictions: Predictions) -> Table:
         table.add_column("%", justify="right")
     for item in predictions.items:
         cells: list[Text] = []
-        for label, value in item.top:
-            cells += [Text(label), Text(f"{100 * value:.1f}")]
+        for place, (label, value) in enumerate(item.top):
+            unsure = item.rejected and place == 0
+            cells += [Text(f"uncertain ({label})" if unsure else label), Text(f"{100 * value:.1f}")]
         table.add_row(Text(item.name), *cells)
     return table
 
 
+def robustness_table(rows: Sequence[Robustness]) -> Table:
+    """Average accuracy and calibration error under each change of the pictures."""
+    from .robustness import LEVELS
+
+    table = Table(title="Changed pictures, per cent", title_justify="left")
+    table.add_column("change")
+    for name in ("level", "accuracy", "calibration error"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        unit = f" ({LEVELS[row.change][0]})" if row.change in LEVELS else ""
+        figures = (row.average_accuracy, row.calibration_error)
+        level = f"{row.level:g}" if unit else ""
+        table.add_row(row.change + unit, level, *(f"{100 * value:.2f}" for value in figures))
+    return table
+
+
 def information_table(facts: dict[str, Any]) -> Table:
-    """What ``model.describe`` tells, stage by stage."""
+    """What ``networks.describe_network`` tells, stage by stage."""
     size = facts["input_size"]
     table = Table(
-        title=f"MobileSteelNet, one image of {size}×{size}, forward (GFLOP: two a multiply-add)",
+        title=f"{facts['network']}, one image of {size}×{size}, forward (two FLOP a multiply-add)",
         title_justify="left",
         show_footer=True,
     )
@@ -67,6 +86,8 @@ def information_table(facts: dict[str, Any]) -> Table:
         table.add_column(name, foot, justify=side)  # type: ignore[arg-type]  # "left" or "right"
     backbone = f"{facts['backbone_flop'] / 1e9:.3f}"
     table.add_row("backbone", backbone, backbone, "", "")
+    other = f"{facts['other_flop'] / 1e9:.3f}"
+    table.add_row("head, attention of other papers", other, other, "", "")
     for row in facts["stages"]:
         table.add_row(
             escape(row["stage"]),

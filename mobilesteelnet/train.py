@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .checkpoint import CheckpointError, load_checkpoint
 from .data import (
@@ -28,18 +29,21 @@ from .data import (
     eval_transform,
     scan,
     stratified_split,
+    texture_transform,
     train_transform,
 )
 from .lightning_modules import Classifier, PictureDataModule, TrainingError
-from .model import MobileSteelNet
+from .networks import MOBILESTEELNET, build_network
 from .run_folder import RunFolder, RunFolderError, write_json
 from .train_config import Machine, TrainConfig
+from .transforms import Transform
 
 try:
     import lightning as L
     from lightning.fabric.utilities.rank_zero import _get_rank
     from rich.console import Console
 
+    from .averaging import KeptNetwork
     from .callbacks import AtomicCheckpointIO, RunWriter
     from .trainer import make_trainer, quiet
 except ModuleNotFoundError as error:
@@ -56,6 +60,10 @@ __all__ = [
     "resume",
     "train",
 ]
+
+MOBILESTEELNET_OPTIONS = (
+    *("attention", "fusion", "activation", "bn_statistics", "width", "dropout"),
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ def train(
     machine: Machine | None = None,
     overwrite: bool = False,
     console: Console | None = None,
+    split: Split | None = None,
 ) -> TrainResult:
     """Train a network and leave a run folder (see :mod:`mobilesteelnet.run_folder`).
 
@@ -97,6 +106,7 @@ def train(
         machine: Where it is computed; None takes what the machine has.
         overwrite: Delete an earlier run in ``out``.
         console: Where progress is shown; None is quiet.
+        split: Of the pictures of ``config.data``; None draws it as the options say.
 
     Returns:
         The files and figures of the run.
@@ -114,7 +124,9 @@ def train(
     if is_first_process():
         folder.check_free(overwrite=overwrite)
     pictures = _scan(config, console)
-    split = stratified_split(pictures, config.fractions, config.seed)
+    if split is None:
+        seed = config.seed if config.split_seed is None else config.split_seed
+        split = stratified_split(pictures, config.fractions, seed)
     session = _Session(config, machine, folder, pictures, split, console)
     if is_first_process():
         try:
@@ -168,6 +180,11 @@ def resume(
             if is_first_process():
                 _write_finished(folder, state, reason)
             return _result(folder, state["rows"], state["best_epoch"], reason, already=True)
+    elif (rows := _finished_rows(folder)) and not longer:
+        facts = folder.read_json(folder.state)
+        return _result(folder, rows, facts["best_epoch"], facts["reason"], already=True)
+    elif rows:
+        raise ValueError(f"epochs={epochs}: this run's last.ckpt is gone, it cannot go on")
     pictures = _scan(config, console)
     split = Split.from_dict(folder.read_json(folder.split), pictures)
     session = _Session(config, machine or Machine(), folder, pictures, split, console)
@@ -193,9 +210,8 @@ class _Session:
         self.pictures = pictures
         model = build_model(config, pictures.classes, machine.backend)
         self.module = Classifier(model, config, compile=machine.compile)
-        make = train_transform if config.augment else eval_transform
         self.data = PictureDataModule(
-            PictureDataset(pictures, split.train, make(config.size)),
+            PictureDataset(pictures, split.train, _training_transform(config)),
             PictureDataset(pictures, split.val, eval_transform(config.size)),
             batch_size=config.batch_size,
             seed=config.seed,
@@ -208,7 +224,11 @@ class _Session:
             "training": _training_card(config, split),
         }
         self.writer = RunWriter(folder, config.select, card)
-        self.trainer = make_trainer(config, machine, folder, self.writer, console)
+        others: list[L.Callback] = []
+        if KeptNetwork.is_needed(config):
+            plain = PictureDataset(pictures, split.train, eval_transform(config.size))
+            others.append(KeptNetwork(config, plain))
+        self.trainer = make_trainer(config, machine, folder, self.writer, console, others)
 
     def fit(self, *, continued: bool = False) -> TrainResult:
         """Run the training to its end, and say why it ended."""
@@ -244,9 +264,17 @@ class _Session:
         )
 
 
-def build_model(
-    config: TrainConfig, classes: list[str], backend: str | None = None
-) -> MobileSteelNet:
+def _training_transform(config: TrainConfig) -> Transform:
+    if config.augmentation == "none":
+        return eval_transform(config.size)
+    if config.augmentation == "texture":
+        return texture_transform(
+            config.size, crop_scale=config.crop_scale, quarter_turns=config.quarter_turns
+        )
+    return train_transform(config.size)
+
+
+def build_model(config: TrainConfig, classes: list[str], backend: str | None = None) -> nn.Module:
     """The network of a run before its first step: seeded, or with the weights of ``init_from``.
 
     Raises:
@@ -256,15 +284,13 @@ def build_model(
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
-    model = MobileSteelNet(
-        num_classes=len(classes),
-        attention=config.attention,
-        fusion=config.fusion,
-        activation=config.activation,
-        bn_statistics=config.bn_statistics,
-        width=config.width,
-        backend=backend,
-    )
+    options = {name: getattr(config, name) for name in MOBILESTEELNET_OPTIONS}
+    if config.network != MOBILESTEELNET:
+        given = [name for name, value in options.items() if value != getattr(TrainConfig, name)]
+        if given:
+            raise ValueError(f"network={config.network!r} does not take the option {given[0]}")
+        options = {"network": config.network}
+    model = build_network({"num_classes": len(classes), **options, "backend": backend})
     if config.init_from is None:
         return model
     source = load_checkpoint(config.init_from)
@@ -279,7 +305,7 @@ def build_model(
     if unlike:
         raise CheckpointError(
             f"init_from={config.init_from!r} has another network than the options ask for "
-            f"({unlike[0]!r} differs): give the same attention, fusion and width"
+            f"({unlike[0]!r} differs): give the same network, attention, fusion and width"
         )
     model.load_state_dict(weights)
     return model
@@ -294,6 +320,15 @@ def _saved_state(folder: RunFolder) -> dict[str, Any] | None:
     if not isinstance(state, dict):
         raise TrainingError(f"{str(folder.last)!r} is the state of another program's training")
     return state
+
+
+def _finished_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rows of a finished run whose ``last.ckpt`` was deleted to save room; else nothing."""
+    if not folder.state.is_file() or not folder.best.is_file():
+        return []
+    facts = folder.read_json(folder.state)
+    finished = isinstance(facts, dict) and facts.get("state") == "finished"
+    return folder.read_rows() if finished else []
 
 
 def _end_reason(rows: list[dict[str, Any]], stopped: bool, config: TrainConfig) -> str:

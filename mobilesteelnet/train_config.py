@@ -9,7 +9,45 @@ from typing import Any
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("none", "cosine")
 SELECTIONS = ("val_loss", "val_accuracy", "last")
+AUGMENTATIONS = ("published", "texture", "none")
+MIXES = ("none", "mixup", "cutmix")
+AVERAGINGS = ("none", "ema", "swa")
 BAD_FILE_RULES = ("skip", "fatal")
+
+WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
+    "seed": (0, 2**63 - 1),
+    "size": (1, 8192),
+    "epochs": (1, 1_000_000),
+    "batch_size": (1, 1_000_000),
+    "warmup_epochs": (0, 1_000_000),
+    "patience": (0, 1_000_000),
+    "validate_every": (1, 1_000_000),
+}
+NUMBERS: dict[str, tuple[float, float]] = {
+    "learning_rate": (0.0, 1e3),
+    "weight_decay": (0.0, 1e3),
+    "momentum": (0.0, 1.0),
+    "gradient_clip": (0.0, 1e12),
+    "width": (0.0, 64.0),
+    "crop_scale": (0.0, 1.0),
+    "mix_alpha": (0.0, 100.0),
+    "label_smoothing": (0.0, 1.0),
+    "dropout": (0.0, 1.0),
+    "average_decay": (0.0, 1.0),
+    "average_from": (0.0, 1.0),
+}
+ABOVE_ZERO = ("learning_rate", "width", "crop_scale", "mix_alpha")
+BELOW_ONE = ("label_smoothing", "dropout", "average_decay", "average_from")
+SWITCHES = ("quarter_turns", "recalibrate_bn")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "select": SELECTIONS,
+    "on_bad_file": BAD_FILE_RULES,
+    "augmentation": AUGMENTATIONS,
+    "mix": MIXES,
+    "averaging": AVERAGINGS,
+}
 
 
 @dataclass(frozen=True)
@@ -20,11 +58,19 @@ class TrainConfig:
         data: Folder or zip of ``<class>/<picture>``.
         fractions: Shares of training, validation and test pictures, in sum 1
             (paper: 5/5/90 %).
-        seed: Decides the split, the first weights, the order of pictures and the augmentation.
+        seed: Decides the first weights, the order of pictures and the augmentation.
+        split_seed: Decides the split; None takes ``seed``.
         size: Height and width of the network's input in pixels.
-        augment: Random crop, flip, rotation, colour jitter and affine map of the training pictures.
+        augmentation: Of the training pictures: ``published`` (see ``transforms.train_transform``),
+            ``texture`` (``transforms.texture_transform``) or ``none``.
+        crop_scale: Least share of a picture's area that a crop of ``texture`` keeps.
+        quarter_turns: Whether ``texture`` turns pictures by multiples of 90 degrees; where the
+            rolling direction tells classes apart, it should not.
+        mix: ``none``, ``mixup`` or ``cutmix``: each training picture is blended with another one.
+        mix_alpha: Parameter of the Beta distribution of the blend.
         on_bad_file: ``skip`` or ``fatal``.
-        attention, fusion, activation, width, bn_statistics: See ``MobileSteelNet``.
+        network: ``mobilesteelnet``, or one of ``networks.BASELINES``.
+        attention, fusion, activation, width, bn_statistics, dropout: See ``MobileSteelNet``.
         init_from: Checkpoint whose weights the training starts from; None starts from scratch.
         epochs: At most so many passes over the training pictures.
         batch_size: Pictures a step and device.
@@ -39,19 +85,35 @@ class TrainConfig:
         patience: Stop after so many epochs without a lower validation loss; 0 never stops early.
         select: Which epoch becomes ``best.safetensors``: lowest ``val_loss``, highest
             ``val_accuracy`` or the ``last``.
+        validate_every: Validate (and perhaps keep) each so many epochs, and the last one; above 1
+            only without ``patience``.
+        averaging: Which weights are validated and kept: those of the step (``none``), their
+            exponential moving average (``ema``), or from a point on their mean over the ends of
+            epochs (``swa``).
+        average_decay: Of the moving average, a step.
+        average_from: Share of the epochs after which ``swa`` begins.
+        recalibrate_bn: Before each validation the batch norms' buffers of the weights that are kept
+            are computed anew over the unaugmented training pictures. ``swa`` always does so.
     """
 
     data: str
     fractions: tuple[float, float, float] = (0.05, 0.05, 0.90)
     seed: int = 42
+    split_seed: int | None = None
     size: int = 224
-    augment: bool = True
+    augmentation: str = "published"
+    crop_scale: float = 0.5
+    quarter_turns: bool = True
+    mix: str = "none"
+    mix_alpha: float = 0.2
     on_bad_file: str = "skip"
+    network: str = "mobilesteelnet"
     attention: str = "ciema"
     fusion: str = "msff"
     activation: str | None = None
     width: float = 1.0
     bn_statistics: str = "sequential"
+    dropout: float = 0.0
     init_from: str | None = None
     epochs: int = 200
     batch_size: int = 32
@@ -65,41 +127,38 @@ class TrainConfig:
     gradient_clip: float = 0.0
     patience: int = 10
     select: str = "val_loss"
+    validate_every: int = 1
+    averaging: str = "none"
+    average_decay: float = 0.98
+    average_from: float = 0.75
+    recalibrate_bn: bool = False
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("seed", 0, 2**63 - 1),
-            ("size", 1, 8192),
-            ("epochs", 1, 1_000_000),
-            ("batch_size", 1, 1_000_000),
-            ("warmup_epochs", 0, 1_000_000),
-            ("patience", 0, 1_000_000),
-        ):
+        for name, (low, high) in WHOLE_NUMBERS.items():
             _check_whole(name, getattr(self, name), low, high)
-        for name, least, most in (
-            ("learning_rate", 0.0, 1e3),
-            ("weight_decay", 0.0, 1e3),
-            ("momentum", 0.0, 1.0),
-            ("gradient_clip", 0.0, 1e12),
-            ("width", 0.0, 64.0),
-        ):
+        if self.split_seed is not None:
+            _check_whole("split_seed", self.split_seed, *WHOLE_NUMBERS["seed"])
+        for name, (least, most) in NUMBERS.items():
             _check_number(name, getattr(self, name), least, most)
-        for name in ("learning_rate", "width"):
+        for name in ABOVE_ZERO:
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be above 0")
-        _check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
-        if self.label_smoothing == 1:
-            raise ValueError("label_smoothing=1.0: must be below 1")
-        for name, choices in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("select", SELECTIONS),
-            ("on_bad_file", BAD_FILE_RULES),
-        ):
+        for name in BELOW_ONE:
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be below 1")
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}"
                 )
+        for name in SWITCHES:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false")
+        if self.validate_every > 1 and self.patience:
+            raise ValueError(
+                f"validate_every={self.validate_every}: patience={self.patience} counts validated "
+                "epochs, so that each has to be"
+            )
         _check_fractions(self.fractions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +181,10 @@ class TrainConfig:
             return cls(**{**values, "fractions": tuple(fractions)})
         except TypeError as error:
             raise ValueError(f"config: {error}") from None
+
+    def validates(self, epoch: int) -> bool:
+        """Whether an epoch, counted from 1, ends with a validation."""
+        return epoch % self.validate_every == 0 or epoch == self.epochs
 
     def learning_rate_factor(self, step: int, steps_per_epoch: int) -> float:
         """What the peak learning rate is multiplied with at an optimizer step (counted from 0)."""
@@ -157,6 +220,11 @@ class Machine:
     workers: int | None = None
     backend: str | None = None
     compile: bool = False
+
+    @property
+    def device(self) -> str:
+        """Where its results are judged: a name for ``predict.choose_device``."""
+        return "cpu" if self.accelerator == "cpu" else "auto"
 
     def __post_init__(self) -> None:
         _check_whole("num_nodes", self.num_nodes, 1, 100_000)

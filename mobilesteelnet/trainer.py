@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import lightning as L
 import torch
@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from .callbacks import AtomicCheckpointIO, EpochProgress, RunWriter
+from .callbacks import AtomicCheckpointIO, EpochProgress, RunWriter, SparseValidation
 from .run_folder import RunFolder
 from .train_config import Machine, TrainConfig
 
@@ -25,13 +25,16 @@ def make_trainer(
     folder: RunFolder,
     writer: RunWriter,
     console: Console | None,
+    others: Sequence[L.Callback] = (),
 ) -> L.Trainer:
-    """Lightning's trainer for a run, with its callbacks and loggers.
+    """Lightning's trainer for a run, with its callbacks (`others` first) and loggers.
 
     Raises:
         ValueError: Lightning cannot do what the machine's options ask for.
     """
-    callbacks: list[L.Callback] = [writer]
+    callbacks: list[L.Callback] = [*others, writer]
+    if config.validate_every > 1:
+        callbacks.append(SparseValidation(config))
     if config.patience:
         callbacks.append(EarlyStopping("val_loss", patience=config.patience, check_finite=False))
     if console is not None:

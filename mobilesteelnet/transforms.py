@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,12 +93,7 @@ def train_transform(
         ImportError: torchvision is not installed.
         ValueError: as `eval_transform`.
     """
-    try:
-        from torchvision.transforms import v2
-    except ImportError as error:
-        raise ImportError(
-            'the training transform needs torchvision: pip install "mobilesteelnet[train]"'
-        ) from error
+    v2 = _torchvision_transforms()
     mean, std = _three("mean", mean), _three("std", std)
     _check_arguments(size, mean, std)
     resize = max(size, round(size * _RESIZE_PER_CROP))
@@ -114,6 +110,69 @@ def train_transform(
             v2.Normalize(list(mean), list(std)),
         ]
     )
+
+
+def texture_transform(
+    size: int = 224,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    crop_scale: float = 0.5,
+    quarter_turns: bool = True,
+) -> Transform:
+    """An augmenting transform for grey textures, which have no up, no colour and no one scale.
+
+    A random crop of `crop_scale` to 1 of the area (sides 3:4 to 4:3) resized to size x size, flips
+    along both axes and a turn by a multiple of 90 degrees (no empty corners, no blurred lines),
+    brightness and contrast 0.3, and with p 0.2 each a slight blur (sigma 0.1 to 1.5) and noise
+    (standard deviation 0.03 of the white level); no hue or saturation, which grey does not have.
+
+    Args:
+        size: side of the square result in pixels.
+        mean: value taken from each channel, pixels in [0, 1].
+        std: divisor of each channel.
+        crop_scale: least share of the area, above 0, at most 1.
+        quarter_turns: whether pictures are turned; flips are made in any case.
+
+    Returns:
+        A picklable `torchvision.transforms.v2.Compose`: picture -> float32 (3, size, size).
+
+    Raises:
+        ImportError: torchvision is not installed.
+        ValueError: as `eval_transform`, or crop_scale out of range.
+    """
+    v2 = _torchvision_transforms()
+    mean, std = _three("mean", mean), _three("std", std)
+    _check_arguments(size, mean, std)
+    if not 0 < crop_scale <= 1:
+        raise ValueError(f"crop_scale={crop_scale!r} must be above 0, at most 1")
+    angles = (90, 180, 270) if quarter_turns else ()
+    turns = [v2.RandomRotation((angle, angle)) for angle in angles]
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomVerticalFlip(0.5),
+            v2.RandomChoice([v2.Identity(), *turns]),
+            v2.ColorJitter(brightness=0.3, contrast=0.3),
+            v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.2),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.RandomApply([v2.GaussianNoise(sigma=0.03)], 0.2),
+            v2.Normalize(list(mean), list(std)),
+            v2.ToPureTensor(),
+        ]
+    )
+
+
+def _torchvision_transforms() -> Any:
+    try:
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise ImportError(
+            'the training transforms need torchvision: pip install "mobilesteelnet[train]"'
+        ) from error
+    return v2
 
 
 def _three(argument: str, values: Sequence[float]) -> tuple[float, float, float]:

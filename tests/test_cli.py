@@ -38,6 +38,7 @@ from mobilesteelnet.run_folder import RunFolderError
 COMMANDS = (
     *("train", "eval", "predict", "info", "export", "demo"),
     *("data check", "data synthetic"),
+    *("crossval", "reproduce", "robustness", "package-weights"),
 )
 
 
@@ -213,12 +214,12 @@ def test_debug_shows_the_traceback() -> None:
 def test_a_fault_of_the_program_has_its_own_code(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import mobilesteelnet.model
+    import mobilesteelnet.networks
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(mobilesteelnet.model, "describe", broken)
+    monkeypatch.setattr(mobilesteelnet.networks, "describe_network", broken)
     assert main(["info"]) == 70
     assert "ZeroDivisionError: oh (--debug shows where)" in error_line(capsys)
 

@@ -170,6 +170,8 @@ def test_contrast_is_the_deviation_of_grey_levels(write):
         "max": 100.0,
         "mean": 50.0,
         "median": 50.0,
+        "q1": 25.0,
+        "q3": 75.0,
         "std": 50.0,
     }
     assert (second["class"], second["count"], second["max"]) == ("b", 1, 0.0)

@@ -83,7 +83,7 @@ def agrees(module: nn.Module, x: Any, dtype: torch.dtype | None = None) -> nn.Mo
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(1, 64, 64), (3, 57, 63), (1, 7, 30), (2, 1, 1)])
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu-output"])
 def test_network(activation: str | None, size: tuple[int, ...], layout: Any) -> None:
     batch, height, width = size
     images = torch.randn(batch, 3, height, width).contiguous(memory_format=layout)

@@ -66,10 +66,11 @@ def test_every_width_has_legal_groups(width: float) -> None:
     [
         ({"num_classes": 0}, "num_classes=0"),
         ({"in_channels": -1}, "in_channels=-1"),
-        ({"attention": "cbam"}, "attention='cbam'"),
+        ({"attention": "senet"}, "attention='senet'"),
         ({"fusion": "fpn"}, "fusion='fpn'"),
         ({"activation": "gelu"}, "activation='gelu'"),
         ({"width": 0}, "width=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
         ({"width": float("nan")}, "width=nan"),
         ({"bn_statistics": "none"}, "bn_statistics='none'"),
     ],

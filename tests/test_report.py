@@ -123,7 +123,11 @@ def test_the_figures_are_those_of_the_evaluation(made: tuple[ReportFiles, Evalua
     content = json.loads(files.json.read_text(encoding="utf-8"))
     assert content == json.loads(json.dumps(evaluation.to_dict()))
     names = {path.name for path in files.images}
-    assert names == {"confusion_matrix.png", "class_accuracy.png", "training_curves.png"}
+    drawn = ("confusion_matrix", "class_accuracy", "training_curves", "calibration")
+    assert names == {f"{name}.png" for name in drawn}
+    assert evaluation.calibration is not None
+    assert f"{100 * evaluation.calibration.expected_error:.2f} %" in words
+    assert "gate laid over them" in words
     for path in files.images:
         assert min(Image.open(path).size) > 200
 
@@ -142,7 +146,8 @@ def test_without_gate_run_or_mistakes(tmp_path: Path) -> None:
     assert "Where the network looks" not in words
     assert "Training" not in words
     assert "None." in words
-    assert [path.name for path in files.images] == ["confusion_matrix.png", "class_accuracy.png"]
+    drawn = ["confusion_matrix.png", "class_accuracy.png", "calibration.png"]
+    assert [path.name for path in files.images] == drawn
 
 
 @pytest.mark.parametrize("number", [2, 24])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fused.backends import cpu, native
 from fused.folding import Product
-from fused.separable import separable, stem
+from fused.separable import Relus, separable, stem
 
 pytestmark = pytest.mark.skipif(
     cpu.LIBRARY.error is not None, reason=f"native CPU library: {cpu.LIBRARY.error}"
@@ -51,15 +51,15 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def convolved(
-    x: torch.Tensor, depthwise: Product, pointwise: Product, stride: int, relu: bool
+    x: torch.Tensor, depthwise: Product, pointwise: Product, stride: int, relus: Relus
 ) -> torch.Tensor:
     y = F.conv2d(x.double(), *depthwise, stride, 1, groups=x.shape[1])
-    y = F.conv2d(y.relu() if relu else y, *pointwise)
-    return y.relu() if relu else y
+    y = F.conv2d(y.relu() if relus[0] else y, *pointwise)
+    return y.relu() if relus[1] else y
 
 
-def products(channels: int, out: int, relu: bool) -> tuple[Product, Product]:
-    bias = torch.randn(channels).double() if relu else None
+def products(channels: int, out: int, biased: bool) -> tuple[Product, Product]:
+    bias = torch.randn(channels).double() if biased else None
     depthwise = Product(torch.randn(channels, 1, 3, 3).double() / 3, bias)
     weight = torch.randn(out, channels, 1, 1).double() / channels**0.5
     return depthwise, Product(weight, torch.randn(out).double())
@@ -67,15 +67,15 @@ def products(channels: int, out: int, relu: bool) -> tuple[Product, Product]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("relus", [(False, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_separable(shape: tuple[int, ...], relu: bool, stride: int, dtype: torch.dtype) -> None:
+def test_separable(shape: tuple[int, ...], relus: Relus, stride: int, dtype: torch.dtype) -> None:
     *size, out = shape
-    depthwise, pointwise = products(size[1], out, relu)
-    layer = separable(depthwise, pointwise, stride, relu, dtype, natively=True)
+    depthwise, pointwise = products(size[1], out, relus[0])
+    layer = separable(depthwise, pointwise, stride, relus, dtype, natively=True)
     for layout in LAYOUTS:
         x = laid_out(torch.randn(size).to(dtype), layout)
-        got, want = layer(x), convolved(x, depthwise, pointwise, stride, relu)
+        got, want = layer(x), convolved(x, depthwise, pointwise, stride, relus)
         assert got.shape == want.shape
         assert got.dtype == dtype
         assert got.is_contiguous(memory_format=torch.channels_last)
@@ -101,13 +101,13 @@ def test_stem(shape: tuple[int, ...], in_dtype: torch.dtype, out_dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_reach_what_they_touch_and_no_more(dtype: torch.dtype) -> None:
     depthwise, pointwise = products(20, 40, True)
-    layer = separable(depthwise, pointwise, 1, True, dtype, natively=True)
+    layer = separable(depthwise, pointwise, 1, (True, True), dtype, natively=True)
     for value in (torch.nan, torch.inf):
         x = torch.randn(2, 20, 9, 30).to(dtype)
         clean = layer(x)
         x[1, 3, 4, 17] = value
         got = layer(x)
-        want = convolved(x, depthwise, pointwise, 1, True)
+        want = convolved(x, depthwise, pointwise, 1, (True, True))
         assert torch.equal(got.isnan(), want.isnan())
         untouched = torch.ones_like(got, dtype=torch.bool)
         untouched[1, :, 3:6, 16:19] = False
@@ -118,15 +118,18 @@ def test_wrong_arguments_are_refused() -> None:
     kernel, pack = native.kernel("separable_block"), native.kernel("separable_pack")
     x, weights = torch.randn(1, 4, 5, 5), (torch.randn(9, 4), torch.zeros(4))
     packed, bias = pack(torch.randn(6, 4), False), torch.zeros(6)
-    kernel(x, *weights, packed, bias, 1, False)
+    kernel(x, *weights, packed, bias, 1, False, False)
     for arguments, message in (
-        ((x[0], *weights, packed, bias, 1, False), "4 dimensions"),
-        ((x.double(), *weights, packed, bias, 1, False), "float32, bfloat16 or float16"),
-        ((x, *weights, packed, bias, 3, False), "stride must be 1 or 2"),
-        ((x, torch.randn(8, 4), weights[1], packed, bias, 1, False), "depthwise must be 36"),
-        ((x, weights[0], torch.zeros(5), packed, bias, 1, False), "depthwise_bias must be 4"),
-        ((x, *weights, packed[:, 1:], bias, 1, False), "not made by separable_pack"),
-        ((x, *weights, packed, torch.zeros(600), 1, False), "not made by separable_pack"),
+        ((x[0], *weights, packed, bias, 1, False, False), "4 dimensions"),
+        ((x.double(), *weights, packed, bias, 1, False, False), "float32, bfloat16 or float16"),
+        ((x, *weights, packed, bias, 3, False, False), "stride must be 1 or 2"),
+        ((x, torch.randn(8, 4), weights[1], packed, bias, 1, False, False), "depthwise must be 36"),
+        (
+            (x, weights[0], torch.zeros(5), packed, bias, 1, False, False),
+            "depthwise_bias must be 4",
+        ),
+        ((x, *weights, packed[:, 1:], bias, 1, False, False), "not made by separable_pack"),
+        ((x, *weights, packed, torch.zeros(600), 1, False, False), "not made by separable_pack"),
     ):
         with pytest.raises(RuntimeError, match=message):
             kernel(*arguments)

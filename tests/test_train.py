@@ -80,6 +80,17 @@ def test_learning_rate_warms_up_linearly_then_stays_or_falls() -> None:
         ("schedule", "step"),
         ("select", "best"),
         ("on_bad_file", "ignore"),
+        ("augmentation", "auto"),
+        ("crop_scale", 0.0),
+        ("mix", "both"),
+        ("averaging", "mean"),
+        ("average_decay", 1.0),
+        ("dropout", 1.0),
+        ("split_seed", -1),
+        ("recalibrate_bn", 1),
+        ("quarter_turns", 1),
+        ("validate_every", 0),
+        ("validate_every", 2),  # with patience
         ("fractions", (0.5, 0.5)),
         ("fractions", (0.5, 0.0, 0.5)),
         ("fractions", (0.5, 0.6, 0.1)),
@@ -202,7 +213,7 @@ def test_another_seed_gives_another_run(run: Path, pictures: Path, tmp_path: Pat
 
 
 def test_it_learns(pictures: Path, tmp_path: Path) -> None:
-    options = {"epochs": 40, "learning_rate": 1e-2, "batch_size": 4, "augment": False}
+    options = {"epochs": 40, "learning_rate": 1e-2, "batch_size": 4, "augmentation": "none"}
     recipe = {"activation": "relu", "bn_statistics": "pooled", "schedule": "cosine"}
     config = small(pictures, **options, **recipe, select="last")
     result = train(config, tmp_path / "run", machine=CPU)

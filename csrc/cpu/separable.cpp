@@ -189,7 +189,7 @@ Tensor separable_pack(Tensor weight, bool pairs) {
 }
 
 Tensor separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed,
-                       Tensor bias, int64_t stride, bool relu) {
+                       Tensor bias, int64_t stride, bool inner_relu, bool relu) {
   check_map(x, "x");
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
@@ -219,7 +219,7 @@ Tensor separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor
                        channels,
                        static_cast<const float*>(depthwise.const_data_ptr()),
                        static_cast<const float*>(depthwise_bias.const_data_ptr()),
-                       relu,
+                       inner_relu,
                        weights.row};
       for (int64_t row = 0; row < 3; ++row) {
         const int64_t from = y * stride - 1 + row;

@@ -14,7 +14,7 @@ Tensor separable_pack(Tensor weight, bool pairs);
 // x (B, C, H, W), depthwise float32 (9, C), its bias (C), packed (C -> N), bias (N)
 // -> (B, N, ceil(H/stride), ceil(W/stride)) of x's dtype, channels_last
 Tensor separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed,
-                       Tensor bias, int64_t stride, bool relu);
+                       Tensor bias, int64_t stride, bool inner_relu, bool relu);
 
 // images (B, I, H, W), packed floats (9 I -> N), bias (N) -> relu of the 3x3 convolution of
 // stride 2, (B, N, ceil(H/2), ceil(W/2)) of the dtype asked for, channels_last

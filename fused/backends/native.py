@@ -65,7 +65,7 @@ SCHEMAS = (
     " bool per_sample) -> Tensor out",
     "separable_pack(Tensor weight, bool pairs) -> Tensor",
     "separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed, Tensor bias,"
-    " int stride, bool relu) -> Tensor",
+    " int stride, bool inner_relu, bool relu) -> Tensor",
     "stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) -> Tensor",
     "cross_spatial_train(Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
     " Tensor[] parameters, int groups, float attention_eps, float reduce_eps) -> (Tensor w,"

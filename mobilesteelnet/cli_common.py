@@ -1,0 +1,108 @@
+"""What the commands share: their common options, opening a checkpoint, telling of bad files."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .run_folder import RunFolder
+    from .train_config import Machine
+
+OK, SOME_FAILED = 0, 1
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="A run folder, a .safetensors checkpoint, or published .pth weights.")
+]
+BatchSize = Annotated[int, typer.Option(help="Pictures a forward.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Backend = Annotated[
+    str | None, typer.Option(help="Backend of the fused stages; left out: the best that runs.")
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(help="Class names for published weights, a,b,c in the order of the outputs."),
+]
+FrozenOption = Annotated[
+    bool,
+    typer.Option("--frozen/--no-frozen", help="On a CPU: fold and pack the weights first, faster."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="OPTION=VALUE", help="Change an option of train; repeatable."),
+]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
+Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed.")]
+Workers = Annotated[int | None, typer.Option(help="Reading processes; changes no result.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Do again what is there already.")]
+OnBadFile = Annotated[str, typer.Option(help="skip bad files (exit code 1), or fatal.")]
+
+
+def open_checkpoint(
+    source: Path, device: str, backend: str | None, classes: str | None, frozen: bool = False
+) -> tuple[Checkpoint, RunFolder | None]:
+    """The network of a path or of the word ``shipped``, and the run where the path is one."""
+    from .checkpoint import load_checkpoint
+    from .predict import choose_device
+    from .run_folder import RunFolder
+    from .shipped import SHIPPED, load_shipped
+
+    place = choose_device(device)
+    if str(source) == SHIPPED and not source.exists():
+        if classes is not None:
+            raise ValueError("--classes: the shipped weights have the names of theirs")
+        shipped = load_shipped(place, backend=backend)
+        return shipped.frozen() if frozen and place.type == "cpu" else shipped, None
+    run = None
+    file = source
+    if source.is_dir():
+        run = RunFolder(source)
+        run.require()
+        file = run.best
+    names = [name.strip() for name in classes.split(",")] if classes is not None else None
+    checkpoint = load_checkpoint(file, place, classes=names, backend=backend)
+    return checkpoint.frozen() if frozen and place.type == "cpu" else checkpoint, run
+
+
+def write(target: str, text: str) -> None:
+    """Write text to a file, or for ``-`` to the output."""
+    from .run_folder import write_text
+
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(target, text)
+
+
+def tell_bad_files(bad: list[Any], *, all_failed: bool = False) -> int:
+    """Name the files that could not be used; the exit code that they make."""
+    from .data import DataError
+
+    for file in bad:
+        Console(stderr=True).print(Text(f"bad file: {file.name}: {file.reason}"), soft_wrap=True)
+    if bad and all_failed:
+        raise DataError(f"none of the {len(bad)} files could be used")
+    return SOME_FAILED if bad else OK
+
+
+def command_line() -> str:
+    """The command as it was given."""
+    return shlex.join(["mobilesteelnet", *sys.argv[1:]])
+
+
+def make_machine(
+    accelerator: str, precision: str, workers: int | None, backend: str | None
+) -> Machine:
+    """One device: the paper's batch is that of one, and parallel runs are what --part is for."""
+    from .train_config import Machine
+
+    return Machine(
+        accelerator=accelerator, devices="1", precision=precision, workers=workers, backend=backend
+    )

@@ -1,0 +1,259 @@
+"""The command ``reproduce``: the tables of the paper, run by run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .cli_common import (
+    OK,
+    Accelerator,
+    Backend,
+    Overwrite,
+    Precision,
+    Settings,
+    Workers,
+    make_machine,
+    tell_bad_files,
+)
+from .progress import bar
+
+if TYPE_CHECKING:
+    from .crossval import CrossValidation
+    from .reproduction.grid import PlannedRun
+    from .reproduction.runner import Places
+    from .train_config import Machine
+
+WHAT = (
+    *("table3", "table4", "table5", "table6", "table7", "table8", "table9"),
+    *("ours", "recipe", "page"),
+)
+
+
+def reproduce_command(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="table4, table5, table7, table9 (accuracies), ours (our recipe), recipe "
+            "(cross-validation of its candidates), table3, table6, table8 (contrast, cost), "
+            "page (RESULTS.md)."
+        ),
+    ],
+    data: Annotated[Path | None, typer.Option(help="The pictures, for all but costs.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each network, from seed 42 on.")] = 5,
+    recipe: Annotated[
+        str | None, typer.Option(help="published or ours; left out: what the table needs.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Another length than the recipe's, to try things.")
+    ] = None,
+    settings: Settings = None,
+    only: Annotated[str | None, typer.Option(help="Rows of the table, a,b,c.")] = None,
+    part: Annotated[
+        str, typer.Option(help="i/n: every n-th run from the i-th, for several machines.")
+    ] = "1/1",
+    show: Annotated[
+        bool, typer.Option("--list", help="Only list the runs and what they would take.")
+    ] = False,
+    runs: Annotated[Path, typer.Option(help="Run folders.")] = Path("runs/reproduce"),
+    results: Annotated[Path, typer.Option(help="JSON files.")] = Path("results"),
+    page: Annotated[Path, typer.Option(help="The page, for `page`.")] = Path("RESULTS.md"),
+    figures: Annotated[Path, typer.Option(help="Its figures.")] = Path("docs/results"),
+    accelerator: Accelerator = "auto",
+    precision: Precision = "32-true",
+    workers: Workers = None,
+    backend: Backend = None,
+    overwrite: Overwrite = False,
+) -> int:
+    """Make a table of the paper again; what is done stays, what was cut off goes on.
+
+    Example: [bold]mobilesteelnet reproduce table7 --data NEU-DET.zip --seeds 5[/bold]
+
+    Example: [bold]mobilesteelnet reproduce table7 --data NEU-DET.zip --list[/bold]
+
+    Example: [bold]mobilesteelnet reproduce page[/bold]
+    """
+    from .recipes import parse_settings
+
+    if what not in WHAT:
+        raise ValueError(f"{what!r}: must be one of {', '.join(WHAT)}")
+    if what == "page":
+        from .reproduction.page import write_page
+
+        for path in write_page(results, page, figures):
+            typer.echo(path)
+        return OK
+    changes = parse_settings(settings or [])
+    if epochs is not None:
+        changes["epochs"] = epochs
+    machine = make_machine(accelerator, precision, workers, backend)
+    if what in ("table6", "table8"):
+        return _measure(what, only, results, machine, changes, overwrite)
+    if data is None:
+        raise ValueError(f"reproduce {what}: --data is needed")
+    if what == "table3":
+        return _contrast(data, results)
+    from .reproduction.runner import Places
+
+    places = Places(str(data.absolute()), runs, results)
+    request = _Request(places, changes, machine, only, part, show, overwrite)
+    if what == "recipe":
+        return _candidates(request)
+    return _accuracies(what, seeds, recipe, request)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a table of accuracies and the choice of a recipe have in common."""
+
+    places: Places
+    changes: dict[str, Any]
+    machine: Machine
+    only: str | None
+    part: str
+    show: bool
+    overwrite: bool
+
+
+def _accuracies(what: str, seeds: int, recipe: str | None, request: _Request) -> int:
+    from .recipes import OURS, PUBLISHED
+    from .reproduction.grid import plan_runs
+    from .reproduction.runner import finish_runs, read_result
+
+    planned = plan_runs(what, seeds, recipe or (OURS if what == "ours" else PUBLISHED))
+    names = _chosen(request.only, sorted({run.network for run in planned}))
+    planned = _share([run for run in planned if run.network in names], request.part)
+    if request.show:
+        return _list(planned, request)
+    paths = finish_runs(
+        planned,
+        request.places,
+        request.changes,
+        machine=request.machine,
+        console=Console(stderr=True),
+        overwrite=request.overwrite,
+    )
+    for path in paths:
+        accuracy = read_result(path)["test"]["average_accuracy"]
+        typer.echo(f"{100 * accuracy:6.2f} %  {path}")
+    typer.echo("next: mobilesteelnet reproduce page")
+    return OK
+
+
+def _list(planned: list[PlannedRun], request: _Request) -> int:
+    from .data import scan
+    from .predict import choose_device
+    from .reproduction.listing import in_words, list_runs
+
+    console = Console(stderr=True)
+    with bar("reading pictures", console) as progress:
+        pictures = scan(request.places.data, progress=progress)
+    device = choose_device(request.machine.device)
+    with console.status("timing two steps of each network"):
+        listed = list_runs(
+            planned, request.places, request.changes, pictures=len(pictures), device=device
+        )
+    for item in listed:
+        left = f", {in_words(item.seconds)} at most" if item.seconds else ""
+        typer.echo(f"{item.run.recipe} {item.run.name}: {item.state}{left}")
+    rough = "" if all(item.measured for item in listed) else " (from two training steps: rough)"
+    total = in_words(sum(item.seconds for item in listed))
+    typer.echo(f"{len(listed)} runs, {total} at most on this machine{rough}")
+    return OK
+
+
+def _candidates(request: _Request) -> int:
+    from .recipes import CANDIDATES
+    from .reproduction.candidates import judge_candidates, result_file
+
+    def tell(path: Path, found: CrossValidation) -> None:
+        figures = f"{100 * found.average_accuracy:.2f} ± {100 * found.deviation:.2f} %"
+        typer.echo(f"{figures}  {path}")
+
+    names = _share(_chosen(request.only, list(CANDIDATES)), request.part)
+    if request.show:
+        for name in names:
+            done = result_file(name, request.places).is_file()
+            typer.echo(f"{name}: {'done' if done else 'to do'}")
+        return OK
+    judge_candidates(
+        names,
+        request.places,
+        request.changes,
+        machine=request.machine,
+        console=Console(stderr=True),
+        overwrite=request.overwrite,
+        tell=tell,
+    )
+    return OK
+
+
+def _measure(
+    what: str,
+    only: str | None,
+    results: Path,
+    machine: Machine,
+    changes: dict[str, Any],
+    overwrite: bool,
+) -> int:
+    from .predict import choose_device
+    from .reproduction.cost import measure_cost
+    from .reproduction.grid import COST_TABLES
+    from .run_folder import write_json
+
+    foreign = sorted(set(changes) - {"size", "batch_size"})
+    if foreign:
+        raise ValueError(f"reproduce {what}: --set {foreign[0]} has no meaning, nothing is trained")
+    options: dict[str, Any] = {"size": changes.get("size", 224)}
+    options["batch"] = changes.get("batch_size", 4)
+    console = Console(stderr=True)
+    for name in _chosen(only, list(COST_TABLES[what].rows)):
+        target = results / "cost" / f"{name}.json"
+        if target.is_file() and not overwrite:
+            typer.echo(f"there already: {target}")
+            continue
+        with console.status(f"measuring {name}"):
+            cost = measure_cost(
+                name, device=choose_device(machine.device), backend=machine.backend, **options
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, cost)
+        typer.echo(f"{1000 * cost['forward_seconds']:8.2f} ms an image  {target}")
+    return OK
+
+
+def _contrast(data: Path, results: Path) -> int:
+    from .data import contrast_table, scan
+    from .run_folder import write_json
+
+    with bar("reading pictures", Console(stderr=True)) as progress:
+        pictures = scan(data, progress=progress)
+    results.mkdir(parents=True, exist_ok=True)
+    target = results / "contrast.json"
+    write_json(target, contrast_table(pictures))
+    typer.echo(target)
+    return tell_bad_files(pictures.bad)
+
+
+def _chosen(only: str | None, names: list[str]) -> list[str]:
+    if only is None:
+        return names
+    wanted = [name.strip() for name in only.split(",")]
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]!r}: must be of {', '.join(names)}")
+    return wanted
+
+
+def _share(items: list[Any], part: str) -> list[Any]:
+    try:
+        number, parts = (int(text) for text in part.split("/"))
+    except ValueError:
+        raise ValueError(f"--part {part!r}: must be i/n, as 1/4") from None
+    if not 1 <= number <= parts:
+        raise ValueError(f"--part {part!r}: i must be from 1 to n")
+    return items[number - 1 :: parts]

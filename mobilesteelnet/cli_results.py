@@ -1,0 +1,183 @@
+"""The commands that judge recipes and networks, and make the weights of a release."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .cli_common import (
+    OK,
+    Accelerator,
+    Backend,
+    BatchSize,
+    CheckpointArgument,
+    Device,
+    OnBadFile,
+    Overwrite,
+    Precision,
+    Settings,
+    Workers,
+    make_machine,
+    open_checkpoint,
+    tell_bad_files,
+    write,
+)
+from .progress import bar
+
+if TYPE_CHECKING:
+    from .data import PictureSet
+    from .run_folder import RunFolder
+
+
+def crossval_command(
+    data: Annotated[Path, typer.Option(help="Folder or zip of <class>/<picture>.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs and crossval.json.")] = Path(
+        "runs/crossval"
+    ),
+    recipe: Annotated[str, typer.Option(help="published or ours.")] = "published",
+    settings: Settings = None,
+    folds: Annotated[int, typer.Option(help="Parts, each validated on once.")] = 2,
+    repeats: Annotated[int, typer.Option(help="How often the pictures are divided anew.")] = 2,
+    accelerator: Accelerator = "auto",
+    precision: Precision = "32-true",
+    workers: Workers = None,
+    backend: Backend = None,
+    overwrite: Overwrite = False,
+) -> int:
+    """Judge training options without touching the test pictures.
+
+    Divides the training and validation pictures (10 % of the set) into folds; goes on where it was
+    cut off.
+
+    Example: [bold]mobilesteelnet crossval --data NEU-DET.zip --recipe ours --set dropout=0.2[/bold]
+    """
+    from .crossval import cross_validate
+    from .recipes import parse_settings, recipe_options
+    from .train import TrainConfig
+
+    options = {**recipe_options(recipe), **parse_settings(settings or [])}
+    found = cross_validate(
+        TrainConfig(**{"data": str(data), **options}),
+        out,
+        folds=folds,
+        repeats=repeats,
+        machine=make_machine(accelerator, precision, workers, backend),
+        console=Console(stderr=True),
+        overwrite=overwrite,
+    )
+    typer.echo(
+        f"average accuracy {100 * found.average_accuracy:.2f} ± {100 * found.deviation:.2f} % over "
+        f"{len(found.folds)} trainings, loss {found.loss:.4f}, calibration error "
+        f"{100 * found.calibration_error:.2f} %"
+    )
+    return OK
+
+
+def robustness_command(
+    source: CheckpointArgument,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="test, val, train or all.")] = "test",
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - is the output.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+    backend: Backend = None,
+    on_bad_file: OnBadFile = "skip",
+) -> int:
+    """Measure a checkpoint on darker, brighter, blurred, noisy and compressed pictures.
+
+    Example: [bold]mobilesteelnet robustness runs/first --json results/robustness.json[/bold]
+    """
+    from .evaluate import pick_split
+    from .robustness import measure_robustness
+    from .tables import robustness_table
+
+    console = Console(stderr=True)
+    checkpoint, run = open_checkpoint(source, device, backend, None)
+    pictures = _pictures(source, data, run, on_bad_file, console)
+    indexes = pick_split(pictures, split, run)
+    with bar("classifying changed pictures", console) as progress:
+        rows = measure_robustness(
+            checkpoint, pictures, indexes, batch_size=batch_size, progress=progress
+        )
+    facts = {"split": split, "pictures": len(indexes), "rows": [asdict(row) for row in rows]}
+    if json_file is not None:
+        write(json_file, json.dumps(facts, indent=2) + "\n")
+    if json_file != "-":
+        Console().print(robustness_table(rows))
+    return tell_bad_files(pictures.bad)
+
+
+def package_weights_command(
+    source: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of weights, card.json and CARD.md.")] = Path(
+        "mobilesteelnet/weights"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="What the accuracies are measured on.")] = "test",
+    storage: Annotated[str, typer.Option(help="int8, float16 or float32.")] = "int8",
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Largest file; int8 takes seven bits where it must.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Points of accuracy that may be lost.")] = 0.3,
+    note: Annotated[
+        str, typer.Option(help="For the card: where the pictures are from, whom to cite.")
+    ] = "",
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+) -> int:
+    """Store a run's weights small, with a card and a checksum, if they stay as accurate.
+
+    Example: [bold]mobilesteelnet package-weights runs/ours --max-bytes 8200000[/bold]
+    """
+    from .evaluate import pick_split
+    from .shipped import package_weights
+
+    console = Console(stderr=True)
+    checkpoint, run = open_checkpoint(source, device, None, None)
+    pictures = _pictures(source, data, run, "skip", console)
+    indexes = pick_split(pictures, split, run)
+    with bar("classifying twice", console) as progress:
+        made = package_weights(
+            checkpoint,
+            pictures,
+            indexes,
+            out,
+            split=split,
+            storage=storage,
+            max_bytes=max_bytes,
+            tolerance=tolerance,
+            note=note,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    typer.echo(
+        f"{made.bytes:,} bytes as {storage}: {100 * made.after.average_accuracy:.2f} % "
+        f"({made.loss:.2f} points less than before)"
+    )
+    typer.echo(f"weights: {made.file}")
+    return OK
+
+
+def _pictures(
+    source: Path, data: Path | None, run: RunFolder | None, on_bad_file: str, console: Console
+) -> PictureSet:
+    from .data import scan
+
+    if data is None:
+        if run is None:
+            raise ValueError(f"--data is needed: {str(source)!r} is no run folder")
+        data = Path(run.read_json(run.config).get("data", ""))
+    rule: Any = on_bad_file
+    with bar("reading pictures", console) as progress:
+        return scan(data, on_bad_file=rule, progress=progress)

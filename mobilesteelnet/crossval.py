@@ -1,0 +1,141 @@
+"""Judging a recipe without the test pictures: cross-validation inside training and validation."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import load_checkpoint
+from .data import scan, stratified_split
+from .evaluate import evaluate
+from .predict import choose_device
+from .progress import bar
+from .run_folder import write_json
+from .runs import finish_run
+from .splits import fold_splits
+from .train import Machine, TrainConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FOLDS, REPEATS = 2, 2
+RESULT = "crossval.json"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One training and what it came to on the pictures it did not learn from.
+
+    Attributes:
+        run: Name of its folder.
+        pictures: How many it was judged on.
+        average_accuracy, loss, calibration_error: On them.
+        epochs: How many it took.
+        seconds: Its training time.
+    """
+
+    run: str
+    pictures: int
+    average_accuracy: float
+    loss: float
+    calibration_error: float
+    epochs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """What a recipe came to.
+
+    Attributes:
+        config: The options, without the place of the data.
+        folds: One entry a training.
+        average_accuracy, deviation: Mean over the folds and its standard deviation.
+        loss, calibration_error: Means over the folds.
+    """
+
+    config: dict[str, Any]
+    folds: list[Fold]
+    average_accuracy: float
+    deviation: float
+    loss: float
+    calibration_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+def cross_validate(
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    folds: int = FOLDS,
+    repeats: int = REPEATS,
+    machine: Machine | None = None,
+    console: Console | None = None,
+    overwrite: bool = False,
+) -> CrossValidation:
+    """Train on parts of the training and validation pictures and judge on the others.
+
+    The split of ``config`` says which pictures those are; its test pictures are never read. Run
+    again after an interruption, it goes on; what is finished stays.
+
+    Args:
+        config: The recipe.
+        out: Folder of the runs and of ``crossval.json``.
+        folds: Parts of each repetition, at least 2.
+        repeats: How often the pictures are divided anew.
+        machine: Where it is computed.
+        console: Where progress is shown.
+        overwrite: Start the runs again.
+
+    Raises:
+        DataError, RunFolderError, ValueError, TrainingError: As training does.
+    """
+    machine = machine or Machine()
+    folder = Path(out)
+    with bar("reading pictures", console) as progress:
+        rule: Any = config.on_bad_file
+        pictures = scan(config.data, on_bad_file=rule, progress=progress)
+    seed = config.seed if config.split_seed is None else config.split_seed
+    split = stratified_split(pictures, config.fractions, seed)
+    found = []
+    parts = fold_splits(pictures, split, folds, repeats, seed)
+    for number, part in enumerate(parts):
+        if console is not None:
+            console.print(f"fold {number + 1} of {len(parts)}", highlight=False)
+        path = folder / f"fold{number + 1}"
+        # A seed of its own for each fold: their spread is that of a training, weights included.
+        own = replace(config, seed=config.seed + number, split_seed=seed)
+        done = finish_run(
+            own, path, machine=machine, console=console, split=part, overwrite=overwrite
+        )
+        checkpoint = load_checkpoint(done.checkpoint, choose_device(machine.device))
+        result = evaluate(checkpoint, pictures, part.val, split="val")
+        assert result.calibration is not None
+        found.append(
+            Fold(
+                path.name,
+                len(part.val),
+                result.average_accuracy,
+                done.rows[done.best_epoch - 1]["val_loss"],
+                result.calibration.expected_error,
+                len(done.rows),
+                round(sum(row["seconds"] for row in done.rows), 1),
+            )
+        )
+    accuracies = [fold.average_accuracy for fold in found]
+    summary = CrossValidation(
+        {key: value for key, value in config.to_dict().items() if key != "data"},
+        found,
+        statistics.fmean(accuracies),
+        statistics.stdev(accuracies),
+        statistics.fmean(fold.loss for fold in found),
+        statistics.fmean(fold.calibration_error for fold in found),
+    )
+    write_json(folder / RESULT, summary.to_dict())
+    return summary

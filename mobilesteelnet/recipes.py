@@ -1,0 +1,105 @@
+"""Named sets of training options: the published recipe, ours, and what ours was chosen from.
+
+A recipe says only where it differs from the defaults of :class:`TrainConfig`, which are the
+published protocol. Nothing in one belongs to a certain picture set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from .train_config import TrainConfig
+
+PUBLISHED, OURS = "published", "ours"
+
+# A schedule that ends instead of a stop on a noisy loss, batch norms that belong to the weights,
+# and an augmentation for textures. The values are the first ones to try, until cross-validation
+# (`mobilesteelnet reproduce recipe`) has spoken.
+_OURS: dict[str, Any] = {
+    "schedule": "cosine",
+    "warmup_epochs": 5,
+    "epochs": 150,
+    "patience": 0,
+    "select": "last",
+    "validate_every": 10,
+    "bn_statistics": "pooled",
+    "recalibrate_bn": True,
+    "augmentation": "texture",
+    "label_smoothing": 0.1,
+}
+
+RECIPES: dict[str, dict[str, Any]] = {PUBLISHED: {}, OURS: _OURS}
+
+_CHANGES: dict[str, dict[str, Any]] = {
+    "sequential-statistics": {"bn_statistics": "sequential"},
+    "no-recalibration": {"recalibrate_bn": False},
+    "published-augmentation": {"augmentation": "published"},
+    "small-crops": {"crop_scale": 0.25},
+    "large-crops": {"crop_scale": 0.8},
+    "no-quarter-turns": {"quarter_turns": False},
+    "no-label-smoothing": {"label_smoothing": 0.0},
+    "moving-average": {"averaging": "ema"},
+    "stochastic-average": {"averaging": "swa"},
+    "mixup": {"mix": "mixup"},
+    "cutmix": {"mix": "cutmix", "mix_alpha": 1.0},
+    "dropout": {"dropout": 0.2},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.05},
+    "higher-rate": {"learning_rate": 3e-3},
+    "small-batches": {"batch_size": 16},
+    "longer": {"epochs": 300},
+    "relu-output": {"activation": "relu-output"},
+    "relu": {"activation": "relu"},
+}
+# Each is our recipe with one thing changed, so that a difference has one cause.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    PUBLISHED: {},
+    OURS: _OURS,
+    **{name: {**_OURS, **change} for name, change in _CHANGES.items()},
+}
+
+
+def recipe_options(name: str) -> dict[str, Any]:
+    """The options of a recipe that differ from the defaults.
+
+    Raises:
+        ValueError: There is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe={name!r}: must be one of {', '.join(RECIPES)}")
+    return dict(RECIPES[name])
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Options given as ``name=value``, converted to the types that :class:`TrainConfig` has.
+
+    Raises:
+        ValueError: A text is not of that form, its option is unknown, or its value does not fit.
+    """
+    kinds = {item.name: str(item.type) for item in fields(TrainConfig)}
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in kinds:
+            raise ValueError(f"setting {text!r}: must be <option>=<value>, as label_smoothing=0.1")
+        try:
+            settings[name] = _convert(value.strip(), kinds[name])
+        except ValueError:
+            raise ValueError(f"setting {text!r}: {value!r} does not fit {name}") from None
+    return settings
+
+
+def _convert(value: str, kind: str) -> Any:
+    if kind.endswith("| None") and value == "none":
+        return None
+    if kind.startswith("tuple"):
+        return tuple(float(part) for part in value.split(","))
+    if kind.startswith("bool"):
+        if value not in ("true", "false"):
+            raise ValueError(value)
+        return value == "true"
+    if kind.startswith("int"):
+        return int(value)
+    return float(value) if kind.startswith("float") else value

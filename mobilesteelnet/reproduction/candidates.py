@@ -1,0 +1,85 @@
+"""Judging the candidates of a recipe one after the other, each by cross-validation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..crossval import CrossValidation, cross_validate
+from ..recipes import CANDIDATES
+from ..run_folder import RunFolderError, write_json
+from ..runs import differing_option
+from ..train import Machine, TrainConfig
+from .grid import FIRST_SEED
+from .runner import Places
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def result_file(name: str, places: Places) -> Path:
+    """Where the result of a candidate lies."""
+    return places.results / "recipe" / f"{name}.json"
+
+
+def judge_candidates(
+    names: Sequence[str],
+    places: Places,
+    changes: dict[str, Any],
+    *,
+    machine: Machine | None = None,
+    console: Console | None = None,
+    overwrite: bool = False,
+    tell: Callable[[Path, CrossValidation], None],
+) -> None:
+    """Cross-validate the candidates whose results are not there yet.
+
+    Args:
+        names: Keys of :data:`mobilesteelnet.recipes.CANDIDATES`.
+        places: Where things lie.
+        changes: Options that replace those of all candidates.
+        machine: Where it is computed.
+        console: Where progress is shown.
+        overwrite: Judge them again, even if their results are there.
+        tell: Called with each new result file and what is in it.
+
+    Raises:
+        RunFolderError: A run or result of other options is in the way.
+        DataError, ValueError, TrainingError: As training does.
+    """
+    for name in names:
+        target = result_file(name, places)
+        options = {"data": places.data, "seed": FIRST_SEED, **CANDIDATES[name]}
+        config = replace(TrainConfig(**options), **changes)
+        if target.is_file() and not overwrite:
+            _require_same(target, config)
+            continue
+        if console is not None:
+            console.print(f"candidate {name}", highlight=False, markup=False)
+        found = cross_validate(
+            config,
+            places.runs / "recipe" / name,
+            machine=machine,
+            console=console,
+            overwrite=overwrite,
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, found.to_dict())
+        tell(target, found)
+
+
+def _require_same(target: Path, config: TrainConfig) -> None:
+    try:
+        options = json.loads(target.read_text("utf-8"))["config"]
+        stored = TrainConfig.from_dict({**options, "data": config.data})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"result {str(target)!r} cannot be read: {error}") from None
+    changed = differing_option(stored, config)
+    if changed:
+        raise RunFolderError(
+            f"result {str(target)!r} was made with other options ({changed}): choose another "
+            "--results folder, or make it again with --overwrite"
+        )

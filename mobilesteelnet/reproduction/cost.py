@@ -1,0 +1,112 @@
+"""What a network costs on this machine: parameters, FLOP, latency, and the time to train it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ..networks import build_network, describe_network
+from ..train import TrainConfig, build_model
+from .grid import NETWORKS
+from .runner import FORMAT, device_name
+
+CLASSES = 6
+ESTIMATE_IMAGES = 2
+
+
+def measure_cost(
+    network: str,
+    *,
+    device: torch.device,
+    size: int = 224,
+    batch: int = 4,
+    repeats: int = 20,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Measure a network of :data:`mobilesteelnet.reproduction.grid.NETWORKS`; JSON-able.
+
+    Args:
+        network: Its key.
+        device: Where it runs.
+        size: Height and width of the images.
+        batch: Images of a training step.
+        repeats: Of the forward; a training step is taken a quarter as often.
+        backend: Of the fused stages.
+    """
+    model, facts = _build(network, size, backend)
+    model = model.to(device).eval()
+    images = torch.randn(1, 3, size, size, device=device)
+    with torch.inference_mode():
+        forward = _median_seconds(lambda: model(images), device, repeats)
+    step = training_step_seconds(
+        model.train(), device=device, size=size, batch=batch, repeats=max(repeats // 4, 1)
+    )
+    return {
+        "format": FORMAT,
+        "network": network,
+        "input_size": size,
+        "parameters": facts["parameters"],
+        "float32_bytes": facts["float32_bytes"],
+        "published_flop": facts["published_flop"],
+        "flop": facts["flop"],
+        "forward_seconds": forward,
+        "images_per_second": 1 / forward,
+        "training_batch": batch,
+        "training_seconds_an_image": step / batch,
+        "machine": {"device": device_name(device), "torch": torch.__version__},
+    }
+
+
+def step_estimate(config: TrainConfig, device: torch.device) -> float:
+    """Seconds that one image of a training takes, from two steps; for plans, not for tables."""
+    model = build_model(config, [f"class_{number}" for number in range(CLASSES)])
+    model = model.to(device).train()
+    step = training_step_seconds(
+        model, device=device, size=config.size, batch=ESTIMATE_IMAGES, repeats=1
+    )
+    return step / ESTIMATE_IMAGES
+
+
+def training_step_seconds(
+    model: torch.nn.Module, *, device: torch.device, size: int, batch: int, repeats: int
+) -> float:
+    """Median seconds of forward, backward and the optimizer's step, after one to warm up."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    images = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.arange(batch, device=device) % CLASSES
+
+    def step() -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return _median_seconds(step, device, repeats)
+
+
+def _build(network: str, size: int, backend: str | None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    options = {"num_classes": CLASSES, **NETWORKS[network].options, "backend": backend}
+    model = build_network(options)
+    return model, describe_network(model, size)
+
+
+def _median_seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    times = []
+    for number in range(repeats + 1):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        if number:  # the first one pays for allocations and the choice of kernels
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,67 @@
+"""Runs that are parts of something larger: trained, continued or left as they are, as it needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from .run_folder import RunFolder, RunFolderError
+from .train import Machine, TrainConfig, TrainResult, resume, train
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .splits import Split
+
+
+def finish_run(
+    config: TrainConfig,
+    path: str | os.PathLike[str],
+    *,
+    machine: Machine | None = None,
+    console: Console | None = None,
+    split: Split | None = None,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Train a run, continue it where it was cut off, or take it as it is when it is finished.
+
+    Args:
+        config: What is learnt, and how; the same as before for a run that exists.
+        path: The run's folder.
+        machine: Where it is computed.
+        console: Where progress is shown.
+        split: Of the pictures of a new run; None draws it as the options say.
+        overwrite: Start again.
+
+    Raises:
+        RunFolderError: The folder holds a run with other options, or no run at all.
+        DataError, ValueError, TrainingError: As :func:`mobilesteelnet.train.train`.
+    """
+    run = RunFolder(path)
+    if run.config.is_file() and not overwrite:
+        stored = TrainConfig.from_dict(run.read_json(run.config))
+        changed = differing_option(stored, config)
+        if changed:
+            raise RunFolderError(
+                f"run={str(run.path)!r} was begun with other options ({changed}): choose another "
+                "folder for the runs, or start it again with --overwrite"
+            )
+        return resume(run.path, machine=machine, console=console)
+    if run.path.is_dir() and {item.name for item in run.path.iterdir()} == {run.split.name}:
+        shutil.rmtree(run.path)  # cut off before its options were written: nothing is lost
+    return train(
+        config, run.path, machine=machine, console=console, split=split, overwrite=overwrite
+    )
+
+
+def differing_option(stored: TrainConfig, wanted: TrainConfig) -> str:
+    """The first option that differs, as ``name=stored, not wanted``; where the data lies may."""
+    for item in fields(TrainConfig):
+        had, has = getattr(stored, item.name), getattr(wanted, item.name)
+        if item.name == "data":
+            had, has = os.path.basename(had), os.path.basename(has)
+        if had != has:
+            return f"{item.name}={had!r}, not {has!r}"
+    return ""

@@ -1,0 +1,1 @@
+"""The trained weights that the package brings along, with their card."""

@@ -1,0 +1,387 @@
+"""Reproduction: which runs a table needs, resuming run by run, cross-validation, and the page."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="lightning is not installed")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+from run_cases import CPU, SMALL, pictures, small  # noqa: F401
+from training_cases import CLASSES, ROOT, one_thread  # noqa: F401
+
+from mobilesteelnet.__main__ import main
+from mobilesteelnet.checkpoint import load_checkpoint
+from mobilesteelnet.crossval import cross_validate
+from mobilesteelnet.data import DataError, scan, stratified_split
+from mobilesteelnet.evaluate import evaluate
+from mobilesteelnet.lightning_modules import Classifier
+from mobilesteelnet.recipes import OURS, PUBLISHED
+from mobilesteelnet.reproduction import runner
+from mobilesteelnet.reproduction.cost import measure_cost
+from mobilesteelnet.reproduction.grid import (
+    COST_TABLES,
+    NETWORKS,
+    TABLES,
+    PlannedRun,
+    paper_figures,
+    plan_runs,
+)
+from mobilesteelnet.reproduction.listing import in_words, list_runs
+from mobilesteelnet.reproduction.page import write_page
+from mobilesteelnet.reproduction.runner import Places, finish_runs, read_result
+from mobilesteelnet.reproduction.summary import read_results
+from mobilesteelnet.run_folder import RunFolder, RunFolderError, write_json
+from mobilesteelnet.runs import finish_run
+from mobilesteelnet.splits import Split, fold_splits
+from mobilesteelnet.train import TrainConfig, TrainingError, resume, train
+
+CHANGES = {key: value for key, value in SMALL.items() if key != "patience"}
+RUNS = [PlannedRun("backbone", PUBLISHED, seed) for seed in (42, 43)]
+
+
+def set_options(**changes: Any) -> list[str]:
+    options: list[str] = []
+    for name, value in {**CHANGES, **changes}.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        options += ["--set", f"{name}={text}"]
+    return [*options, "--accelerator", "cpu"]
+
+
+@pytest.fixture
+def places(pictures: Path, tmp_path: Path) -> Places:
+    return Places(str(pictures), tmp_path / "runs", tmp_path / "results")
+
+
+# -------------------------------------------------------------------------------------------- grid
+
+
+def test_the_paper_has_no_figures_of_unknown_rows() -> None:
+    paper = paper_figures()
+    for table, rows in paper["accuracy"].items():
+        assert set(rows) <= set(TABLES[table].rows), table
+    assert set(paper["cost"]) <= set(COST_TABLES["table6"].rows)
+    for table in (*TABLES.values(), *COST_TABLES.values()):
+        assert set(table.rows) <= set(NETWORKS)
+
+
+def test_a_table_has_one_run_of_each_network_a_seed() -> None:
+    planned = plan_runs("table7", 5)
+    assert len(set(planned)) == len(planned) == 20
+    assert {run.seed for run in planned} == {42, 43, 44, 45, 46}
+    assert Counter(run.network for run in planned[:4]).most_common(1)[0][1] == 1
+    configs = [run.config("x", {}) for run in planned]
+    assert {config.split_seed for config in configs} == {42}
+    whole = replace(TrainConfig(data="x", split_seed=42), seed=44)
+    assert PlannedRun("mobilesteelnet", PUBLISHED, 44).config("x", {}) == whole
+    ours = PlannedRun("resnet18", OURS, 42).config("x", {"epochs": 3})
+    assert (ours.network, ours.schedule, ours.epochs) == ("resnet18", "cosine", 3)
+    assert ours.bn_statistics == "sequential"  # no option of a ResNet
+    for wrong in ({"table": "table1", "seeds": 1}, {"table": "table4", "seeds": 0}):
+        with pytest.raises(ValueError, match=r"table=|seeds="):
+            plan_runs(**wrong)  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------- run by run
+
+
+def test_a_result_holds_the_figures_of_its_run(places: Places) -> None:
+    (path,) = finish_runs(RUNS[:1], places, CHANGES, machine=CPU)
+    result = read_result(path)
+    run = RunFolder(places.run(RUNS[0]))
+    found = scan(places.data)
+    split = Split.from_dict(run.read_json(run.split), found)
+    assert split == stratified_split(found, SMALL["fractions"], 42)
+    test = evaluate(load_checkpoint(run.best), found, split.test)
+    assert result["test"]["average_accuracy"] == test.average_accuracy
+    assert result["test"]["confusion"] == test.confusion
+    assert [name for name, *_ in result["test"]["wrong"]] == [item.name for item in test.wrong]
+    assert result["training"]["epochs"] == 2
+    assert len(result["training"]["history"]["val_loss"]) == 2
+    assert str(places.data) not in path.read_text()
+    assert not run.last.exists()
+    assert run.best.is_file()
+
+
+def test_runs_are_resumed_and_done_ones_are_left(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[str] = []
+    original = runner._judge
+
+    def watch(run: PlannedRun, *rest: Any) -> dict[str, Any]:
+        judged.append(run.name)
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return original(run, *rest)
+
+    monkeypatch.setattr(runner, "_judge", watch)
+    with pytest.raises(KeyboardInterrupt):
+        finish_runs(RUNS, places, CHANGES, machine=CPU)
+    first = places.result(RUNS[0]).read_bytes()
+    assert not places.result(RUNS[1]).exists()
+    weights = RunFolder(places.run(RUNS[1])).best.read_bytes()
+    finish_runs(RUNS, places, CHANGES, machine=CPU)
+    assert judged == [RUNS[0].name, RUNS[1].name, RUNS[1].name]
+    assert places.result(RUNS[0]).read_bytes() == first
+    assert RunFolder(places.run(RUNS[1])).best.read_bytes() == weights
+    finish_runs(RUNS, places, CHANGES, machine=CPU)
+    assert len(judged) == 3  # the test pictures are read once a run
+
+
+def test_a_finished_run_is_not_trained_again(places: Places) -> None:
+    finish_runs(RUNS[:1], places, CHANGES, machine=CPU)
+    run = RunFolder(places.run(RUNS[0]))
+    before, result = run.best.stat().st_mtime_ns, read_result(places.result(RUNS[0]))
+    places.result(RUNS[0]).unlink()
+    finish_runs(RUNS[:1], places, CHANGES, machine=CPU)
+    assert run.best.stat().st_mtime_ns == before
+    assert read_result(places.result(RUNS[0])) == result
+    with pytest.raises(ValueError, match=r"epochs=9: this run's last.ckpt is gone"):
+        resume(run.path, epochs=9, machine=CPU)
+
+
+def test_results_of_other_options_are_in_the_way(places: Places) -> None:
+    finish_runs(RUNS[:1], places, CHANGES, machine=CPU)
+    before = places.result(RUNS[0]).read_bytes()
+    other = {**CHANGES, "epochs": 1}
+    with pytest.raises(RunFolderError, match=r"epochs=2, not 1.*--overwrite"):
+        finish_runs(RUNS[:1], places, other, machine=CPU)
+    places.result(RUNS[0]).unlink()
+    with pytest.raises(RunFolderError, match=r"begun with other options \(epochs=2, not 1\)"):
+        finish_runs(RUNS[:1], places, other, machine=CPU)
+    finish_runs(RUNS[:1], places, other, machine=CPU, overwrite=True)
+    assert places.result(RUNS[0]).read_bytes() != before
+    places.result(RUNS[0]).write_text('{"format": 0}')
+    with pytest.raises(RunFolderError, match="format"):
+        finish_runs(RUNS[:1], places, other, machine=CPU)
+
+
+def test_a_run_that_fails_does_not_keep_the_others(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Classifier.training_step
+
+    def explode(self: Classifier, batch: Any, batch_index: int) -> torch.Tensor:
+        loss = original(self, batch, batch_index)
+        if self.config.seed == 42:
+            self._require_finite(loss * float("nan"), "step 1")
+        return loss
+
+    monkeypatch.setattr(Classifier, "training_step", explode)
+    with pytest.raises(TrainingError, match=r"1 of 2 runs failed: published backbone-seed42: the"):
+        finish_runs(RUNS, places, CHANGES, machine=CPU)
+    assert not places.result(RUNS[0]).exists()
+    assert places.result(RUNS[1]).is_file()
+
+
+def test_a_run_cut_off_before_its_options_were_written(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "split.json", {})
+    done = finish_run(small(pictures, epochs=1, attention="none"), tmp_path / "run", machine=CPU)
+    assert len(done.rows) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(RunFolderError, match="not empty"):
+        finish_run(small(pictures, epochs=1), tmp_path / "other", machine=CPU)
+
+
+def test_the_list_tells_what_is_left(places: Places) -> None:
+    finish_runs(RUNS[:1], places, CHANGES, machine=CPU)
+    longer = [PlannedRun("ciema", PUBLISHED, 42)]
+    options: dict[str, Any] = {"pictures": 24, "device": torch.device("cpu")}
+    done, known, guessed = list_runs([*RUNS, *longer], places, CHANGES, **options)
+    assert (done.state, done.seconds) == ("done", 0)
+    assert (known.state, known.measured) == ("to do", True)
+    seconds = read_result(places.result(RUNS[0]))["training"]["seconds"]
+    assert known.seconds == pytest.approx(seconds, rel=0.01)
+    assert not guessed.measured
+    assert 0 < guessed.seconds < 60
+    train(RUNS[1].config(places.data, {**CHANGES, "epochs": 1}), places.run(RUNS[1]), machine=CPU)
+    begun = list_runs(RUNS[1:], places, CHANGES, **options)[0]
+    assert begun.state == "begun (1 of 2 epochs)"
+    assert begun.seconds == pytest.approx(known.seconds / 2, rel=0.01)
+    assert [in_words(x) for x in (3, 600, 36000)] == ["3 s", "10 min", "10.0 h"]
+
+
+# ------------------------------------------------------------------------------ cross-validation
+
+
+def test_folds_leave_the_test_pictures_alone(pictures: Path) -> None:
+    found = scan(pictures)
+    split = stratified_split(found, (0.25, 0.25, 0.5), 42)
+    parts = fold_splits(found, split, folds=2, repeats=3, seed=1)
+    assert len(parts) == 6
+    pool = sorted([*split.train, *split.val])
+    for part in parts:
+        assert part.test == []
+        assert sorted([*part.train, *part.val]) == pool
+        assert not set(part.train) & set(part.val)
+        counts = Counter(found.labels[i] for i in part.val)
+        assert max(counts.values()) - min(counts.values()) <= 1
+    for repeat in range(3):
+        first, second = parts[2 * repeat : 2 * repeat + 2]
+        assert first.val == second.train
+    assert len({tuple(part.val) for part in parts}) == 6
+    assert fold_splits(found, split, 2, 3, seed=1) == parts
+    assert Split.from_dict(parts[0].to_dict(found), found) == parts[0]
+
+
+def test_duplicates_stay_in_one_fold(tmp_path: Path) -> None:
+    from training_cases import make_pictures
+
+    folder = make_pictures(tmp_path / "set", per_class=8)
+    for name in CLASSES:
+        for number in range(4):
+            copy = (folder / name / f"{name}_{number}.png").read_bytes()
+            (folder / name / f"{name}_{number + 100}.png").write_bytes(copy)
+    found = scan(folder)
+    split = stratified_split(found, (0.4, 0.4, 0.2), 42)
+    for part in fold_splits(found, split, folds=3, repeats=2, seed=0):
+        train_digests = {found.items[i].digest for i in part.train}
+        assert not train_digests & {found.items[i].digest for i in part.val}
+
+
+def test_too_few_pictures_for_the_folds(pictures: Path) -> None:
+    found = scan(pictures)
+    split = stratified_split(found, (0.125, 0.125, 0.75), 42)
+    with pytest.raises(DataError, match=r"too few pictures for folds=3"):
+        fold_splits(found, split, folds=3, repeats=1)
+    with pytest.raises(DataError, match="folds=1"):
+        fold_splits(found, split, folds=1, repeats=1)
+
+
+def test_cross_validation_judges_on_the_folds(pictures: Path, tmp_path: Path) -> None:
+    config = small(pictures, attention="none", epochs=1)
+    found = cross_validate(config, tmp_path / "cv", folds=2, repeats=1, machine=CPU)
+    stored = json.loads((tmp_path / "cv" / "crossval.json").read_text())
+    assert stored == json.loads(json.dumps(found.to_dict()))
+    data = scan(pictures)
+    accuracies = []
+    for fold in found.folds:
+        run = RunFolder(tmp_path / "cv" / fold.run)
+        part = Split.from_dict(run.read_json(run.split), data)
+        assert part.test == []
+        result = evaluate(load_checkpoint(run.best), data, part.val)
+        accuracies.append(result.average_accuracy)
+        assert fold.average_accuracy == result.average_accuracy
+    assert found.average_accuracy == pytest.approx(sum(accuracies) / 2)
+    runs = [RunFolder(tmp_path / "cv" / fold.run) for fold in found.folds]
+    assert [run.read_json(run.config)["seed"] for run in runs] == [42, 43]
+    again = cross_validate(config, tmp_path / "cv", folds=2, repeats=1, machine=CPU)
+    assert again == found
+
+
+# ------------------------------------------------------------------------ the whole, and the page
+
+
+def test_tables_and_page_from_the_command_line(
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", str(pictures)]
+    table7 = ["reproduce", "table7", *data, "--seeds", "2", *set_options()]
+    assert main([*table7, "--list"]) == 0
+    assert "8 runs" in capsys.readouterr().out
+    for part in ("1/2", "2/2"):
+        assert main([*table7, "--part", part]) == 0
+    assert len(list(Path("results/published").glob("*.json"))) == 8
+    assert main(["reproduce", "ours", *data, "--seeds", "1", *set_options()]) == 0
+    quick = set_options(epochs=1, attention="none", fusion="none")
+    assert main(["reproduce", "recipe", *data, "--only", "published,mixup", *quick]) == 0
+    assert main(["reproduce", "table3", *data]) == 0
+    sizes = ["--set", "size=32", "--set", "batch_size=2", "--accelerator", "cpu"]
+    assert main(["reproduce", "table8", "--only", "backbone,mobilesteelnet", *sizes]) == 0
+    run = "runs/reproduce/ours/mobilesteelnet-seed42"
+    assert main(["robustness", run, "--json", "results/robustness.json"]) == 0
+    write_json("results/notes.json", {"table7": {"msff": "it was trained for two epochs."}})
+    assert main(["reproduce", "page"]) == 0
+    page = Path("RESULTS.md").read_text()
+    results = read_results(Path("results"))
+    for network in TABLES["table7"].rows:
+        accuracy = results.rows[PUBLISHED, network].accuracy
+        assert len(accuracy.values) == 2
+        assert f"| {NETWORKS[network].name} | 2 | {accuracy.percent()} |" in page
+    assert "86.00" in page
+    assert "points below the paper's figure: it was trained for two epochs." in page
+    assert "points below the paper's figure: no reason is known yet." in page
+    assert "**not** made by the recipe as it stands: " in page
+    assert "epochs 2" in page
+    for heading in ("Table 3", "Table 7", "Table 8", "How the recipe was chosen", "Changed"):
+        assert f"## {heading}" in page
+    for line in page.splitlines():
+        if line.startswith("!["):
+            assert Path(line.partition("](")[2].rstrip(")")).is_file(), line
+    names = {path.stem for path in Path("docs/results").iterdir()}
+    assert names == {"confusion", "curves", "cost", "calibration", "contrast"}
+    assert main(["reproduce", "page"]) == 0
+    assert Path("RESULTS.md").read_text() == page
+
+
+@pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="no results are committed yet")
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    write_page(ROOT / "results", tmp_path / "RESULTS.md", tmp_path / "docs" / "results")
+    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text()
+
+
+def test_the_page_says_nothing_without_results(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="holds no results"):
+        write_page(tmp_path / "results", tmp_path / "page.md", tmp_path / "figures")
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_runs_of_one_row_have_the_same_options(places: Places) -> None:
+    finish_runs(RUNS, places, CHANGES, machine=CPU)
+    path = places.result(RUNS[1])
+    result = read_result(path)
+    result["config"]["epochs"] = 9
+    write_json(path, result)
+    with pytest.raises(RunFolderError, match="different options"):
+        read_results(places.results)
+
+
+def test_costs_are_those_of_the_network() -> None:
+    cost = measure_cost("resnet18", device=torch.device("cpu"), size=32, batch=2, repeats=2)
+    assert cost["parameters"] == 11_179_590
+    assert cost["images_per_second"] == pytest.approx(1 / cost["forward_seconds"])
+    assert cost["training_seconds_an_image"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["table1"], 2, "must be one of table3"),
+        (["table7"], 2, "--data is needed"),
+        (["table7", "--data", "nowhere", "--part", "3/2"], 2, "--part '3/2'"),
+        (["table7", "--data", "nowhere", "--only", "vgg"], 2, "--only 'vgg'"),
+        (["table7", "--data", "nowhere", "--seeds", "0"], 2, "seeds=0"),
+        (["table7", "--data", "nowhere", "--set", "colour=1"], 2, "setting 'colour=1'"),
+        (["table7", "--data", "nowhere", "--recipe", "theirs"], 2, "recipe='theirs'"),
+        (["table7", "--data", "nowhere"], 3, "does not exist"),
+        (["table6", "--epochs", "3"], 2, "epochs has no meaning"),
+        (["page", "--results", "nowhere"], 2, "holds no results"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str],
+    code: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *arguments]) == code
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []

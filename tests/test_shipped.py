@@ -1,0 +1,316 @@
+"""Weights in few bits, and weights that come with the package."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+from conftest import shared_path
+from training_cases import (
+    CLASSES,
+    NORMALISATION,
+    SIZE,
+    make_pictures,
+    one_thread,  # noqa: F401
+    small_network,
+)
+
+from mobilesteelnet import shipped
+from mobilesteelnet.__main__ import main
+from mobilesteelnet.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from mobilesteelnet.data import PictureSet, scan, stratified_split
+from mobilesteelnet.evaluate import evaluate
+from mobilesteelnet.model import MobileSteelNet
+from mobilesteelnet.quantisation import choose_bits, quantise, restore, stored_bytes
+from mobilesteelnet.shipped import (
+    CARD,
+    WEIGHTS,
+    load_shipped,
+    package_weights,
+    shipped_folder,
+    unseen_pictures,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("set") / "pictures", per_class=4)
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> PictureSet:
+    return scan(folder)
+
+
+def checkpoint() -> Checkpoint:
+    training = {"epoch": 3, "options": {"seed": 42}}
+    return Checkpoint(small_network(), CLASSES, SIZE, NORMALISATION, training)
+
+
+# --------------------------------------------------------------------------------- quantisation
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 8),
+    st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    st.integers(0, 2**31),
+    st.floats(1e-30, 1e30),
+)
+def test_weights_come_back_within_half_a_step(
+    bits: int, shape: list[int], seed: int, size: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = size * torch.randn(shape, generator=generator)
+    weight[0] = 0  # a dead channel
+    stored, record = quantise({"w": weight, "b": torch.ones(3)}, {"w": bits})
+    assert stored["w"].numel() == math.ceil(weight.numel() * bits / 8)
+    found = restore(stored, json.loads(json.dumps(record)))
+    assert found["w"].shape == weight.shape
+    assert torch.equal(found["b"], torch.ones(3))
+    largest = weight.flatten(1).abs().amax(1)
+    half_step = largest / (2 ** (bits - 1) - 1) / 2
+    error = (found["w"] - weight).flatten(1).abs().amax(1)
+    assert bool((error <= 1.001 * half_step + 1e-37).all())
+    twice = restore(*quantise(found, {"w": bits}))
+    torch.testing.assert_close(twice["w"], found["w"], rtol=1e-5, atol=0)
+
+
+def test_the_largest_weights_give_way() -> None:
+    tensors = dict(MobileSteelNet(width=0.5).state_dict())
+    full = choose_bits(tensors)
+    assert set(full.values()) == {8}
+    assert all(tensors[key].dim() > 1 for key in full)
+    limit = stored_bytes(tensors, full) - 50_000
+    fitted = choose_bits(tensors, limit)
+    assert stored_bytes(tensors, fitted) <= limit
+    reduced = {key for key, bits in fitted.items() if bits == 7}
+    kept = {key for key, bits in fitted.items() if bits == 8}
+    assert 0 < len(reduced) < len(kept)
+    assert min(tensors[k].numel() for k in reduced) >= max(tensors[k].numel() for k in kept)
+    stored, _ = quantise(tensors, fitted)
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == stored_bytes(
+        tensors, fitted
+    )
+    with pytest.raises(ValueError, match="max_bytes=1000"):
+        choose_bits(tensors, 1000)
+
+
+def test_the_published_network_fits_into_the_papers_size(tmp_path: Path) -> None:
+    model = MobileSteelNet()
+    tensors = dict(model.state_dict())
+    bits = choose_bits(tensors, 8_200_000 - shipped._header_bytes(tensors))
+    card: dict[str, Any] = {"classes": list("abcdef"), "input_size": 224, "training": {}}
+    path = tmp_path / "whole.safetensors"
+    save_checkpoint(
+        path, model, normalisation=NORMALISATION, **card, store=lambda t: quantise(t, bits)
+    )
+    assert 7_500_000 < path.stat().st_size <= 8_200_000
+    found = load_checkpoint(path).model.state_dict()
+    for key, tensor in tensors.items():
+        error = float((found[key].double() - tensor.double()).norm())
+        assert error <= 0.02 * float(tensor.double().norm()), key
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"bits": {"w": 9}},
+        {"bits": {"w": True}},
+        {"bits": {"w": 4}},
+        {"bits": {"other": 8}},
+        {"bits": None},
+        {"shapes": {"w": [3, 7]}},
+        {"shapes": {"w": [21]}},
+        {"shapes": {"w": [3, -6]}},
+        {"shapes": {"w": [6, 3]}},
+        {"shapes": {"w": [2**31 - 1, 2**31 - 1]}},
+    ],
+)
+def test_a_damaged_record_is_refused(damage: dict[str, Any]) -> None:
+    stored, record = quantise({"w": torch.randn(3, 6)}, {"w": 8})
+    with pytest.raises(ValueError, match=r"damaged|does not have the size|missing"):
+        restore(stored, {**record, **damage})
+
+
+# --------------------------------------------------------------------------------------- release
+
+
+def test_packaged_weights_are_read_back(pictures: PictureSet, tmp_path: Path) -> None:
+    indexes = list(range(len(pictures)))
+    made = package_weights(
+        checkpoint(), pictures, indexes, tmp_path, tolerance=100, note="Drawn for the tests."
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CARD, "CARD.md"}
+    found = load_shipped(folder=tmp_path)
+    assert found.classes == CLASSES
+    assert found.training == checkpoint().training
+    again = evaluate(found, pictures, indexes)
+    assert again.average_accuracy == made.after.average_accuracy
+    card = json.loads((tmp_path / CARD).read_text())
+    assert card["stored"]["average_accuracy"] == again.average_accuracy
+    assert card["bytes"] == (tmp_path / WEIGHTS).stat().st_size
+    text = (tmp_path / "CARD.md").read_text()
+    assert card["sha256"] in text
+    assert "Drawn for the tests." in text
+    assert f"{100 * again.average_accuracy:.2f} %" in text
+    size = 4 * sum(t.numel() for t in checkpoint().model.state_dict().values())
+    assert card["bytes"] < 0.5 * size  # the header weighs on a network this small
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32"])
+def test_other_storages(pictures: PictureSet, tmp_path: Path, storage: str) -> None:
+    package_weights(checkpoint(), pictures, [0, 5, 9], tmp_path, storage=storage, tolerance=100)
+    found = load_shipped(folder=tmp_path).model.state_dict()
+    bound = 1e-3 if storage == "float16" else 0
+    for key, tensor in checkpoint().model.state_dict().items():
+        assert found[key].dtype == tensor.dtype
+        torch.testing.assert_close(found[key], tensor, rtol=bound, atol=bound)
+
+
+def test_weights_that_lose_too_much_are_not_written(
+    pictures: PictureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = checkpoint()
+    original = shipped.quantise
+
+    def ruin(tensors: Any, bits: Any) -> Any:
+        stored, record = original(tensors, bits)
+        stored["fc.weight.scale"] = torch.zeros_like(stored["fc.weight.scale"])
+        stored["fc.bias"] = torch.tensor([0.0, 0.0, 9.0])
+        return stored, record
+
+    monkeypatch.setattr(shipped, "quantise", ruin)
+    result = evaluate(broken, pictures, range(len(pictures)))
+    right = [i for i, item in enumerate(result.predictions) if item.true == item.predicted]
+    others = [i for i in right if result.predictions[i].true != CLASSES[2]]
+    assert others, "an untrained network that is right somewhere is needed"
+    with pytest.raises(ValueError, match="points of accuracy"):
+        package_weights(broken, pictures, others, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_large_and_unknown_storages(pictures: PictureSet, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"storage": "float32", "max_bytes": 1000}
+    with pytest.raises(ValueError, match="max_bytes=1000"):
+        package_weights(checkpoint(), pictures, [0], tmp_path, **options)
+    with pytest.raises(ValueError, match="storage='int3'"):
+        package_weights(checkpoint(), pictures, [0], tmp_path, storage="int3")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_weights_are_noticed(pictures: PictureSet, tmp_path: Path) -> None:
+    package_weights(checkpoint(), pictures, [0, 5], tmp_path, tolerance=100)
+    content = bytearray((tmp_path / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged: sha256"):
+        load_shipped(folder=tmp_path)
+    (tmp_path / CARD).write_text("{}")
+    with pytest.raises(CheckpointError, match="card"):
+        load_shipped(folder=tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="no trained weights"):
+        load_shipped(folder=tmp_path)
+
+
+@pytest.fixture
+def shipping(pictures: PictureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that brings weights."""
+    place = tmp_path / "weights"
+    package_weights(checkpoint(), pictures, [0, 5], place, tolerance=100)
+    monkeypatch.setattr(shipped, "shipped_folder", lambda: place)
+    return place
+
+
+def test_from_pretrained(shipping: Path) -> None:
+    model = MobileSteelNet.from_pretrained(backend="reference")
+    assert not model.training
+    assert model.config["backend"] == "reference"
+    images = torch.randn(1, 3, SIZE, SIZE)
+    assert torch.equal(model(images), load_checkpoint(shipping / WEIGHTS).model(images))
+
+
+def test_pictures_alone_are_predicted_with_the_packages_weights(
+    shipping: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = str(folder / "dark" / "dark_0.png")
+    assert main(["predict", picture, "--json", "-", "--min-confidence", "1"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["predictions"][0]["rejected"] is True
+    assert main(["predict", "shipped", picture, "--json", "-"]) == 0
+    named = json.loads(capsys.readouterr().out)
+    assert named["predictions"][0]["probability"] == alone["predictions"][0]["probability"]
+    assert main(["predict", str(shipping / WEIGHTS), picture, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == named
+    assert (
+        main(["eval", "shipped", "--data", str(folder), "--no-report", "--out", str(shipping)]) == 0
+    )
+    assert main(["predict", str(shipping / WEIGHTS)]) == 2
+    assert "give the pictures" in capsys.readouterr().err
+
+
+def test_the_demo_with_the_packages_weights(
+    shipping: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    arguments = ["demo", "--budget", "shipped", "--out", str(out)]
+    assert main(arguments) == 2
+    assert "needs data" in capsys.readouterr().err
+    assert main([*arguments, "--data", str(folder)]) == 0
+    assert (out / "report" / "report.html").is_file()
+    assert not (out / "run").exists()
+    assert "on 12 " in " ".join(capsys.readouterr().out.split())
+
+
+def test_pictures_that_a_training_never_saw(pictures: PictureSet) -> None:
+    split = stratified_split(pictures, (0.5, 0.25, 0.25), 7)
+    options = {"fractions": [0.5, 0.25, 0.25], "seed": 3, "split_seed": 7}
+    counts = {"train": 6, "val": 3, "test": 3}
+    trained = checkpoint()
+    trained.training = {"options": options, "pictures": counts}
+    assert unseen_pictures(trained, pictures) == ("test", split.test)
+    everything = ("all", list(range(len(pictures))))
+    for training in (
+        {},
+        {"options": options, "pictures": {**counts, "test": 4}},
+        {"options": {**options, "fractions": "x"}, "pictures": counts},
+        {"options": {"seed": None}, "pictures": counts},
+    ):
+        trained.training = training
+        assert unseen_pictures(trained, pictures) == everything
+
+
+@pytest.mark.skipif((shipped_folder() / WEIGHTS).is_file(), reason="weights are shipped")
+def test_without_weights_the_error_says_what_to_do(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(folder)]) == 4
+    assert "no trained weights come with this version" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="mobilesteelnet train"):
+        MobileSteelNet.from_pretrained()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shipped_folder() / WEIGHTS).is_file(), reason="no weights are shipped yet")
+def test_the_shipped_weights_are_as_good_as_their_card() -> None:
+    card = json.loads((shipped_folder() / CARD).read_text())
+    pictures = scan(shared_path("data", "neu-det.zip"))
+    options = card["training"]["options"]
+    seed = options["seed"] if options["split_seed"] is None else options["split_seed"]
+    split = stratified_split(pictures, options["fractions"], seed)
+    result = evaluate(load_shipped(), pictures, getattr(split, card["split"]))
+    assert len(result.predictions) == card["pictures"]
+    wanted = card["stored"]["average_accuracy"]
+    assert result.average_accuracy == pytest.approx(wanted, abs=0.002)
+    assert card["bytes"] <= 8_200_000
+    assert card["float32"]["average_accuracy"] - wanted <= 0.003
