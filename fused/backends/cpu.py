@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from . import cpu_products, native
+from . import cpu_stages, native
 from .backend import Backend
 
 
@@ -26,7 +26,7 @@ def _load() -> native.NativeLibrary:
 
 
 LIBRARY = _load()
-KERNELS: Mapping[str, Callable[..., object]] = {**native.kernels(), **cpu_products.KERNELS}
+KERNELS: Mapping[str, Callable[..., object]] = {**native.kernels(), **cpu_stages.KERNELS}
 
 
 def can_run(op: str, x: torch.Tensor) -> str | None:
