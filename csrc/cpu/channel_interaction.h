@@ -13,4 +13,8 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_interaction_packed(
     Tensor x, Tensor squeeze_weight, Tensor excite_weight, Tensor interaction_packed);
 
+// grad_x from grad_e and the gradients of the statistics; the packed weight is transposed.
+Tensor channel_interaction_input_backward(Tensor grad_e, Tensor gate, Tensor interaction_packed,
+                                          Tensor grad_mean, Tensor grad_maximum, Tensor argmax);
+
 }  // namespace ciema::cpu

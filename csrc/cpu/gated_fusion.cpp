@@ -3,11 +3,12 @@
 //   s = e w    r = relu(scale1 (W1 s) + shift1)    phi = sigmoid(scale3 (Ws s + Wr r) + shift3)
 //   out = e (phi + w (1 - phi))
 //
-// W1 is the squeezing convolution, Ws the part of the last one that sees s, Wr the product of its other
-// part with the expanding one. s and r exist only as panels of a tile of pixels.
+// W1 is the squeezing convolution, Ws the part of the last one that sees s, Wr the product of its
+// other part with the expanding one. s and r exist only as panels of a tile of pixels.
 //
 // Layouts, sums  as in products.cpp; w is multiplied in while e is packed.
-// Threads  over tiles of pixels and blocks of 64 rows; two threads that share a tile both compute its r.
+// Threads  over tiles of pixels and blocks of 64 rows; two threads that share a tile both compute
+//          its r.
 // Bytes    reads e once into panels and once, from the second-level cache, for out; reads w once;
 //          writes out once, or C floats a tile for its mean.
 #include "gated_fusion.h"
@@ -38,8 +39,9 @@ void begin_tile(const Map& e, const Map& w, const Weights& weights, const Parts&
   float* gate = scratch + parts.gate;
   float* s = scratch + parts.s;
   w.pack(tile.sample, tile.pixel, tile.count, Words::kFloats, gate);
-  e.pack(tile.sample, tile.pixel, tile.count, weights.of_s.words(), s, gate,
-         e.channels() / w.channels());
+  const Transform gated{nullptr, nullptr, false, gate, e.channels() / w.channels(),
+                        products().pixels};
+  e.pack(tile.sample, tile.pixel, tile.count, weights.of_s.words(), s, gated);
   const int words = static_cast<int>(weights.of_r.words());
   const int64_t steps = words == 0 ? 1 : 2;
   for (int64_t row = 0; row < weights.squeeze.rows(); row += kBlockRows) {

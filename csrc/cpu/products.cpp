@@ -2,11 +2,11 @@
 //
 //   out[b, m, p] = act(scale[m] * sum_k weight[m, k] x[b, k, p] + shift[m])
 //
-// Layouts  maps with neighbouring pixels or neighbouring channels are read and written where they lie,
-//          others are made contiguous first; simd/products.h has the layout of panels.
+// Layouts  maps with neighbouring pixels or neighbouring channels are read and written where they
+//          lie, others are made contiguous first; simd/products.h has the layout of panels.
 // Threads  over tiles of pixels and blocks of 64 rows.
-// Bytes    reads x once (a tile is packed once, twice where two threads share it), the packed weight
-//          once a tile (from the last-level cache), writes out once.
+// Bytes    reads x once (a tile is packed once, twice where two threads share it), the packed
+//          weight once a tile (from the last-level cache), writes out once.
 // Sums     float32; of bfloat16 maps the products of bfloat16 are exact.
 #include "products.h"
 
@@ -117,9 +117,15 @@ Vector::Vector(const Tensor& value, const char* name, int64_t size)
                   " must be float32 of ", size, " elements, got ", value.numel());
 }
 
-Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width) {
-  return torch::stable::empty({x.size(0), channels, height, width}, x.scalar_type(), std::nullopt,
-                              x.device(), std::nullopt, memory_format_of(x));
+Vector::Vector(const std::optional<Tensor>& value, const char* name, int64_t size) {
+  if (value) *this = Vector(*value, name, size);
+}
+
+Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width,
+                 std::optional<ScalarType> dtype) {
+  return torch::stable::empty({x.size(0), channels, height, width},
+                              dtype.value_or(x.scalar_type()), std::nullopt, x.device(),
+                              std::nullopt, memory_format_of(x));
 }
 
 Tensor pointwise_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
@@ -127,9 +133,7 @@ Tensor pointwise_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
   check_x(x);
   const PackedWeight weight(packed, "packed", x, x.size(1));
   const int64_t rows = weight.rows();
-  std::optional<Vector> scales, shifts;
-  if (scale) scales.emplace(*scale, "scale", rows);
-  if (shift) shifts.emplace(*shift, "shift", rows);
+  const Vector scales(scale, "scale", rows), shifts(shift, "shift", rows);
   const Map map(x);
   Map out(empty_map(x, rows, x.size(2), x.size(3)));
   const int64_t acc_floats = kBlockRows * products().pixels;
@@ -140,8 +144,7 @@ Tensor pointwise_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
       },
       [&](const Tile& tile, int64_t row, int count, float* acc) {
         weight.multiply(row, acc + acc_floats, tile.count, false, acc);
-        const Affine affine{scales ? scales->data() + row : nullptr,
-                            shifts ? shifts->data() + row : nullptr, nullptr, 0, relu};
+        const Affine affine{scales.from(row), shifts.from(row), nullptr, 0, relu};
         products().affine[out.element()](acc, count, tile.count, affine,
                                          out.mutable_at(tile.sample, row, tile.pixel));
       });

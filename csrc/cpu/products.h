@@ -1,5 +1,5 @@
-// Products of a weight with every pixel of a map, for the stages built on them: packed weights, views
-// of maps, and the loop over tiles of pixels and blocks of rows.
+// Products of a weight with every pixel of a map, for the stages built on them: packed weights,
+// views of maps, and the loop over tiles of pixels and blocks of rows.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -21,10 +21,10 @@ namespace ciema::cpu {
 
 inline const Products& products() { return *chosen_instruction_set().products; }
 
-// ----------------------------------------------------------------------------------- packed weights
+// ---------------------------------------------------------------------------------- packed weights
 
-// weight (M, K) or (M, K, 1, 1) float32 -> bytes for this process's instruction set. `bfloat16` asks
-// for pairs of bfloat16, which is granted if the processor multiplies them: for bfloat16 maps.
+// weight (M, K) or (M, K, 1, 1) float32 -> bytes for this process's instruction set. `bfloat16`
+// asks for pairs of bfloat16, which is granted if the processor multiplies them: for bfloat16 maps.
 Tensor pack_product_weight(Tensor weight, bool bfloat16);
 
 // What a packed tensor holds; it must outlive this.
@@ -54,7 +54,7 @@ class PackedWeight {
   Words words_;
 };
 
-// --------------------------------------------------------------------------------------------- maps
+// -------------------------------------------------------------------------------------------- maps
 
 // A map that is read where it lies, or a copy of it; keeps the tensor.
 class Map {
@@ -86,11 +86,11 @@ class Map {
     return {const_cast<void*>(view.data), view.stride_c, view.stride_s};
   }
 
-  // Packs all channels of a tile of pixels into a panel for `weight`.
+  // Packs all channels of a tile of pixels into a panel for a weight of these words.
   void pack(int64_t b, int64_t pixel, int count, Words words, float* panel,
-            const float* gate = nullptr, int64_t group_channels = 1) const {
-    products().pack[static_cast<int>(words)][element()](at(b, 0, pixel), channels(), count, gate,
-                                                        group_channels, panel);
+            const Transform& transform = {}) const {
+    products().pack[static_cast<int>(words)][element()](at(b, 0, pixel), channels(), count,
+                                                        transform, panel);
   }
 
  private:
@@ -99,10 +99,11 @@ class Map {
   int64_t stride_b_, stride_c_, stride_s_, plane_;
 };
 
-// A new map (batch, channels, height, width) with the dtype and memory format of x.
-Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width);
+// A new map (batch, channels, height, width) with the dtype (or another) and memory format of x.
+Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width,
+                 std::optional<ScalarType> dtype = std::nullopt);
 
-// ------------------------------------------------------------------------------------------ the loop
+// ---------------------------------------------------------------------------------------- the loop
 
 struct Free {
   void operator()(float* data) const { operator delete(data, std::align_val_t(64)); }
@@ -119,11 +120,14 @@ struct Tile {
   int count;
 };
 
-inline int64_t tiles_of(int64_t plane) { return (plane + products().pixels - 1) / products().pixels; }
+inline int64_t tiles_of(int64_t plane) {
+  return (plane + products().pixels - 1) / products().pixels;
+}
 
-// Calls `begin(tile, scratch)` and then `block(tile, row, rows, scratch)` for the blocks of kBlockRows
-// rows of each tile. A thread takes neighbouring blocks, so that it packs few tiles that it does not
-// finish; tiles are cut alike for any number of threads. `work`: multiply-adds a row and pixel.
+// Calls `begin(tile, scratch)` and then `block(tile, row, rows, scratch)` for the blocks of
+// kBlockRows rows of each tile. A thread takes neighbouring blocks, so that it packs few tiles that
+// it does not finish; tiles are cut alike for any number of threads. `work`: multiply-adds a row
+// and pixel.
 template <class Begin, class Block>
 void for_each_block(int64_t batch, int64_t plane, int64_t rows, int64_t work,
                     int64_t scratch_floats, const Begin& begin, const Block& block) {
@@ -149,14 +153,19 @@ void for_each_block(int64_t batch, int64_t plane, int64_t rows, int64_t work,
   });
 }
 
-// A float32 vector, contiguous; keeps the tensor.
+// A float32 vector, contiguous, or nothing; keeps the tensor.
 class Vector {
  public:
   Vector(const Tensor& value, const char* name, int64_t size);
-  const float* data() const { return static_cast<const float*>(value_.const_data_ptr()); }
+  Vector(const std::optional<Tensor>& value, const char* name, int64_t size);
+  const float* data() const {
+    return value_ ? static_cast<const float*>(value_->const_data_ptr()) : nullptr;
+  }
+  // From element i on; null stays null.
+  const float* from(int64_t i) const { return value_ ? data() + i : nullptr; }
 
  private:
-  Tensor value_;
+  std::optional<Tensor> value_;
 };
 
 // out = act(scale * (weight x map) + shift), a 1x1 convolution with what follows it.

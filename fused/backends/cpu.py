@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from . import cpu_products, cpu_slabs, native
+from . import cpu_slabs, cpu_stages, native
 from .backend import Backend
 from .reference import coordinate_attention, cross_spatial_backward
 
@@ -29,7 +29,7 @@ def _load() -> native.NativeLibrary:
 LIBRARY = _load()
 KERNELS: Mapping[str, Callable[..., object]] = {
     **native.kernels(),
-    **cpu_products.KERNELS,
+    **cpu_stages.KERNELS,
     "coordinate_attention": cpu_slabs.coordinate_attention,
     "coordinate_attention_backward": coordinate_attention.backward,
     "cross_spatial": cpu_slabs.cross_spatial,

@@ -59,6 +59,31 @@ SCHEMAS = (
     " Tensor fusion_scale, Tensor fusion_shift, bool mean_only) -> Tensor out",
     # relu(scale * sum of up(weight_i feature_i) + shift), a packed weight for each feature
     "msff_packed(Tensor[] features, Tensor[] packed, Tensor scale, Tensor shift) -> Tensor out",
+    # sum over pixels of grad x^T, float32 (B or 1, M, K); x first as it was for its product
+    "product_gradient(Tensor grad, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift,"
+    " bool per_sample) -> Tensor out",
+    # Training on the CPU (csrc/cpu/products_training.cpp): out = weight x + second_weight second +
+    # bias if stored, and the moments of its rows; x times gate, relu(scale v + shift) of second, or
+    # of x without one
+    "product_moments(Tensor x, Tensor packed, Tensor? gate, Tensor? second,"
+    " Tensor? second_packed, Tensor? scale, Tensor? shift, Tensor? bias, bool store,"
+    " bool moments) -> (Tensor out, Tensor mean, Tensor var)",
+    "norm_relu(Tensor z, Tensor scale, Tensor shift, Tensor like) -> Tensor out",
+    "norm_relu_backward(Tensor grad, Tensor z, Tensor mean, Tensor var, Tensor weight,"
+    " Tensor bias, float eps, bool training)"
+    " -> (Tensor grad_z, Tensor grad_weight, Tensor grad_bias)",
+    "norm_gate_backward(Tensor grad, Tensor e, Tensor w, Tensor z, Tensor mean, Tensor var,"
+    " Tensor weight, Tensor bias, float eps, bool training)"
+    " -> (Tensor grad_z, Tensor grad_weight, Tensor grad_bias)",
+    "channel_interaction_input_backward(Tensor grad_e, Tensor gate, Tensor interaction_packed,"
+    " Tensor grad_mean, Tensor grad_maximum, Tensor argmax) -> Tensor grad_x",
+    "gated_fusion_apply(Tensor e, Tensor w, Tensor logits, Tensor scale, Tensor shift)"
+    " -> Tensor out",
+    "gated_fusion_input_backward(Tensor grad_out, Tensor e, Tensor w, Tensor logits,"
+    " Tensor scale, Tensor shift, Tensor grad_logits, Tensor fusion_packed, Tensor grad_hidden,"
+    " Tensor squeeze_packed) -> (Tensor grad_e, Tensor grad_w)",
+    "msff_sum(Tensor[] features, Tensor[] packed, bool moments)"
+    " -> (Tensor z, Tensor mean, Tensor var)",
     "separable_pack(Tensor weight, bool pairs) -> Tensor",
     "separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed, Tensor bias,"
     " int stride, bool relu) -> Tensor",

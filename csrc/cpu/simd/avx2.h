@@ -136,6 +136,10 @@ struct Simd {
                      _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  // b where a > 0, else zero
+  static Floats where_positive(Floats a, Floats b) {
+    return _mm256_and_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GT_OQ), b);
+  }
   // v[i][j] and v[j][i] change places.
   static void transpose(Floats* v) {
     Floats pair[kLanes], four[kLanes];

@@ -128,6 +128,10 @@ struct Simd {
     _mm256_mask_storeu_epi16(out, first(count), to_half(a));
   }
 
+  // b where a > 0, else zero
+  static Floats where_positive(Floats a, Floats b) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), b);
+  }
   // v[i][j] and v[j][i] change places.
   static void transpose(Floats* v) {
     Floats pair[kLanes], four[kLanes];
@@ -142,7 +146,7 @@ struct Simd {
         four[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
       }
     }
-    for (int j = 0; j < 4; ++j) {  // four[4 i + j] holds columns j, j + 4, j + 8, j + 12 of rows 4 i..
+    for (int j = 0; j < 4; ++j) {  // four[4 i + j]: columns j, j + 4, j + 8, j + 12 of rows 4 i..
       const Floats a = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x88);
       const Floats b = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x88);
       const Floats c = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xdd);

@@ -141,6 +141,11 @@ struct Simd {
     for (int i = 0; i < count; ++i) from_float(a.lane[i], out + i);
   }
 
+  // b where a > 0, else zero
+  static Floats where_positive(const Floats& a, Floats b) {
+    for (int i = 0; i < kLanes; ++i) b.lane[i] = a.lane[i] > 0.0f ? b.lane[i] : 0.0f;
+    return b;
+  }
   // v[i][j] and v[j][i] change places.
   static void transpose(Floats* v) {
     for (int i = 0; i < kLanes; ++i) {

@@ -1,10 +1,11 @@
-// What each instruction set offers the products acc[m, p] = sum_k weight[m, k] * map[k, p]: packing of
-// a map's pixels into a panel, the product of packed weights with a panel, and what is done with a
-// block of sums (the epilogues). One table of functions to a file.
+// What each instruction set offers the products acc[m, p] = sum_k weight[m, k] * map[k, p]: packing
+// of a map's pixels into a panel, the product of packed weights with a panel, and what is done with
+// a block of sums (the epilogues). One table of functions to a file.
 //
 // Weight panel  `rows` rows of the weight, [step][row] words, rows past the last are zero
 // Map panel     `pixels` pixels of the map, [step][pixel] words
-// Word          a float (a step is one k), or two bfloat16 (a step is k and k + 1, the last k padded)
+// Word          a float (a step is one k), or two bfloat16 (a step is k and k + 1, the last k
+//               padded)
 // Block         up to kBlockRows sums a pixel, float [row][pixel]
 #pragma once
 
@@ -27,13 +28,28 @@ struct MutableMapView {
   int64_t stride_c, stride_s;
 };
 
-// Packs `channels` channels of `count` pixels. With `gate`, rows [group][pixels] of floats, channel c
-// is multiplied by the row c / group_channels.
-using PackFunction = void (*)(const MapView& map, int64_t channels, int count, const float* gate,
-                              int64_t group_channels, void* panel);
+// What is done with a map's elements while they are packed, all of it optional:
+// act(scale[c] * x + shift[c]), then times gate [c / group_channels][pixel].
+struct Transform {
+  const float* scale;
+  const float* shift;  // only with a scale
+  bool relu;           // only with a scale
+  const float* gate;
+  int64_t group_channels, gate_stride;
+};
 
-// acc (+)= weight panels x map panel, for `panels` weight panels of `steps` steps and the vectors that
-// `count` pixels need.
+// Packs `channels` channels of `count` pixels.
+using PackFunction = void (*)(const MapView& map, int64_t channels, int count,
+                              const Transform& transform, void* panel);
+// The same with channels and pixels changing their places: a panel whose `pixels` are the map's
+// channels (count of them) and whose steps are the map's pixels; and weight panels of `channels`
+// rows, for sums over pixels.
+using PackPixelsFunction = void (*)(const MapView& map, int count, int64_t pixels,
+                                    const Transform& transform, int64_t first_channel, void* panel);
+using PackRowsFunction = void (*)(const MapView& map, int channels, int64_t pixels, void* panels);
+
+// acc (+)= weight panels x map panel, for `panels` weight panels of `steps` steps and the vectors
+// that `count` pixels need.
 using MultiplyFunction = void (*)(const void* weight, int64_t panels, const void* panel,
                                   int64_t steps, int count, bool accumulate, float* acc);
 
@@ -42,7 +58,8 @@ struct Taps {
   int64_t offset[4];
   float weight[4];
 };
-// A map whose channels are neighbours, read through `taps` [pixel].
+// A map in blocks of kBlockRows neighbouring channels, all of them readable, through `taps`
+// [pixel].
 struct Resized {
   const float* data;
   const Taps* taps;
@@ -62,13 +79,24 @@ using AffineFunction = void (*)(const float* acc, int rows, int count, const Aff
 using AffineToPanelFunction = void (*)(const float* acc, int rows, int count, const Affine& affine,
                                        void* panel);
 
-// out = gate * map + (1 - gate) * acc, gate [row]
-using InterpolateFunction = void (*)(const float* acc, int rows, int count, const float* gate,
-                                     const MapView& map, const MutableMapView& out);
+// acc += the resized maps, for statistics of the whole.
+using AddResizedFunction = void (*)(float* acc, int rows, int count, const Affine& affine);
 
-// phi = sigmoid(scale * acc + shift), out = e * (phi + w * (1 - phi)); w as rows of a gate, of which
-// the block's row r has number (first_row + r) / group_channels. Without out.data the sums over the
-// pixels go to sums [row].
+// out = acc_scale * acc + map_scale * map + shift, vectors [row]
+struct Combination {
+  const float* acc_scale;
+  const float* map_scale;
+  const float* shift;
+};
+using CombineFunction = void (*)(const float* acc, int rows, int count, const Combination& how,
+                                 const MapView& map, const MutableMapView& out);
+
+// Mean and sum of squared distances from it of each row's `count` sums.
+using MomentsFunction = void (*)(const float* acc, int rows, int count, float* mean, float* square);
+
+// phi = sigmoid(scale * acc + shift), out = e * (phi + w * (1 - phi)); w as rows of a gate, of
+// which the block's row r has number (first_row + r) / group_channels. Without out.data the sums
+// over the pixels go to sums [row].
 struct Fusion {
   const float* scale;
   const float* shift;
@@ -79,14 +107,49 @@ struct Fusion {
 using FusionFunction = void (*)(const float* acc, int rows, int count, const Fusion& fusion,
                                 const MapView& e, const MutableMapView& out);
 
+// A batch norm y = weight * n + bias, n = rstd * (z - mean), on the way back, vectors [row]. Of the
+// gradient g for y and n the sums over the pixels go to sums and products if out has no data; else
+// out = weight * rstd * (g - sum_share - n * product_share), shares may be missing.
+struct NormGradient {
+  const float* mean;
+  const float* rstd;
+  const float* weight;
+  const float* bias;
+  const float* sum_share;
+  const float* product_share;
+  float* sums;
+  float* products;
+};
+// g = grad where y > 0; z may have another element type than the other maps
+using ReluGradientFunction = void (*)(int rows, int count, const NormGradient& norm,
+                                      const MapView& z, Element z_element, const MapView& grad,
+                                      const MutableMapView& out);
+// g = grad * e * (1 - w) * phi * (1 - phi), phi = sigmoid(y); of `fusion` w and its groups are read
+using GateGradientFunction = void (*)(int rows, int count, const NormGradient& norm,
+                                      const Fusion& fusion, const MapView& z, Element z_element,
+                                      const MapView& e, const MapView& grad,
+                                      const MutableMapView& out);
+// grad_e = grad * (phi + w * (1 - phi)) + w * acc, grad_w [group][pixel] += e * (acc + grad * (1 -
+// phi)), with phi = sigmoid(scale * z + shift)
+using FusionGradientFunction = void (*)(const float* acc, int rows, int count, const Fusion& fusion,
+                                        const MapView& z, const MapView& e, const MapView& grad,
+                                        const MutableMapView& grad_e, float* grad_w);
+
 struct Products {
   int rows, pixels;
   PackFunction pack[kWordKinds][kElementKinds];
   MultiplyFunction multiply[kWordKinds];  // null where the instruction set has no pairs
   AffineFunction affine[kElementKinds];
   AffineToPanelFunction affine_to_panel[kWordKinds];
-  InterpolateFunction interpolate[kElementKinds];
+  CombineFunction combine[kElementKinds];
   FusionFunction fusion[kElementKinds];
+  PackPixelsFunction pack_pixels[kWordKinds][kElementKinds];
+  PackRowsFunction pack_rows[kWordKinds][kElementKinds];
+  MomentsFunction moments;
+  AddResizedFunction add_resized;
+  ReluGradientFunction relu_gradient[kElementKinds];
+  GateGradientFunction gate_gradient[kElementKinds];
+  FusionGradientFunction fusion_gradient[kElementKinds];
 };
 
 extern const Products kPortableProducts;

@@ -10,6 +10,8 @@ constexpr int kPanelRows = 8, kPanelVectors = 3;
 
 #include "products_epilogue_body.h"
 
+#include "products_gradient_body.h"
+
 constexpr Products kTable = table_of_floats();
 
 #include "target_end.h"

@@ -12,6 +12,8 @@ constexpr int kPanelRows = 8, kPanelVectors = 3;  // as in products_avx512.cpp
 
 #include "products_epilogue_body.h"
 
+#include "products_gradient_body.h"
+
 constexpr Products table_with_pairs() {
   Products table = table_of_floats();
   add_words<Pairs>(&table, Words::kBFloat16Pairs);

@@ -1,10 +1,10 @@
 // Products for any instruction set: packing and the register kernel. Included inside the anonymous
 // namespace of a file that has defined `struct Simd`, kPanelRows and kPanelVectors.
 //
-// Sums   float32, one chain of fused multiply-adds over k for each output: its bits depend on nothing
-//        but the weight and the pixel.
-// Cache  a panel of 1024 channels (192 KiB with AVX-512) stays in the second-level cache and is read
-//        once for every kPanelRows rows; a weight panel streams past it. Neither limits the
+// Sums   float32, one chain of fused multiply-adds over k for each output: its bits depend on
+//        nothing but the weight and the pixel.
+// Cache  a panel of 1024 channels (192 KiB with AVX-512) stays in the second-level cache and is
+//        read once for every kPanelRows rows; a weight panel streams past it. Neither limits the
 //        multiply-adds: 8x3 vectors take 3 + 8/16 vectors of memory for 24 of them.
 
 constexpr int kPanelPixels = kPanelVectors * Simd::kLanes;
@@ -12,7 +12,7 @@ static_assert(kBlockRows % kPanelRows == 0 && kBlockRows % Simd::kLanes == 0);
 
 inline int smaller(int a, int64_t b) { return a < b ? a : static_cast<int>(b); }
 
-// ------------------------------------------------------------------------- blocks of kLanes x kLanes
+// ----------------------------------------------------------------------- blocks of kLanes x kLanes
 
 // Rows v[channel] of neighbouring pixels, wherever the map's elements lie; lanes past `pixels` and
 // rows past `channels` are zero or not read.
@@ -75,9 +75,27 @@ struct Floats {
 
 // ----------------------------------------------------------------------------------------- packing
 
+// Rows v of `channels` channels, the first of them `first`, at `pixel` of the tile.
+inline void transform_block(const Transform& transform, int64_t first, int channels, int64_t pixel,
+                            Simd::Floats* v) {
+  if (transform.scale != nullptr) {
+    for (int i = 0; i < channels; ++i) {
+      v[i] = Simd::mul(v[i], Simd::set(transform.scale[first + i]));
+      if (transform.shift != nullptr) v[i] = Simd::add(v[i], Simd::set(transform.shift[first + i]));
+      if (transform.relu) v[i] = Simd::max(Simd::zero(), v[i]);
+    }
+  }
+  if (transform.gate != nullptr) {
+    for (int i = 0; i < channels; ++i) {
+      const int64_t group = (first + i) / transform.group_channels;
+      v[i] = Simd::mul(v[i], Simd::load(transform.gate + group * transform.gate_stride + pixel));
+    }
+  }
+}
+
 template <class W, class T>
-void pack(const MapView& map, int64_t channels, int count, const float* gate,
-          int64_t group_channels, void* panel) {
+void pack(const MapView& map, int64_t channels, int count, const Transform& transform,
+          void* panel) {
   const T* x = static_cast<const T*>(map.data);
   for (int64_t c = 0; c < channels; c += Simd::kLanes) {
     const int block = smaller(Simd::kLanes, channels - c);
@@ -85,18 +103,68 @@ void pack(const MapView& map, int64_t channels, int count, const float* gate,
       Simd::Floats v[Simd::kLanes];
       const T* from = x + c * map.stride_c + p * map.stride_s;
       load_block(from, map.stride_c, map.stride_s, block, smaller(Simd::kLanes, count - p), v);
-      if (gate != nullptr) {
-        for (int i = 0; i < block; ++i) {
-          const float* row = gate + (c + i) / group_channels * kPanelPixels;
-          v[i] = Simd::mul(v[i], Simd::load(row + p));
-        }
-      }
+      transform_block(transform, c, block, p, v);
       W::write(v, block, static_cast<float*>(panel) + c / W::kPerStep * kPanelPixels + p);
     }
   }
 }
 
-// ------------------------------------------------------------------------------- the register kernel
+// Blocks of a map with pixels as rows: v[pixel] holds channels.
+template <class T>
+inline void load_pixels(const T* x, const MapView& map, int channels, int pixels,
+                        const Transform& transform, int64_t first, int64_t pixel,
+                        Simd::Floats* v) {
+  load_block(x, map.stride_c, map.stride_s, channels, pixels, v);
+  transform_block(transform, first, channels, pixel, v);
+  for (int c = channels; c < Simd::kLanes; ++c) v[c] = Simd::zero();
+  Simd::transpose(v);
+}
+
+template <class W, class T>
+void pack_pixels(const MapView& map, int count, int64_t pixels, const Transform& transform,
+                 int64_t first_channel, void* panel) {
+  const T* x = static_cast<const T*>(map.data);
+  for (int c = 0; c < count; c += Simd::kLanes) {
+    const int channels = smaller(Simd::kLanes, count - c);
+    for (int64_t p = 0; p < pixels; p += Simd::kLanes) {
+      Simd::Floats v[Simd::kLanes];
+      const int block = smaller(Simd::kLanes, pixels - p);
+      load_pixels(x + c * map.stride_c + p * map.stride_s, map, channels, block, transform,
+                  first_channel + c, p, v);
+      W::write(v, block, static_cast<float*>(panel) + p / W::kPerStep * kPanelPixels + c);
+    }
+  }
+}
+
+template <class W, class T>
+void pack_rows(const MapView& map, int channels, int64_t pixels, void* panels) {
+  static_assert(Simd::kLanes == 2 * kPanelRows);
+  const T* x = static_cast<const T*>(map.data);
+  const int64_t panel_floats = (pixels + W::kPerStep - 1) / W::kPerStep * kPanelRows;
+  const Transform none{};
+  for (int c = 0; c < channels; c += Simd::kLanes) {
+    const int rows = smaller(Simd::kLanes, channels - c);
+    float* low = static_cast<float*>(panels) + c / kPanelRows * panel_floats;
+    for (int64_t p = 0; p < pixels; p += Simd::kLanes) {
+      Simd::Floats v[Simd::kLanes];
+      float words[Simd::kLanes * kPanelPixels];
+      const int block = smaller(Simd::kLanes, pixels - p);
+      load_pixels(x + c * map.stride_c + p * map.stride_s, map, rows, block, none, 0, 0, v);
+      W::write(v, block, words);
+      const int steps = (block + W::kPerStep - 1) / W::kPerStep;
+      float* to = low + p / W::kPerStep * kPanelRows;
+      for (int s = 0; s < steps; ++s) {
+        const float* from = words + s * kPanelPixels;
+        memcpy(to + s * kPanelRows, from, sizeof(float) * kPanelRows);
+        if (rows > kPanelRows) {
+          memcpy(to + panel_floats + s * kPanelRows, from + kPanelRows, sizeof(float) * kPanelRows);
+        }
+      }
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------- the register kernel
 
 template <class W, int kVectors>
 inline void multiply_panel(const float* weight, const float* panel, int64_t steps, bool accumulate,

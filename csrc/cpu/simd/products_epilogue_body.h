@@ -1,10 +1,20 @@
 // What is done with a block of sums, for any instruction set. Included after products_body.h.
 // All arithmetic is float32; results are rounded once, when they are stored.
 
-// Runs `op(row, pixel, sums, map)` over vectors of a block and stores what it returns. The map is read
-// only if it has data. `op.prepare(row, pixel, rows, pixels, v)` may fill v, what `op` gets as map.
+// Lanes past the last pixel hold what the scratch held before, and must not count in sums.
+inline Simd::Floats first_lanes(const Simd::Floats& value, int count) {
+  if (count == Simd::kLanes) return value;
+  float lanes[Simd::kLanes] = {};
+  Simd::store(lanes, value, count);
+  return Simd::load(lanes);
+}
+
+// Runs `op(row, pixel, sums, map)` over vectors of a block and stores what it returns. The map is
+// read only if it has data. `op.prepare(row, pixel, rows, pixels, v)` may fill v, what `op` gets as
+// map.
 template <class T, class Op>
-inline void each_block(const float* acc, int rows, int count, const MutableMapView& out, Op op) {
+inline void each_block(const float* acc, int rows, int count, const MutableMapView& out,
+                       const Op& op) {
   T* to = static_cast<T*>(out.data);
   for (int r = 0; r < rows; r += Simd::kLanes) {
     const int block = smaller(Simd::kLanes, rows - r);
@@ -21,27 +31,49 @@ inline void each_block(const float* acc, int rows, int count, const MutableMapVi
   }
 }
 
-// -------------------------------------------------------------------------------------------- affine
+// ------------------------------------------------------------------------------------------ affine
 
-struct AffineOp {
-  const Affine& affine;
-
-  // Rows of the sum of the resized maps.
-  void prepare(int row, int pixel, int rows, int pixels, Simd::Floats* v) const {
-    if (affine.resized_count == 0) return;
-    for (int p = 0; p < Simd::kLanes; ++p) v[p] = Simd::zero();
+// The sum of the resized maps, [pixel][kBlockRows].
+template <int kVectors>
+inline void sum_resized_vectors(const Affine& affine, int count, float* out) {
+  for (int p = 0; p < count; ++p) {
+    Simd::Floats sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) sum[v] = Simd::zero();
     for (int m = 0; m < affine.resized_count; ++m) {
-      const float* data = affine.resized[m].data + row;
-      const Taps* taps = affine.resized[m].taps + pixel;
-      for (int p = 0; p < pixels; ++p) {
-        for (int t = 0; t < 4; ++t) {
-          const float* at = data + taps[p].offset[t];
-          const Simd::Floats value =
-              rows == Simd::kLanes ? Simd::load(at) : Simd::load(at, rows);
-          v[p] = Simd::fma(value, Simd::set(taps[p].weight[t]), v[p]);
+      const Taps& taps = affine.resized[m].taps[p];
+      for (int t = 0; t < 4; ++t) {
+        const float* at = affine.resized[m].data + taps.offset[t];
+        const Simd::Floats weight = Simd::set(taps.weight[t]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          sum[v] = Simd::fma(Simd::load(at + v * Simd::kLanes), weight, sum[v]);
         }
       }
     }
+    for (int v = 0; v < kVectors; ++v) {
+      Simd::store(out + p * kBlockRows + v * Simd::kLanes, sum[v]);
+    }
+  }
+}
+
+struct AffineOp {
+  const Affine& affine;
+  float resized_sum[kPanelPixels * kBlockRows];
+
+  AffineOp(const Affine& what, int rows, int count) : affine(what) {
+    if (affine.resized_count == 0) return;
+    if (rows <= Simd::kLanes) {
+      sum_resized_vectors<1>(affine, count, resized_sum);
+    } else {
+      sum_resized_vectors<kBlockRows / Simd::kLanes>(affine, count, resized_sum);
+    }
+  }
+
+  void prepare(int row, int pixel, int, int pixels, Simd::Floats* v) const {
+    if (affine.resized_count == 0) return;
+    const float* from = resized_sum + pixel * kBlockRows + row;
+    for (int p = 0; p < pixels; ++p) v[p] = Simd::load(from + p * kBlockRows);
+    for (int p = pixels; p < Simd::kLanes; ++p) v[p] = Simd::zero();
     Simd::transpose(v);
   }
 
@@ -57,12 +89,27 @@ struct AffineOp {
 template <class T>
 void store_affine(const float* acc, int rows, int count, const Affine& affine,
                   const MutableMapView& out) {
-  each_block<T>(acc, rows, count, out, AffineOp{affine});
+  each_block<T>(acc, rows, count, out, AffineOp(affine, rows, count));
+}
+
+void add_resized(float* acc, int rows, int count, const Affine& affine) {
+  if (affine.resized_count == 0) return;
+  const AffineOp op(affine, rows, count);
+  for (int r = 0; r < rows; r += Simd::kLanes) {
+    for (int p = 0; p < count; p += Simd::kLanes) {
+      Simd::Floats v[Simd::kLanes];
+      op.prepare(r, p, 0, smaller(Simd::kLanes, count - p), v);
+      for (int i = 0; i < smaller(Simd::kLanes, rows - r); ++i) {
+        float* at = acc + (r + i) * kPanelPixels + p;
+        Simd::store(at, Simd::add(Simd::load(at), v[i]));
+      }
+    }
+  }
 }
 
 template <class W>
 void affine_to_panel(const float* acc, int rows, int count, const Affine& affine, void* panel) {
-  const AffineOp op{affine};
+  const AffineOp op(affine, rows, count);
   for (int r = 0; r < rows; r += Simd::kLanes) {
     const int block = smaller(Simd::kLanes, rows - r);
     for (int p = 0; p < count; p += Simd::kLanes) {
@@ -76,11 +123,11 @@ void affine_to_panel(const float* acc, int rows, int count, const Affine& affine
   }
 }
 
-// --------------------------------------------------------------------------------------- interpolate
+// ------------------------------------------------------------------------------------- combination
 
 template <class T>
-struct InterpolateOp {
-  const float* gate;
+struct CombineOp {
+  const Combination& how;
   const MapView& map;
 
   void prepare(int row, int pixel, int rows, int pixels, Simd::Floats* v) const {
@@ -89,18 +136,19 @@ struct InterpolateOp {
   }
 
   Simd::Floats operator()(int row, int, Simd::Floats sum, const Simd::Floats& x) const {
-    const Simd::Floats a = Simd::set(gate[row]);
-    return Simd::fma(a, x, Simd::mul(Simd::set(1.0f - gate[row]), sum));
+    if (how.acc_scale != nullptr) sum = Simd::mul(Simd::set(how.acc_scale[row]), sum);
+    sum = Simd::fma(Simd::set(how.map_scale[row]), x, sum);
+    return how.shift == nullptr ? sum : Simd::add(sum, Simd::set(how.shift[row]));
   }
 };
 
 template <class T>
-void interpolate(const float* acc, int rows, int count, const float* gate, const MapView& map,
-                 const MutableMapView& out) {
-  each_block<T>(acc, rows, count, out, InterpolateOp<T>{gate, map});
+void combine(const float* acc, int rows, int count, const Combination& how, const MapView& map,
+             const MutableMapView& out) {
+  each_block<T>(acc, rows, count, out, CombineOp<T>{how, map});
 }
 
-// -------------------------------------------------------------------------------------------- fusion
+// ------------------------------------------------------------------------------------------ fusion
 
 template <class T>
 struct FusionOp {
@@ -139,36 +187,8 @@ void fuse(const float* acc, int rows, int count, const Fusion& fusion, const Map
       for (int i = 0; i < block; ++i) {
         const Simd::Floats value =
             op(r + i, p, Simd::load(acc + (r + i) * kPanelPixels + p), v[i]);
-        // Lanes past the last pixel hold what the scratch held before: they must not count.
-        float lanes[Simd::kLanes] = {};
-        Simd::store(lanes, value, pixels);
-        fusion.sums[r + i] += Simd::reduce_add(Simd::load(lanes));
+        fusion.sums[r + i] += Simd::reduce_add(first_lanes(value, pixels));
       }
     }
   }
-}
-
-// --------------------------------------------------------------------------------------------- table
-
-template <class W>
-constexpr void add_words(Products* table, Words words) {
-  const int i = static_cast<int>(words);
-  table->pack[i][0] = pack<W, float>;
-  table->pack[i][1] = pack<W, BFloat16>;
-  table->pack[i][2] = pack<W, Half>;
-  table->multiply[i] = multiply<W>;
-  table->affine_to_panel[i] = affine_to_panel<W>;
-}
-
-constexpr Products table_of_floats() {
-  Products table{kPanelRows,
-                 kPanelPixels,
-                 {},
-                 {},
-                 {store_affine<float>, store_affine<BFloat16>, store_affine<Half>},
-                 {},
-                 {interpolate<float>, interpolate<BFloat16>, interpolate<Half>},
-                 {fuse<float>, fuse<BFloat16>, fuse<Half>}};
-  add_words<Floats>(&table, Words::kFloats);
-  return table;
 }

@@ -1,6 +1,6 @@
 // Words of two bfloat16, multiplied and added by one instruction of AVX512-BF16. Included after
-// products_body.h where the target has it. Subnormal bfloat16 count as zero there; products are exact,
-// sums float32.
+// products_body.h where the target has it. Subnormal bfloat16 count as zero there; products are
+// exact, sums float32.
 
 struct Pairs {
   using Vector = __m512i;

@@ -9,6 +9,8 @@ constexpr int kPanelRows = 4, kPanelVectors = 1;
 
 #include "products_epilogue_body.h"
 
+#include "products_gradient_body.h"
+
 constexpr Products kTable = table_of_floats();
 
 #include "target_end.h"
