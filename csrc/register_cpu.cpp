@@ -11,6 +11,8 @@ STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("channel_statistics_backward", TORCH_BOX(&ciema::cpu::channel_statistics_backward));
   m.impl("coordinate_attention_pack", TORCH_BOX(&ciema::cpu::coordinate_attention_pack));
   m.impl("coordinate_attention_packed", TORCH_BOX(&ciema::cpu::coordinate_attention_packed));
+  m.impl("coordinate_attention_backward",
+         TORCH_BOX(&ciema::cpu::coordinate_attention_backward));
   m.impl("cross_spatial_pack", TORCH_BOX(&ciema::cpu::cross_spatial_pack));
   m.impl("cross_spatial_packed", TORCH_BOX(&ciema::cpu::cross_spatial_packed));
   m.impl("coordinate_cross_spatial_packed",

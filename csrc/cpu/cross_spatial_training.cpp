@@ -186,15 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
                     kernels.backward(all.of(g), weights, out, scratch);
                   }
                 });
-  const float* const share = data_of(shares);
-  float* const sums = data_of(total);
-  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double sum = 0.0;
-      for (int64_t g = 0; g < groups; ++g) sum += share[g * count + i];
-      sums[i] = static_cast<float>(sum);
-    }
-  });
+  add_shares(data_of(shares), groups, count, 0, count, data_of(total));
   return {grad_e, grad_h, grad_v, grad_mean, grad_rstd, total};
 }
 

@@ -13,7 +13,6 @@ import torch
 
 from . import cpu_slabs, native
 from .backend import Backend
-from .reference import coordinate_attention
 
 
 def _load() -> native.NativeLibrary:
@@ -30,7 +29,7 @@ LIBRARY = _load()
 KERNELS: Mapping[str, Callable[..., object]] = {
     **native.kernels(),
     "coordinate_attention": cpu_slabs.coordinate_attention,
-    "coordinate_attention_backward": coordinate_attention.backward,
+    "coordinate_attention_backward": cpu_slabs.coordinate_attention_backward,
     "cross_spatial": cpu_slabs.cross_spatial,
     "cross_spatial_backward": cpu_slabs.cross_spatial_backward,
 }

@@ -32,6 +32,9 @@ SCHEMAS = (
     "coordinate_attention_pack(Tensor weight, Tensor bias) -> Tensor",
     "coordinate_attention_packed(Tensor e, Tensor gate, int groups, float eps)"
     " -> (Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd)",
+    "coordinate_attention_backward(Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean,"
+    " Tensor grad_rstd, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
+    " Tensor weight, int groups) -> (Tensor grad_e, Tensor grad_weight, Tensor grad_bias)",
     "cross_spatial_pack(Tensor gn_weight, Tensor gn_bias, Tensor conv3x3_weight,"
     " Tensor conv3x3_bias, Tensor spatial_conv1_weight, Tensor spatial_conv3_weight,"
     " Tensor spatial_conv5_weight, Tensor attention_weight, Tensor attention_bn_weight,"
