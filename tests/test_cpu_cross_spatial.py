@@ -267,9 +267,11 @@ def test_gradients_for_every_number_of_channels_and_size_of_map(op, channels):
         )
         for mine, its in zip(outputs, want_outputs, strict=True):
             assert error(mine, its) <= 1e-5, (sizes, training)
+        # Batch norm makes ±1 of two values: what is left of a gradient is eps's and rounding's.
+        limit = 1e-3 if training and height * width == 1 else tolerance(torch.float32)[1]
         for name, mine, its in zip(OPS[op].gradients, got, want, strict=True):
             assert mine.shape == its.shape
-            assert error(mine, its) <= tolerance(torch.float32)[1], (name, sizes, training)
+            assert error(mine, its) <= limit, (name, sizes, training)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "channel_slice"])

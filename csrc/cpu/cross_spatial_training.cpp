@@ -33,7 +33,7 @@ CrossSpatialParameters read_parameters(const std::vector<Tensor>& all, int64_t c
   for (size_t i = 0; i < at.size(); ++i) at[i] = float_values(all[i], names[i], sizes[i]);
   return {at[0], at[1],   at[2],   at[3],  at[4],  at[5],  at[6],   at[7],   at[8],  at[9],
           nullptr, nullptr, at[10], at[11], at[12], nullptr, nullptr, at[13], at[14], attention_eps,
-          reduce_eps};
+          reduce_eps, nullptr};
 }
 
 Tensor pack_parameters(const Tensor& e, const CrossSpatialParameters& parameters, int64_t c,
@@ -64,7 +64,7 @@ struct Groups {
         attention_eps(attention),
         reduce_eps(reduce) {}
 
-  CrossSpatialShape shape() const { return {slabs.channels, height, width, kWinogradForm}; }
+  CrossSpatialShape shape() const { return {slabs.channels, height, width, kWinogradForm, nullptr}; }
   TrainingGroup of(int64_t g) const {
     const int64_t at = g * slabs.channels;
     return {shape(),

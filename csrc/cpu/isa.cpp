@@ -16,17 +16,19 @@ std::vector<InstructionSet> find_available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (avx512) {
     found.push_back({"avx512", &kAvx512ChannelStatistics, &kAvx512CoordinateAttention,
-                     &kAvx512CrossSpatial, &kAvx512CrossSpatialTraining});
+                     &kAvx512CrossSpatial, &kAvx512CrossSpatialTraining,
+                     bf16 ? &kAvx512CrossSpatialBf16 : nullptr});
   }
   if (avx2) {
     found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2CoordinateAttention,
-                     &kAvx2CrossSpatial, &kAvx2CrossSpatialTraining});
+                     &kAvx2CrossSpatial, &kAvx2CrossSpatialTraining, nullptr});
   }
 #endif
   found.push_back({"portable", &kPortableChannelStatistics, &kPortableCoordinateAttention,
-                   &kPortableCrossSpatial, &kPortableCrossSpatialTraining});
+                   &kPortableCrossSpatial, &kPortableCrossSpatialTraining, nullptr});
   return found;
 }
 

@@ -16,6 +16,7 @@ struct InstructionSet {
   const CoordinateAttention* coordinate_attention;
   const CrossSpatial* cross_spatial;
   const CrossSpatialTraining* cross_spatial_training;
+  const CrossSpatialBf16* cross_spatial_bf16;  // null where the processor has no such product
 };
 
 // Chosen once, when first asked (FUSED_CPU_ISA is read then). Throws with the reason if the
