@@ -5,6 +5,7 @@
 #include "cpu/channel_statistics.h"
 #include "cpu/coordinate_attention.h"
 #include "cpu/cross_spatial.h"
+#include "cpu/cross_spatial_training.h"
 #include "cpu/gated_fusion.h"
 #include "cpu/msff.h"
 #include "cpu/product_gradient.h"
@@ -17,10 +18,14 @@ STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("channel_statistics_backward", TORCH_BOX(&ciema::cpu::channel_statistics_backward));
   m.impl("coordinate_attention_pack", TORCH_BOX(&ciema::cpu::coordinate_attention_pack));
   m.impl("coordinate_attention_packed", TORCH_BOX(&ciema::cpu::coordinate_attention_packed));
+  m.impl("coordinate_attention_backward",
+         TORCH_BOX(&ciema::cpu::coordinate_attention_backward));
   m.impl("cross_spatial_pack", TORCH_BOX(&ciema::cpu::cross_spatial_pack));
   m.impl("cross_spatial_packed", TORCH_BOX(&ciema::cpu::cross_spatial_packed));
   m.impl("coordinate_cross_spatial_packed",
          TORCH_BOX(&ciema::cpu::coordinate_cross_spatial_packed));
+  m.impl("cross_spatial_train", TORCH_BOX(&ciema::cpu::cross_spatial_train));
+  m.impl("cross_spatial_backward", TORCH_BOX(&ciema::cpu::cross_spatial_backward));
   m.impl("pack_product_weight", TORCH_BOX(&ciema::cpu::pack_product_weight));
   m.impl("product_gradient", TORCH_BOX(&ciema::cpu::product_gradient));
   m.impl("pointwise_packed", TORCH_BOX(&ciema::cpu::pointwise_packed));

@@ -6,6 +6,7 @@
 #include "simd/channel_statistics.h"
 #include "simd/coordinate_attention.h"
 #include "simd/cross_spatial.h"
+#include "simd/cross_spatial_training.h"
 #include "simd/products.h"
 #include "simd/separable.h"
 
@@ -16,6 +17,8 @@ struct InstructionSet {
   const ChannelStatistics* channel_statistics;
   const CoordinateAttention* coordinate_attention;
   const CrossSpatial* cross_spatial;
+  const CrossSpatialTraining* cross_spatial_training;
+  const CrossSpatialBf16* cross_spatial_bf16;  // null where the processor has no such product
   const Products* products;
   const Separable* separable;
 };

@@ -13,7 +13,6 @@ import torch
 
 from . import cpu_slabs, cpu_stages, native
 from .backend import Backend
-from .reference import coordinate_attention, cross_spatial_backward
 
 
 def _load() -> native.NativeLibrary:
@@ -31,9 +30,9 @@ KERNELS: Mapping[str, Callable[..., object]] = {
     **native.kernels(),
     **cpu_stages.KERNELS,
     "coordinate_attention": cpu_slabs.coordinate_attention,
-    "coordinate_attention_backward": coordinate_attention.backward,
+    "coordinate_attention_backward": cpu_slabs.coordinate_attention_backward,
     "cross_spatial": cpu_slabs.cross_spatial,
-    "cross_spatial_backward": cross_spatial_backward.backward,
+    "cross_spatial_backward": cpu_slabs.cross_spatial_backward,
 }
 
 

@@ -1,7 +1,7 @@
 """The grouped stages on the CPU: arguments of the ops made ready for the native slab kernels.
 
-In evaluation both forwards are native. Batch statistics in training and both backwards are the
-reference's, which keeps the same tensors.
+cross_spatial's "pooled" statistics, over all groups and both branches, are the reference's, forward
+and backward; it keeps the same tensors.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ import torch
 
 from . import native
 from .reference import cross_spatial as reference
+from .reference import cross_spatial_backward as reference_backward
 
 _pack = native.kernel("cross_spatial_pack")
 _packed = native.kernel("cross_spatial_packed")
 _pack_gate = native.kernel("coordinate_attention_pack")
+_gates_backward = native.kernel("coordinate_attention_backward")
 _gates = native.kernel("coordinate_attention_packed")
 _both = native.kernel("coordinate_cross_spatial_packed")
+_train = native.kernel("cross_spatial_train")
+_backward = native.kernel("cross_spatial_backward")
+
+# Where the running statistics stand among the op's nineteen parameters, gn_weight … alpha.
+_RUNNING = (10, 11, 15, 16)
 
 
 def _floats(values: torch.Tensor) -> torch.Tensor:
@@ -39,6 +46,14 @@ def coordinate_attention(
         e, pack_coordinate_attention(weight, bias), groups, eps
     )
     return results
+
+
+def coordinate_attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    """Arguments and results of the op `coordinate_attention_backward`."""
+    e, (weight, bias, groups) = args[4], args[9:]
+    grads, vectors = ([_floats(value) for value in args[i : i + 4]] for i in (0, 5))
+    grad_e, grad_weight, grad_bias = _gates_backward(*grads, e, *vectors, _floats(weight), groups)
+    return grad_e, grad_weight.reshape(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)
 
 
 def pack_cross_spatial(
@@ -80,15 +95,44 @@ def both_stages(
     return w
 
 
+def _trained(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [p for i, p in enumerate(parameters) if i not in _RUNNING]
+
+
 def cross_spatial(*args: Any) -> tuple[torch.Tensor, ...]:
     """Arguments and results of the op `cross_spatial`."""
-    e, *vectors = args[:5]
-    parameters = args[5:24]
-    groups, training, _, attention_eps, reduce_eps = args[24:]
-    if training:
+    e, parameters = args[0], args[5:24]
+    vectors = [_floats(vector) for vector in args[1:5]]
+    groups, training, bn_statistics, *eps = args[24:]
+    if training and bn_statistics == "pooled":
         return reference.forward(*args)
-    packed = pack_cross_spatial(parameters, attention_eps, reduce_eps, (e.shape[2], e.shape[3]))
-    results = _packed(e, *(_floats(vector) for vector in vectors), packed, groups)
+    results: tuple[torch.Tensor, ...]
+    if training:
+        trained = [_floats(p) for p in _trained(parameters)]
+        results = _train(e, *vectors, trained, groups, *eps)
+        return results
+    packed = pack_cross_spatial(parameters, *eps, size=(e.shape[2], e.shape[3]))
+    results = _packed(e, *vectors, packed, groups)
     c = e.shape[1] // groups
     none = [torch.empty(0, n, device=e.device) for n in (3 * c, 3 * c, c, c)]
     return (*results, *none)
+
+
+def cross_spatial_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    """Arguments and results of the op `cross_spatial_backward`."""
+    grad_w, e, w, parameters = args[0], args[1], args[6], args[13:32]
+    vectors = [_floats(vector) for vector in args[2:6]]
+    softmaxes, statistics = args[7:9], args[9:13]
+    groups, training, bn_statistics, *eps = args[32:]
+    if training and bn_statistics == "pooled":
+        return reference_backward.backward(*args)
+    if not training:
+        statistics = tuple(_floats(parameters[i]) for i in _RUNNING)
+    trained = _trained(parameters)
+    *grads, flat = _backward(
+        *(_floats(grad_w), e, *vectors, _floats(w), *softmaxes, *statistics),
+        *([_floats(p) for p in trained], groups, not training, *eps),
+    )
+    shares = flat.split([p.numel() for p in trained])
+    pairs = zip(shares, trained, strict=True)
+    return (*grads, *(share.reshape(p.shape).to(p.dtype) for share, p in pairs))

@@ -32,6 +32,9 @@ SCHEMAS = (
     "coordinate_attention_pack(Tensor weight, Tensor bias) -> Tensor",
     "coordinate_attention_packed(Tensor e, Tensor gate, int groups, float eps)"
     " -> (Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd)",
+    "coordinate_attention_backward(Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean,"
+    " Tensor grad_rstd, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
+    " Tensor weight, int groups) -> (Tensor grad_e, Tensor grad_weight, Tensor grad_bias)",
     "cross_spatial_pack(Tensor gn_weight, Tensor gn_bias, Tensor conv3x3_weight,"
     " Tensor conv3x3_bias, Tensor spatial_conv1_weight, Tensor spatial_conv3_weight,"
     " Tensor spatial_conv5_weight, Tensor attention_weight, Tensor attention_bn_weight,"
@@ -43,6 +46,16 @@ SCHEMAS = (
     " Tensor packed, int groups) -> (Tensor w, Tensor softmax1, Tensor softmax2)",
     "coordinate_cross_spatial_packed(Tensor e, Tensor gate, float eps, Tensor packed, int groups)"
     " -> Tensor w",
+    "cross_spatial_train(Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
+    " Tensor[] parameters, int groups, float attention_eps, float reduce_eps) -> (Tensor w,"
+    " Tensor softmax1, Tensor softmax2, Tensor attention_mean, Tensor attention_var,"
+    " Tensor reduce_mean, Tensor reduce_var)",
+    "cross_spatial_backward(Tensor grad_w, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean,"
+    " Tensor rstd, Tensor w, Tensor softmax1, Tensor softmax2, Tensor attention_mean,"
+    " Tensor attention_var, Tensor reduce_mean, Tensor reduce_var, Tensor[] parameters,"
+    " int groups, bool constants, float attention_eps, float reduce_eps) -> (Tensor grad_e,"
+    " Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean, Tensor grad_rstd,"
+    " Tensor grad_parameters)",
     # Products on the CPU (csrc/cpu/products.cpp). A packed weight is bytes for this processor;
     # `bfloat16` says that its maps will be. Vectors are float32, maps float32, bfloat16 or
     # float16; an output has the dtype and the memory format of the first map.

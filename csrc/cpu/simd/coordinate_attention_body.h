@@ -76,6 +76,11 @@ struct StoreSigmoid {
   }
 };
 
+// u = e alpha_h alpha_w, rounded as the reference rounds it: a single pixel's u - mean is zero.
+CIEMA_INLINE Floats gated(Floats e, Floats row, Floats column) {
+  return Simd::mul(Simd::mul(e, row), column);
+}
+
 // Sum over the map of u, or of (u - mean)^2; one vector of channels.
 template <bool kCentred>
 inline Floats sum_of_u(const Frame& f, const float* map, const Gates& gates, int64_t c,
@@ -90,20 +95,16 @@ inline Floats sum_of_u(const Frame& f, const float* map, const Gates& gates, int
     for (; x + 4 <= f.width; x += 4) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Floats value = Simd::mul(Simd::load(pixel + (x + i) * f.cp),
-                                       Simd::load(column + (x + i) * f.cp));
-        if constexpr (kCentred) {
-          const Floats off = Simd::sub(Simd::mul(value, row), mean);
-          sums[i] = Simd::fma(off, off, sums[i]);
-        } else {
-          sums[i] = Simd::fma(value, row, sums[i]);
-        }
+        const Floats u = gated(Simd::load(pixel + (x + i) * f.cp), row,
+                               Simd::load(column + (x + i) * f.cp));
+        const Floats off = Simd::sub(u, mean);
+        sums[i] = kCentred ? Simd::fma(off, off, sums[i]) : Simd::add(sums[i], u);
       }
     }
     for (; x < f.width; ++x) {
-      const Floats value = Simd::mul(Simd::load(pixel + x * f.cp), Simd::load(column + x * f.cp));
-      const Floats off = Simd::sub(Simd::mul(value, row), mean);
-      sums[0] = kCentred ? Simd::fma(off, off, sums[0]) : Simd::fma(value, row, sums[0]);
+      const Floats u = gated(Simd::load(pixel + x * f.cp), row, Simd::load(column + x * f.cp));
+      const Floats off = Simd::sub(u, mean);
+      sums[0] = kCentred ? Simd::fma(off, off, sums[0]) : Simd::add(sums[0], u);
     }
     total = Simd::add(total, Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
   }
@@ -148,20 +149,21 @@ inline void load_gates(const float* alpha_h, const float* alpha_w, const float* 
   }
 }
 
-// e becomes x1 = GN(e alpha_h alpha_w), in place. gn_weight and gn_bias are zero in the padding.
+// x1 = GN(e alpha_h alpha_w), maybe in place. gn_weight and gn_bias are zero in the padding.
 inline void normalise_map(const Gates& gates, const float* gn_weight, const float* gn_bias,
-                          const Frame& f, float* map) {
+                          const Frame& f, const float* e, float* x1) {
   for (int64_t c = 0; c < f.cp; c += kLanes) {
     const Floats slope = Simd::mul(Simd::load(gates.rstd + c), Simd::load(gn_weight + c));
     const Floats start = Simd::sub(Simd::load(gn_bias + c),
                                    Simd::mul(Simd::load(gates.mean + c), slope));
     for (int64_t y = 0; y < f.height; ++y) {
       const Floats row = Simd::mul(Simd::load(gates.rows + y * f.cp + c), slope);
-      float* pixel = map + f.at(y, 0) + c;
       const float* column = gates.columns + c;
-      for (int64_t x = 0; x < f.width; ++x, pixel += f.cp, column += f.cp) {
+      const int64_t first = f.at(y, 0) + c;
+      for (int64_t x = 0; x < f.width; ++x, column += f.cp) {
+        const int64_t pixel = first + x * f.cp;
         const Floats gate = Simd::mul(row, Simd::load(column));
-        Simd::store(pixel, Simd::fma(Simd::load(pixel), gate, start));
+        Simd::store(x1 + pixel, Simd::fma(Simd::load(e + pixel), gate, start));
       }
     }
   }

@@ -12,15 +12,20 @@
 //          tiles (Winograd form) or of the map (direct form).
 // Bytes    e is read and w written once; scratch is about 2.6 MB at c = 32, 56x56, of which a chunk
 //          of tiles (transformed, product, features) stays in a core's second-level cache.
+// bfloat16 the attention product takes bfloat16 operands where the map is bfloat16 and the processor
+//          multiplies it (cross_spatial_bf16_body.h).
 // Sums     float32, means over pixels as sums of chunks' sums, softmax's kernel vectors likewise.
 
 #include "slab_products_body.h"
 #include "winograd_body.h"
+#include "packing_body.h"
 #include "cross_spatial_weights_body.h"
 #include "slab_frame_body.h"
 #include "slab_tiles_body.h"
 #include "slab_direct_body.h"
 #include "coordinate_attention_body.h"
+#include "slab_rows_body.h"
+#include "attend_body.h"
 
 struct Work {
   Frame frame;
@@ -31,6 +36,7 @@ struct Work {
   float* rows1;    // (pixels, 4cp): A f, X of branch 1
   float* rows2;    // (chunk, 4cp)
   float* features; // (chunk, 3cp)
+  float* halves;   // features in bfloat16
   float* gates;
   float* pooled;
   float* logits;   // (pixels)
@@ -58,6 +64,7 @@ struct Work {
     features = take(kChunkPixels * 3 * f.cp);
     tiles.in = take(tiled ? tiles.size_in() : 0);
     tiles.out = take(tiled ? tiles.size_out() : 0);
+    halves = take(shape.bf16 != nullptr ? shape.bf16->scratch_size(f.c, kChunkPixels) : 0);
     gates = take(Gates::size(f));
     pooled = take(Gates::size(f));
     logits = take(pixels);
@@ -70,87 +77,34 @@ struct Work {
 
 // ------------------------------------------------------------------------- attention and readout
 
-// rows = sigmoid(sum + bias) * features
-struct Attend {
-  const float* bias;
-  const float* features;
-  int64_t stride_features;
-  float* rows;
-  int64_t stride_rows;
-
-  template <int M, int N>
-  CIEMA_INLINE void operator()(const Floats (&sum)[M][N], int64_t row, int64_t vector) const {
-    for (int m = 0; m < M; ++m) {
-      const float* f = features + (row + m) * stride_features + vector * kLanes;
-      float* out = rows + (row + m) * stride_rows + vector * kLanes;
-      for (int n = 0; n < N; ++n) {
-        const Floats logit = Simd::add(sum[m][n], Simd::load(bias + (vector + n) * kLanes));
-        Simd::store(out + n * kLanes, Simd::mul(sigmoid(logit), Simd::load(f + n * kLanes)));
-      }
-    }
-  }
-};
-
-inline void attend(const Work& work, const Packed& weights, int64_t count, float* rows) {
+inline void attend(const CrossSpatialShape& shape, const Work& work, const Packed& weights,
+                   int64_t count, float* rows) {
   const int64_t c = work.frame.c, cp = work.frame.cp;
   product({rows + 3 * cp, 4 * cp, kOneTap, c}, count, weights.spatial1, cp / kLanes,
           Store{work.features, 3 * cp});
+  if (shape.bf16 != nullptr) {
+    shape.bf16->attend(c, weights.attention_bf16, weights.attention_bias, work.features, count,
+                       rows, 4 * cp, work.halves);
+    return;
+  }
   const Tap sections[3] = {{0, 0}, {cp, 1}, {2 * cp, 2}};
   product({work.features, 3 * cp, {sections, 3, 3}, c}, count, weights.attention, 3 * cp / kLanes,
           Attend{weights.attention_bias, work.features, 3 * cp, rows, 4 * cp});
 }
 
-inline void add_rows(const float* rows, int64_t count, int64_t columns, float* sum) {
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    Floats even = Simd::zero(), odd = Simd::zero();
-    int64_t i = 0;
-    for (; i + 2 <= count; i += 2) {
-      even = Simd::add(even, Simd::load(rows + i * columns + c));
-      odd = Simd::add(odd, Simd::load(rows + (i + 1) * columns + c));
-    }
-    if (i < count) even = Simd::add(even, Simd::load(rows + i * columns + c));
-    Simd::store(sum + c, Simd::add(Simd::load(sum + c), Simd::add(even, odd)));
-  }
-}
-
-inline float dot(const float* a, const float* b, int64_t columns) {
-  Floats sum = Simd::zero();
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    sum = Simd::fma(Simd::load(a + c), Simd::load(b + c), sum);
-  }
-  return Simd::reduce_add(sum);
-}
-
-// logits[i] += vector . rows[i] + constant
-inline void read_out(const float* rows, int64_t count, int64_t columns, const float* vector,
-                     float constant, float* logits) {
-  for (int64_t i = 0; i < count; ++i) {
-    logits[i] += dot(rows + i * columns, vector, columns) + constant;
-  }
-}
-
 // From work.mean: s = softmax(mean y) and work.vector = R^T s. Returns s . r.
 inline float soften(const Work& work, const Packed& weights, float* softmax) {
   const int64_t c = work.frame.c, columns = 4 * work.frame.cp;
-  float* y = work.y;
-  float most = lowest(), total = 0.0f, constant = 0.0f;
   for (int64_t o = 0; o < c; ++o) {
-    y[o] = dot(weights.readout + o * columns, work.mean, columns) + weights.readout_bias[o];
-    most = y[o] > most ? y[o] : most;
+    const float* row = weights.readout + o * columns;
+    work.y[o] = dot(row, work.mean, columns) + weights.readout_bias[o];
   }
-  for (int64_t o = 0; o < c; ++o) {
-    softmax[o] = expf(y[o] - most);
-    total += softmax[o];
-  }
+  take_softmax(work.y, c, softmax);
+  float constant = 0.0f;
   memset(work.vector, 0, static_cast<size_t>(columns) * sizeof(float));
   for (int64_t o = 0; o < c; ++o) {
-    softmax[o] /= total;
     constant += softmax[o] * weights.readout_bias[o];
-    const Floats share = Simd::set(softmax[o]);
-    for (int64_t i = 0; i < columns; i += kLanes) {
-      const Floats row = Simd::load(weights.readout + o * columns + i);
-      Simd::store(work.vector + i, Simd::fma(share, row, Simd::load(work.vector + i)));
-    }
+    add_scaled(softmax[o], weights.readout + o * columns, columns, work.vector);
   }
   return constant;
 }
@@ -171,8 +125,8 @@ inline void branch(const CrossSpatialShape& shape, const Work& work, const Packe
     } else {
       feature_pixels(f, map, weights.spatial3_direct, weights.spatial5_direct, start, count, to);
     }
-    attend(work, weights, count, rows);
-    add_rows(rows, count, columns, work.mean);
+    attend(shape, work, weights, count, rows);
+    add_rows(rows, columns, count, columns, work.mean);
     if (!first) read_out(rows, count, columns, work.vector, constant, work.logits + start);
   }
   const Floats share = Simd::set(1.0f / static_cast<float>(f.height * f.width));
@@ -181,41 +135,15 @@ inline void branch(const CrossSpatialShape& shape, const Work& work, const Packe
   }
 }
 
-template <class T>
-inline void store_gates(const float* logits, int64_t count, T* w) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) Simd::store(w + i, sigmoid(Simd::load(logits + i)));
-  if (i == count) return;
-  const int left = static_cast<int>(count - i);
-  Simd::store(w + i, sigmoid(Simd::load(logits + i, left)), left);
-}
-
 inline void write_gates(const CrossSpatialShape& shape, const Work& work,
                         const CrossSpatialSlab& slab) {
   const Frame& f = work.frame;
   const float* logits = work.logits;
   if (shape.form == kWinogradForm) {
-    for (int64_t y = 0; y < f.height; ++y) {
-      for (int64_t x = 0; x < f.width; ++x) {
-        const int64_t tile = y / kOutputs5 * f.tiles_x + x / kOutputs5;
-        const int64_t inside = y % kOutputs5 * kOutputs5 + x % kOutputs5;
-        work.plane[y * f.width + x] = work.logits[tile * kTilePixels + inside];
-      }
-    }
+    tiles_to_plane(f, work.logits, work.plane);
     logits = work.plane;
   }
-  const int64_t count = f.height * f.width;
-  switch (slab.map.element) {
-    case Element::kFloat:
-      store_gates(logits, count, static_cast<float*>(slab.w));
-      break;
-    case Element::kBFloat16:
-      store_gates(logits, count, static_cast<BFloat16*>(slab.w));
-      break;
-    case Element::kHalf:
-      store_gates(logits, count, static_cast<Half*>(slab.w));
-      break;
-  }
+  store_gates(logits, f.height * f.width, slab.map.element, slab.w);
 }
 
 inline int64_t scratch_size(const CrossSpatialShape& shape) {
@@ -246,7 +174,7 @@ inline void run_slab(const CrossSpatialShape& shape, const float* packed,
   } else {
     load_gates(slab.alpha_h, slab.alpha_w, slab.mean, slab.rstd, f, gates);
   }
-  normalise_map(gates, weights.gn_weight, weights.gn_bias, f, work.e);
+  normalise_map(gates, weights.gn_weight, weights.gn_bias, f, work.e, work.e);
   memset(work.logits, 0, static_cast<size_t>(work.pixels) * sizeof(float));
   branch(shape, work, weights, work.e, true, 0.0f);
   const float constant1 = soften(work, weights, slab.softmax1);

@@ -1,6 +1,6 @@
 // Weights of cross_spatial as its kernels read them: batch norms folded, the convolutions' kernels
 // transformed in float64, everything padded to whole vectors and cut into panels.
-// Included inside the namespace of an instruction-set file, after winograd_body.h.
+// Included inside the namespace of an instruction-set file, after packing_body.h.
 
 constexpr float kPackedMark = 5150.0f;  // first number of packed weights
 
@@ -18,6 +18,7 @@ struct Packed {
   float* spatial1;          // (c, c)
   float* attention;         // (3c, 3c), batch norm in it
   float* attention_bias;    // (3c)
+  float* attention_bf16;    // the same product's, in bfloat16
   float* readout;           // (c, 4c), rows of y: of A*f, batch norm in it, then of X, times alpha
   float* readout_bias;      // (c)
   int64_t size;
@@ -42,6 +43,7 @@ struct Packed {
     spatial1 = take(square);
     attention = take(9 * square);
     attention_bias = take(3 * padded(c));
+    attention_bf16 = take(9 * padded(c) * padded(c) / 2, (forms & kBf16Form) != 0);
     readout = take(4 * square);
     readout_bias = take(padded(c));
   }
@@ -59,38 +61,8 @@ inline bool is_packed(const float* packed, int64_t size, int64_t channels, int f
 }
 
 inline void pack_direct(const float* weight, int64_t c, int64_t taps, float* out) {
-  for (int64_t o = 0; o < c; ++o) {
-    const PackedColumn column(taps * c, padded(c) / kLanes, o);
-    for (int64_t i = 0; i < c; ++i) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        out[column.start + (tap * c + i) * column.step] = weight[(o * c + i) * taps + tap];
-      }
-    }
-  }
-}
-
-// One kernel's columns start at `first` of `vectors` vectors.
-inline void pack_winograd(const float* weight, int64_t c, int size, int r, int64_t first,
-                          int64_t vectors, float* out) {
-  double kernels[kMostTaps][kKernels], transformed[kPositions][kKernels];
-  const int64_t stride = c * vectors * kLanes, taps = size * size;
-  for (int64_t o = 0; o < c; o += kKernels) {  // kKernels divides the lanes: one panel has them all
-    const PackedColumn column(c, vectors, first + o);
-    const int64_t count = c - o < kKernels ? c - o : kKernels;
-    for (int64_t i = 0; i < c; ++i) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        for (int64_t k = 0; k < kKernels; ++k) {
-          kernels[tap][k] = k < count ? weight[((o + k) * c + i) * taps + tap] : 0.0;
-        }
-      }
-      kernel_transform(kernels, size, r, transformed);
-      float* at = out + column.start + i * column.step;
-      for (int p = 0; p < kPositions; ++p) {
-        for (int64_t k = 0; k < kKernels; ++k) {
-          at[p * stride + k] = static_cast<float>(transformed[p][k]);
-        }
-      }
-    }
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    pack_matrix(weight + tap, c, c * taps, taps, {taps * c, padded(c) / kLanes, tap * c, 0}, out);
   }
 }
 
@@ -100,6 +72,16 @@ inline double norm_scale(const float* weight, const float* var, int64_t i, doubl
 
 inline void pack_attention(const CrossSpatialParameters& p, int64_t c, const Packed& out) {
   const int64_t cp = padded(c);
+  if (out.attention_bf16 != nullptr) {  // the plain matrix lies where its packed form goes next
+    float* matrix = out.attention;
+    for (int64_t i = 0; i < 9 * c * c; ++i) {
+      const double scale = norm_scale(p.attention_bn_weight, p.attention_running_var, i / (3 * c),
+                                      p.attention_eps);
+      matrix[i] = static_cast<float>(scale * p.attention_weight[i]);
+    }
+    p.bf16->pack(matrix, c, out.attention_bf16);
+    memset(matrix, 0, static_cast<size_t>(9 * c * cp) * sizeof(float));
+  }
   for (int64_t o = 0; o < 3 * c; ++o) {
     const int64_t column = o / c * cp + o % c;
     const double scale = norm_scale(p.attention_bn_weight, p.attention_running_var, o,
@@ -141,9 +123,11 @@ inline void pack(const CrossSpatialParameters& p, int64_t c, int forms, float* p
   memcpy(out.conv3x3_bias, p.conv3x3_bias, bytes);
   const int64_t vectors = padded(c) / kLanes;
   if ((forms & kWinogradForm) != 0) {
-    pack_winograd(p.conv3x3_weight, c, 3, 3, 0, vectors, out.conv3x3_winograd);
-    pack_winograd(p.spatial_conv3_weight, c, 3, 5, 0, 2 * vectors, out.spatial_winograd);
-    pack_winograd(p.spatial_conv5_weight, c, 5, 5, padded(c), 2 * vectors, out.spatial_winograd);
+    pack_winograd(p.conv3x3_weight, c, 3, 3, false, {c, vectors, 0, 0}, out.conv3x3_winograd);
+    pack_winograd(p.spatial_conv3_weight, c, 3, 5, false, {c, 2 * vectors, 0, 0},
+                  out.spatial_winograd);
+    pack_winograd(p.spatial_conv5_weight, c, 5, 5, false, {c, 2 * vectors, 0, padded(c)},
+                  out.spatial_winograd);
   }
   if ((forms & kDirectForm) != 0) {
     pack_direct(p.conv3x3_weight, c, 9, out.conv3x3_direct);

@@ -83,6 +83,66 @@ inline void pack_map(const SlabMap& slab, const Frame& f, float* out) {
   }
 }
 
+template <class T>
+inline void unpack_planes(const float* map, const Frame& f, int64_t stride_c, int64_t stride_h,
+                          T* out) {
+  for (int64_t y = 0; y < f.height; ++y) {
+    for (int64_t x = 0; x < f.width; x += kLanes) {
+      const int pixels = static_cast<int>(f.width - x < kLanes ? f.width - x : kLanes);
+      const float* from = map + f.at(y, x);
+      for (int64_t c = 0; c < f.c; c += kLanes) {
+        Floats values[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          values[i] = i < pixels ? Simd::load(from + i * f.cp + c) : Simd::zero();
+        }
+        Simd::transpose(values);
+        for (int i = 0; i < kLanes && c + i < f.c; ++i) {
+          Simd::store(out + (c + i) * stride_c + y * stride_h + x, values[i], pixels);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+inline void unpack_pixels(const float* map, const Frame& f, int64_t stride_h, int64_t stride_w,
+                          T* out) {
+  for (int64_t y = 0; y < f.height; ++y) {
+    for (int64_t x = 0; x < f.width; ++x) {
+      const float* from = map + f.at(y, x);
+      T* to = out + y * stride_h + x * stride_w;
+      int64_t c = 0;
+      for (; c + kLanes <= f.c; c += kLanes) Simd::store(to + c, Simd::load(from + c));
+      if (c < f.c) Simd::store(to + c, Simd::load(from + c), static_cast<int>(f.c - c));
+    }
+  }
+}
+
+// A framed map to where slab.e points.
+template <class T>
+inline void unpack_map(const float* map, const Frame& f, const SlabMap& slab) {
+  T* out = static_cast<T*>(const_cast<void*>(slab.e));
+  if (slab.stride_w == 1) {
+    unpack_planes(map, f, slab.stride_c, slab.stride_h, out);
+  } else {
+    unpack_pixels(map, f, slab.stride_h, slab.stride_w, out);
+  }
+}
+
+inline void unpack_map(const float* map, const Frame& f, const SlabMap& slab) {
+  switch (slab.element) {
+    case Element::kFloat:
+      unpack_map<float>(map, f, slab);
+      break;
+    case Element::kBFloat16:
+      unpack_map<BFloat16>(map, f, slab);
+      break;
+    case Element::kHalf:
+      unpack_map<Half>(map, f, slab);
+      break;
+  }
+}
+
 inline void pack_map(const SlabMap& slab, const Frame& f, float* out) {
   switch (slab.element) {
     case Element::kFloat:

@@ -1,0 +1,57 @@
+// What each instruction set offers the stage cross_spatial in training: one table of functions.
+#pragma once
+
+#include "cross_spatial.h"
+
+namespace ciema::cpu {
+
+// The samples of one group: one task, because batch statistics are taken over them. Pointers are
+// sample 0's; samples lie groups * (elements of a slab) apart.
+struct TrainingGroup {
+  CrossSpatialShape shape;  // form is not looked at: training always goes by tiles
+  int64_t batch, groups;
+  SlabMap map;
+  int64_t sample_bytes;            // from sample to sample of e
+  const float *alpha_h, *alpha_w;  // (B, ., c, H), (B, ., c, W)
+  const float *mean, *rstd;        // (B, ., c)
+  double attention_eps, reduce_eps;
+};
+
+struct TrainingForward {
+  void* w;                               // (B, ., H, W), of e's type
+  float *softmax1, *softmax2;            // (B, ., c)
+  float *attention_mean, *attention_var; // (2, 3c), of the two branches
+  float *reduce_mean, *reduce_var;       // (2, c)
+};
+
+struct TrainingBackward {
+  const float *grad_w, *w;                     // (B, ., H, W)
+  const float *softmax1, *softmax2;            // (B, ., c)
+  const float *attention_mean, *attention_var; // (2, 3c), or (1, 3c) of constants
+  const float *reduce_mean, *reduce_var;       // (2, c), or (1, c)
+  bool constants;                              // evaluation: statistics carry no gradient
+  SlabMap grad_e;                              // written; strides as e's, contiguous
+  int64_t grad_sample_bytes;
+  float *grad_alpha_h, *grad_alpha_w, *grad_mean, *grad_rstd;  // as the vectors
+  float* parameters;  // this group's share, in the order of gradient_size
+};
+
+struct CrossSpatialTraining {
+  int64_t (*packed_size)(int64_t channels, bool backward);
+  void (*pack)(const CrossSpatialParameters& parameters, int64_t channels, bool backward,
+               float* packed);
+  int64_t (*forward_scratch)(const CrossSpatialShape& shape, int64_t batch);
+  int64_t (*backward_scratch)(const CrossSpatialShape& shape, int64_t batch);
+  void (*forward)(const TrainingGroup& group, const float* packed, const TrainingForward& out,
+                  float* scratch);
+  void (*backward)(const TrainingGroup& group, const float* packed, const TrainingBackward& out,
+                   float* scratch);
+};
+
+extern const CrossSpatialTraining kPortableCrossSpatialTraining;
+#ifdef CIEMA_X86_SIMD
+extern const CrossSpatialTraining kAvx2CrossSpatialTraining;
+extern const CrossSpatialTraining kAvx512CrossSpatialTraining;
+#endif
+
+}  // namespace ciema::cpu
