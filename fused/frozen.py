@@ -7,6 +7,7 @@ saved; it is made again when a weight has changed (loading, moving) and after un
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -138,13 +139,18 @@ class Frozen(nn.Module):
 
 
 def guarded(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A frozen module's public method of one argument: guarded, without gradients, never traced."""
+    """A public method of one argument: guarded, untraced, without gradients and autocast."""
 
     @torch.compiler.disable
     @functools.wraps(method)
     def call(self: Frozen, x: Any) -> Any:
-        self.guard(*(x if isinstance(x, (list, tuple)) else (x,)))
-        with torch.no_grad():
+        inputs = x if isinstance(x, (list, tuple)) else (x,)
+        self.guard(*inputs)
+        devices = {one.device.type for one in inputs if isinstance(one, torch.Tensor)}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for device in filter(torch.is_autocast_enabled, devices):
+                stack.enter_context(torch.autocast(device, enabled=False))
             return method(self, x)
 
     return call
