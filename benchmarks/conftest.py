@@ -12,6 +12,7 @@ import torch
 
 from fused.backends import cpu, native
 
+from . import table
 from .measure import case_of
 from .providers import PROVIDERS, SLOW_PROVIDERS, Provider
 from .stages import MODES, SHAPES, Case
@@ -19,7 +20,7 @@ from .stages import MODES, SHAPES, Case
 CHOICES = {
     "tiny": ("tiny",),
     "small": ("small",),
-    "paper": ("paper",),
+    "paper": ("paper", "paper-batch8"),
     "all": ("small", "paper", "paper-batch4", "paper-batch8"),
 }
 
@@ -31,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="paper",
         choices=list(CHOICES),
         help="small: 112x112 pictures and a quarter of the channels; paper (default): 224x224, "
-        "batch 1; all: both, and paper at batch 8 forward and batch 4 training; tiny: a smoke test",
+        "batch 1, and batch 8 forward; all: both, and batch 4 training; tiny: a smoke test",
     )
     group.addoption(
         "--threads", type=int, default=torch.get_num_threads(), help="of every provider"
@@ -47,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu: inference on a CPU by every provider")
     threads = config.getoption("--threads")
     if threads < 1:
         raise pytest.UsageError(f"--threads={threads}, expected at least 1")
@@ -58,7 +60,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     slow = metafunc.config.getoption("--slow-providers")
     cells = [
-        pytest.param(shape, provider, mode, id=f"{shape}-{provider.name}-{mode}")
+        pytest.param(
+            *(shape, provider, mode),
+            id=f"{shape}-{provider.name}-{mode}",
+            # `-k cpu`: inference, which is what all providers of a CPU can do.
+            marks=[pytest.mark.cpu] if mode == "forward" else [],
+        )
         for shape in CHOICES[metafunc.config.getoption("--shapes")]
         for training in (False, True)
         for provider in PROVIDERS
@@ -87,6 +94,21 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Keyword arguments of `measure.run`."""
     config = request.config
     return {"threads": config.getoption("--threads"), "seconds": config.getoption("--seconds")}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The one table of all forwards."""
+    session = getattr(config, "_benchmarksession", None)
+    found = [
+        benchmark.extra_info | {"ms": 1e3 * benchmark.stats.median}
+        for benchmark in getattr(session, "benchmarks", ())
+        if benchmark.extra_info.get("mode") == "forward" and benchmark.stats.data
+    ]
+    if found:
+        terminalreporter.section("inference on a CPU")
+        terminalreporter.write_line(table.FORWARD_TEXT + "\n")
+        terminalreporter.write_line(table.inference(found))
 
 
 def _version(name: str) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from fused.contract import TOLERANCES
 
 from .memory import peak_of, saved_bytes
+from .peak import peak_gflop_per_second
 from .providers import Provider, Runnable, chosen_backends
 from .stages import BACKWARD, FORWARD, SHAPES, Case
 
@@ -80,7 +81,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return (got.double() - want).norm().item() / floor
 
 
-def gate(name: str, got: Results, want: Results) -> float:
+def gate(name: str, got: Results, want: Results, dtype: torch.dtype = torch.float32) -> float:
     """Compare with the oracle.
 
     Returns:
@@ -89,7 +90,7 @@ def gate(name: str, got: Results, want: Results) -> float:
     Raises:
         GateError: something is missing, or beyond `fused.contract.TOLERANCES`.
     """
-    output_tolerance, gradient_tolerance = TOLERANCES[torch.float32]
+    output_tolerance, gradient_tolerance = TOLERANCES[dtype]
     if len(got.outputs) != len(want.outputs):
         raise GateError(f"{name}: {len(got.outputs)} outputs, expected {len(want.outputs)}")
     missing = sorted(want.gradients.keys() - got.gradients.keys())
@@ -129,7 +130,7 @@ def _passed(provider: Provider, case: Case, training: bool, threads: int) -> flo
     """The gate's largest error; as `_built`, once for both training modes."""
     runnable = _built(provider, case, training, threads)
     got = results_of(runnable, case, training, torch.float32)
-    return gate(provider.name, got, oracle(case, training))
+    return gate(provider.name, got, oracle(case, training), provider.dtype)
 
 
 class Steps:
@@ -211,9 +212,11 @@ def run(
         "size": case.size,
         "mode": mode,
         "provider": provider.name,
+        "dtype": str(provider.dtype).removeprefix("torch."),
         "threads": threads,
         "error": error,
         "flop": case.flop(mode, provider.published),
+        "peak_gflop_per_second": peak_gflop_per_second(provider.dtype, threads),
         "peak_bytes": steps.peak(),
         "saved_bytes": steps.saved(),
     }

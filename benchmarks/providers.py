@@ -44,12 +44,15 @@ class Provider:
         published: whether it computes the published form; decides which FLOP count it is held to.
         build: (case, mode, threads) → Runnable.
         why_not: (case, mode) → None, or why it cannot run there.
+        dtype: of the maps inside; inputs and outputs are float32. Decides on the gate's tolerance
+            and on which alternatives it is compared with.
     """
 
     name: str
     published: bool
     build: Callable[[Case, str, int], Runnable]
     why_not: Callable[[Case, str], str | None] = lambda case, mode: None
+    dtype: torch.dtype = torch.float32
 
     @property
     def is_fused(self) -> bool:
@@ -122,30 +125,60 @@ def _onnxruntime(case: Case, mode: str, threads: int) -> Runnable:
     return _load(load, case)
 
 
-def _openvino(case: Case, mode: str, threads: int) -> Runnable:
+def _openvino(precision: str) -> Callable[[Case, str, int], Runnable]:
+    def build(case: Case, mode: str, threads: int) -> Runnable:
+        import openvino
+
+        properties = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+        content = _onnx_bytes(case)
+
+        def load() -> Run:
+            core = openvino.Core()
+            compiled = core.compile_model(core.read_model(content), "CPU", properties)
+            request = compiled.create_infer_request()
+
+            def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                results = request.infer([x.numpy() for x in inputs], share_inputs=True)
+                return tuple(torch.from_numpy(out) for out in results.values())
+
+            return run
+
+        return _load(load, case)
+
+    return build
+
+
+def _openvino_bf16_why_not(case: Case, mode: str) -> str | None:
+    reason = _runtime_why_not("openvino")(case, mode)
+    if reason is not None:
+        return reason
     import openvino
 
-    properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    content = _onnx_bytes(case)
-
-    def load() -> Run:
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(content), "CPU", properties)
-        request = compiled.create_infer_request()
-
-        def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            results = request.infer([x.numpy() for x in inputs], share_inputs=True)
-            return tuple(torch.from_numpy(out) for out in results.values())
-
-        return run
-
-    return _load(load, case)
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return None if "BF16" in able else f"openvino does not compute in bfloat16 here, only {able}"
 
 
 def _load(load: Callable[[], Run], case: Case) -> Runnable:
     runs: list[Run] = []
     peak = peak_of(lambda: runs[0](*case.inputs), before=lambda: runs.append(load()))
     return Runnable(runs[0], peak_bytes=peak)
+
+
+# ------------------------------------------------------------------------------------------ frozen
+
+
+def _frozen(dtype: torch.dtype) -> Callable[[Case, str, int], Runnable]:
+    def build(case: Case, mode: str, threads: int) -> Runnable:
+        module = case.frozen(dtype)
+        return Runnable(module, module)
+
+    return build
+
+
+def _frozen_why_not(case: Case, mode: str) -> str | None:
+    if mode != FORWARD:
+        return "the frozen form does not train"
+    return _backend_why_not("cpu")(case, mode)
 
 
 # ---------------------------------------------------------------------------------------- backends
@@ -179,12 +212,21 @@ PROVIDERS: list[Provider] = [
     Provider("compiled", False, _compiled("fused")),
     Provider("compiled-published", True, _compiled("published")),
     Provider("onnxruntime", True, _onnxruntime, _runtime_why_not("onnxruntime")),
-    Provider("openvino", True, _openvino, _runtime_why_not("openvino")),
+    Provider("openvino", True, _openvino("f32"), _runtime_why_not("openvino")),
+    Provider(
+        *("openvino-bf16", True, _openvino("bf16"), _openvino_bf16_why_not),
+        dtype=torch.bfloat16,
+    ),
     Provider("fused-auto", False, _eager("fused", "auto")),
     *(
         Provider(f"fused-{name}", False, _eager("fused", name), _backend_why_not(name))
         for name in BACKENDS
         if name != "reference"
+    ),
+    Provider("fused-frozen", False, _frozen(torch.float32), _frozen_why_not),
+    Provider(
+        *("fused-frozen-bf16", False, _frozen(torch.bfloat16), _frozen_why_not),
+        dtype=torch.bfloat16,
     ),
 ]
 # Its graph holds the 2G calls one by one: quicker than the batched one, minutes to compile.

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused import FusedCIEMA, ops
+from fused import FusedCIEMA, ops, optimize_for_inference
+from fused.backends import native
+from fused.backends.cpu_packed import PackedCIEMA
 from fused.backends.reference.published import PublishedCIEMA, PublishedMSFF
 from fused.contract import STAGES, Cost, Problem, cost
 from mobilesteelnet.model import MobileSteelNet, describe
@@ -158,6 +160,33 @@ class PublishedStage(nn.Module):
         return (phi * e + (1 - phi) * s,)
 
 
+class FrozenStage(nn.Module):
+    """One stage of a frozen FusedCIEMA block on the CPU; maps are converted inside, as there."""
+
+    def __init__(self, block: FusedCIEMA, stage: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stage, self.dtype = stage, dtype
+        self.packed = PackedCIEMA(block, block.probe().to(dtype))
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As in OpStage."""
+        e, *rest = inputs
+        results = self._run(e.to(self.dtype), *rest)
+        return tuple(value.to(inputs[0].dtype) for value in results)
+
+    def _run(self, e: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        packed = self.packed
+        if self.stage == "channel_interaction":
+            return (packed.interact(e),)
+        if self.stage == "coordinate_attention":
+            run = native.kernel("coordinate_attention_packed")
+            return tuple(run(e, packed.coordinate, packed.groups, packed.eps))
+        if self.stage == "cross_spatial":
+            run = native.kernel("cross_spatial_packed")
+            return (run(e, *rest, packed.cross, packed.groups)[0],)
+        return (packed.fuse(e, rest[0].to(self.dtype), mean_only=False),)
+
+
 class Whole(nn.Module):
     """A block or network with the stages' calling convention: maps in, a tuple out."""
 
@@ -250,6 +279,14 @@ class Case:
         if form == "published":
             return PublishedStage(network.ciema, self.subject)
         return OpStage(network.ciema, self.subject, backend)
+
+    def frozen(self, dtype: torch.dtype) -> nn.Module:
+        """The subject's frozen form with maps of `dtype`, float32 in and out."""
+        if self.subject in CIEMA_STAGES:
+            module = self.module("fused", "auto").eval()
+            assert isinstance(module, OpStage)
+            return FrozenStage(module.block, self.subject, dtype)
+        return optimize_for_inference(self.module("fused", "auto").eval(), dtype)
 
     @property
     def size(self) -> str:

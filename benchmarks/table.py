@@ -14,6 +14,14 @@ Record = dict[str, Any]
 Row = tuple[str, str, str]
 
 
+FORWARD_TEXT = (
+    "`ratio`: the best alternative of the same dtype (bold) over this one. `GFLOP/s`: FLOP by the "
+    "contract, of the form computed; kernels that save multiplications (Winograd, folded products) "
+    "may pass the peak. `of peak`: of the quickest product of 1024³ in the same run. `MB`: peak "
+    "memory of one call."
+)
+
+
 def records(result: dict[str, Any]) -> list[Record]:
     """One record a benchmark: its extra_info, and `ms`, the median.
 
@@ -61,15 +69,23 @@ def _table(found: Sequence[Record], cell: Callable[[Record, dict[str, Record]], 
     return _markdown(["subject", "size", "mode", *providers], body)
 
 
-def best_alternative(cells: dict[str, Record]) -> str | None:
-    """The quickest provider of a row that is not a fused one."""
-    names = [name for name in cells if is_alternative(name)]
+def best_alternative(cells: dict[str, Record], dtype: str) -> str | None:
+    """The quickest provider of a row that is not a fused one, among those with maps of `dtype`."""
+    names = [name for name in cells if is_alternative(name) and _dtype(cells[name]) == dtype]
     return min(names, key=lambda name: cells[name]["ms"]) if names else None
 
 
+def _dtype(record: Record) -> str:
+    return str(record.get("dtype", "float32"))
+
+
+def _milliseconds(record: Record) -> str:
+    return f"{record['ms']:.3g}" if record["ms"] < 100 else f"{record['ms']:.0f}"
+
+
 def _time(record: Record, cells: dict[str, Record]) -> str:
-    text = f"{record['ms']:.3g}" if record["ms"] < 100 else f"{record['ms']:.0f}"
-    best = best_alternative(cells)
+    text = _milliseconds(record)
+    best = best_alternative(cells, _dtype(record))
     if best is None:
         return text
     text += f" ({cells[best]['ms'] / record['ms']:.2f}×)"
@@ -81,6 +97,25 @@ def _megabytes(key: str) -> Callable[[Record, dict[str, Record]], str]:
         return "–" if record[key] is None else f"{record[key] / 1e6:.1f}"
 
     return cell
+
+
+def inference(found: Sequence[Record]) -> str:
+    """One table of all forwards: a line for each subject, size, dtype and provider."""
+    grid, _ = _grid([record for record in found if record["mode"] == "forward"])
+    body = []
+    for (subject, size, _), cells in grid.items():
+        for name, record in sorted(
+            cells.items(), key=lambda item: (_dtype(item[1]), item[1]["ms"])
+        ):
+            best = best_alternative(cells, _dtype(record))
+            ratio = "–" if best is None else f"{cells[best]['ms'] / record['ms']:.2f}×"
+            rate, peak = record["flop"] / record["ms"] / 1e6, record.get("peak_gflop_per_second")
+            share = "–" if peak is None else f"{100 * rate / peak:.0f} %"
+            megabytes = _megabytes("peak_bytes")(record, cells)
+            texts = (f"**{name}**" if name == best else name, _milliseconds(record), ratio)
+            body.append([subject, size, _dtype(record), *texts, f"{rate:.0f}", share, megabytes])
+    columns = ("provider", "ms", "ratio", "GFLOP/s", "of peak", "MB")
+    return _markdown(["subject", "size", "maps", *columns], body)
 
 
 def _rate(record: Record, cells: dict[str, Record]) -> str:
@@ -111,7 +146,7 @@ def markdown(result: dict[str, Any]) -> str:
     sections = [
         machine(result),
         "## Time\n\nMedian ms a call, and how many times quicker than the best alternative "
-        "(bold: all but `fused-*` are alternatives) it is.",
+        "of the same dtype (bold: all but `fused-*` are alternatives) it is.",
         _table(found, _time),
         "## GFLOP/s\n\nFLOP of the form that a provider computes, by the contract, over its time.",
         _table(found, _rate),
@@ -119,6 +154,8 @@ def markdown(result: dict[str, Any]) -> str:
         "loading the graph and its weights included.",
         _table(found, _megabytes("peak_bytes")),
     ]
+    if any(record["mode"] == "forward" for record in found):
+        sections += [f"## Forward, line by line\n\n{FORWARD_TEXT}", inference(found)]
     trained = [record for record in found if record["saved_bytes"] is not None]
     if trained:
         sections += [

@@ -7,6 +7,7 @@ saved; it is made again when a weight has changed (loading, moving) and after un
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -138,13 +139,18 @@ class Frozen(nn.Module):
 
 
 def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A frozen module's public method of a map or list: guarded, without gradients, not traced."""
+    """A public method of a map or list: guarded, untraced, without gradients and autocast."""
 
     @torch.compiler.disable
     @functools.wraps(method)
     def call(self: Frozen, x: Any, *rest: Any, **named: Any) -> Any:
-        self.guard(*(x if isinstance(x, (list, tuple)) else (x,)))
-        with torch.no_grad():
+        inputs = x if isinstance(x, (list, tuple)) else (x,)
+        self.guard(*inputs)
+        devices = {one.device.type for one in inputs if isinstance(one, torch.Tensor)}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for device in filter(torch.is_autocast_enabled, devices):
+                stack.enter_context(torch.autocast(device, enabled=False))
             return method(self, x, *rest, **named)
 
     return call

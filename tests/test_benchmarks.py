@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import fused
 from benchmarks import measure, memory, providers, stages, table
 
 pytest.importorskip("pytest_benchmark", reason="extra [bench] is not installed")
@@ -99,8 +100,35 @@ def test_a_tiny_run_gives_json_and_a_table(tmp_path: Path) -> None:
     )
     assert printed.returncode == 0, printed.stderr
     rows = [line for line in printed.stdout.splitlines() if line.startswith("| ciema")]
-    assert len(rows) == 3 + 3 + 3 + 2  # time, rate and peak memory; saved bytes of two modes
+    # time, rate and peak memory; saved bytes of two modes; a line a provider of the forward
+    assert len(rows) == 3 + 3 + 3 + 2 + 3
     assert "## Saved for the backward" in printed.stdout
+
+
+def test_k_cpu_prints_one_table_of_all_forwards(tmp_path: Path) -> None:
+    names = "published or frozen"
+    done, result = run_benchmarks(
+        tmp_path, "-k", f"cpu and ({names})", files="benchmarks/test_gated_fusion.py"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(r["mode"] == "forward" for r in table.records(result))
+    _, _, text = done.stdout.partition("inference on a CPU")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| gated_fusion")]
+    found = {(row[2], row[3].strip("*")): row[4:] for row in rows}
+    wanted = {("float32", "published"), ("float32", "fused-frozen")}
+    if fused.backends.cpu.LIBRARY.error is not None:
+        wanted = {("float32", "published")}
+    else:
+        wanted.add(("bfloat16", "fused-frozen-bf16"))
+    assert set(found) == wanted
+    for record in table.records(result):
+        milliseconds, ratio, rate, share, _ = found[record["dtype"], record["provider"]]
+        assert float(milliseconds) == pytest.approx(record["ms"], rel=0.02)
+        assert int(rate) == round(record["gflop_per_second"])
+        assert record["peak_gflop_per_second"] > 1
+        expected = 100 * record["gflop_per_second"] / record["peak_gflop_per_second"]
+        assert int(share.removesuffix(" %")) == round(expected)
+        assert (ratio == "–") == (record["dtype"] == "bfloat16")  # nothing to compare it with
 
 
 def test_a_planted_wrong_provider_is_not_timed(tmp_path: Path) -> None:
@@ -135,7 +163,7 @@ def test_published_and_op_forms_pass_the_gate(subject: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("subject", ["coordinate_attention", "gated_fusion"])
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "openvino-bf16"])
 def test_runtimes_pass_the_gate(subject: str, name: str) -> None:
     case, provider = tiny(subject), by_name(name)
     reason = provider.why_not(case, stages.FORWARD)
@@ -143,10 +171,26 @@ def test_runtimes_pass_the_gate(subject: str, name: str) -> None:
         pytest.skip(reason)
     runnable = provider.build(case, stages.FORWARD, 1)
     got = measure.results_of(runnable, case, False, torch.float32)
-    measure.gate(name, got, measure.oracle(case, False))
-    assert provider.why_not(case, stages.BOTH) == f"{name} does not train"
+    measure.gate(name, got, measure.oracle(case, False), provider.dtype)
+    runtime = name.removesuffix("-bf16")
+    assert provider.why_not(case, stages.BOTH) == f"{runtime} does not train"
     if runnable.peak_bytes is not None:
         assert runnable.peak_bytes > 0
+
+
+@pytest.mark.parametrize("subject", stages.SUBJECTS)
+@pytest.mark.parametrize("name", ["fused-frozen", "fused-frozen-bf16"])
+def test_frozen_forms_pass_the_gate(subject: str, name: str) -> None:
+    case, provider = tiny(subject), by_name(name)
+    reason = provider.why_not(case, stages.FORWARD)
+    if reason is not None:
+        pytest.skip(reason)
+    got = results(provider, case, stages.FORWARD)
+    measure.gate(name, got, measure.oracle(case, False), provider.dtype)
+    assert provider.why_not(case, stages.BOTH) == "the frozen form does not train"
+    if provider.dtype == torch.bfloat16:  # it is not float32 by mistake
+        with pytest.raises(measure.GateError):
+            measure.gate(name, got, measure.oracle(case, False))
 
 
 def test_gate_refuses_wrong_outputs_and_gradients() -> None:
@@ -256,6 +300,18 @@ def test_table_compares_with_the_best_alternative() -> None:
     text = table.markdown({"benchmarks": entries})
     assert "| ciema | 1x8x4x4 | forward | 400 (0.50×) | **200 (1.00×)** | 100 (2.00×) |" in text
     assert "| ciema | 1x8x4x4 | forward | 5.0 | 10.0 | 20.0 |" in text
+    assert "| ciema | 1x8x4x4 | float32 | **openvino** | 200 | 1.00× | 10 | – | 5.0 |" in text
+
+
+def test_table_compares_within_a_dtype() -> None:
+    half = {"dtype": "bfloat16", "peak_gflop_per_second": 80.0}
+    entries = [entry("openvino", 0.4), entry("openvino-bf16", 0.1, **half)]
+    entries += [entry("fused-frozen", 0.2), entry("fused-frozen-bf16", 0.05, **half)]
+    text = table.markdown({"benchmarks": entries})
+    assert "| **400 (1.00×)** | **100 (1.00×)** | 200 (2.00×) | 50 (2.00×) |" in text
+    assert (
+        "| ciema | 1x8x4x4 | bfloat16 | fused-frozen-bf16 | 50 | 2.00× | 40 | 50 % | 5.0 |" in text
+    )
     assert "Saved for the backward" not in text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import subprocess
@@ -16,6 +17,7 @@ from stage_cases import LAYOUTS, OPS, Sizes, arguments, convert, error, layout_o
 
 from fused.backends import cpu, cpu_slabs, native, reference
 from fused.backends.reference.published import PublishedCIEMA
+from fused.contract import memory_format
 
 if cpu.LIBRARY.error is not None:
     pytest.skip(cpu.LIBRARY.error, allow_module_level=True)
@@ -217,6 +219,112 @@ def test_bad_input_is_refused_by_name():
         run(e.double(), *vectors, packed, groups)
     with pytest.raises(RuntimeError, match="gate must have"):
         native.kernel("coordinate_attention_packed")(e, torch.zeros(5), groups, 1e-5)
+
+
+# ------------------------------------------------------------------------------------- gradients
+
+
+def forward_and_backward(
+    kernels: Any, op: str, args: list[Any], grads: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs of an op and the gradients of its inputs, for `grads` of the differentiable ones."""
+    outputs = kernels[op](*args)
+    named = dict(zip(OPS[op].inputs, args, strict=True))
+    named |= dict(zip(OPS[op].outputs, outputs, strict=True))
+    pairs = zip(OPS[op].differentiable, grads, strict=True)
+    named |= {f"grad_{name}": grad for name, grad in pairs}
+    return list(outputs), list(
+        kernels[f"{op}_backward"](*(named[k] for k in OPS[op].backward_inputs))
+    )
+
+
+def seeds(op: str, sizes: Sizes, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Gradients of the differentiable outputs."""
+    generator = torch.Generator().manual_seed(7)
+    b, c, h, w, g = sizes.batch, sizes.channels, sizes.height, sizes.width, sizes.groups
+    shapes = [(b, g, h, w)] if op == "cross_spatial" else [(b, c, h), (b, c, w), (b, c), (b, c)]
+    kind = dtype if op == "cross_spatial" else torch.float32
+    return [torch.randn(shape, generator=generator).to(kind) for shape in shapes]
+
+
+def training_cases(op: str) -> list[bool]:
+    return [True, False] if op == "cross_spatial" else [False]
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("op", STAGES)
+def test_gradients_for_every_number_of_channels_and_size_of_map(op, channels):
+    for (height, width), training in itertools.product(MAPS, training_cases(op)):
+        groups = 1 if channels > 32 else 2
+        sizes = Sizes(2, channels * groups, height, width, groups)
+        named = arguments(op, sizes, training)
+        args = convert(op, named, torch.float32, "contiguous")
+        grads = seeds(op, sizes, torch.float32)
+        outputs, got = forward_and_backward(cpu.KERNELS, op, args, grads)
+        exact = [named[k] for k in OPS[op].inputs]
+        want_outputs, want = forward_and_backward(
+            reference.KERNELS, op, exact, [g.double() for g in grads]
+        )
+        for mine, its in zip(outputs, want_outputs, strict=True):
+            assert error(mine, its) <= 1e-5, (sizes, training)
+        # Batch norm makes ±1 of two values: what is left of a gradient is eps's and rounding's.
+        limit = 1e-3 if training and height * width == 1 else tolerance(torch.float32)[1]
+        for name, mine, its in zip(OPS[op].gradients, got, want, strict=True):
+            assert mine.shape == its.shape
+            assert error(mine, its) <= limit, (name, sizes, training)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "channel_slice"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", STAGES)
+def test_gradients_of_every_layout_have_the_same_bits(op, dtype, layout):
+    for sizes in (Sizes(2, 40, 9, 14, 2), Sizes(2, 6, 5, 1, 2), Sizes(3, 1, 4, 18, 1)):
+        for training in training_cases(op):
+            named = rounded(arguments(op, sizes, training), dtype)
+            args = convert(op, named, dtype, "contiguous")
+            grads = seeds(op, sizes, dtype)
+            plain = args[0]
+            if layout == "channel_slice":
+                wide = plain.new_zeros(sizes.batch, sizes.height, sizes.width, sizes.channels + 3)
+                wide[..., 1:-2] = plain.permute(0, 2, 3, 1)
+                args[0] = wide.permute(0, 3, 1, 2)[:, 1:-2]
+            else:
+                args[0] = layout_of(plain, layout)
+            got = forward_and_backward(cpu.KERNELS, op, args, grads)[1]
+            want = forward_and_backward(cpu.KERNELS, op, [plain, *args[1:]], grads)[1]
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            assert memory_format(got[0]) == memory_format(args[0])
+
+
+@pytest.mark.parametrize("op", STAGES)
+def test_gradients_have_the_same_bits_with_any_number_of_threads(op):
+    before = torch.get_num_threads()
+    sizes = Sizes(2, 96, 15, 14, 3)
+    args = convert(op, arguments(op, sizes, True), torch.float32, "contiguous")
+    grads = seeds(op, sizes, torch.float32)
+    runs = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            outputs, gradients = forward_and_backward(cpu.KERNELS, op, args, grads)
+            runs.append([*outputs, *gradients])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_a_forward_of_one_backend_meets_a_backward_of_the_other():
+    sizes = Sizes(2, 64, 10, 9, 2)
+    for op, training in (("coordinate_attention", False), *((STAGES[1], t) for t in (True, False))):
+        args = convert(op, arguments(op, sizes, training), torch.float32, "contiguous")
+        grads = seeds(op, sizes, torch.float32)
+        want = forward_and_backward(reference.KERNELS, op, args, grads)[1]
+        for forward, backward in ((cpu, reference), (reference, cpu)):
+            mixed = {op: forward.KERNELS[op], f"{op}_backward": backward.KERNELS[f"{op}_backward"]}
+            got = forward_and_backward(mixed, op, args, grads)[1]
+            for name, mine, its in zip(OPS[op].gradients, got, want, strict=True):
+                assert error(mine, its) <= tolerance(torch.float32)[1], name
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])

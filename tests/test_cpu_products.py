@@ -15,7 +15,7 @@ import torch
 from stage_cases import AWKWARD, Sizes, arguments, convert, error, tolerance
 from test_native import LAYOUTS, ROOT, laid_out
 
-from fused.backends import cpu, cpu_products, native, reference
+from fused.backends import cpu, cpu_products, cpu_stages, native, reference
 from fused.contract import EPS, memory_format
 
 pytestmark = pytest.mark.skipif(
@@ -126,7 +126,7 @@ def test_gated_fusion_equals_float64(sizes, layout, dtype):
     args = convert("gated_fusion", named, dtype, layout)
     doubles = [v.double() if isinstance(v, torch.Tensor) else v for v in args]
     want = reference.gated_fusion.forward(*doubles)[0]
-    got = cpu_products.gated_fusion(*args)
+    got = cpu_stages.gated_fusion(*args)
     check(got[0], want, args[0])
     assert [o.numel() for o in got[1:]] == [0] * 8
     assert [o.dtype for o in got[1:]] == [dtype] * 2 + [torch.float32] * 6
@@ -159,7 +159,7 @@ def test_msff_equals_float64(sizes, layout, dtype):
         features, *rest = args
         doubles = [v.double() if isinstance(v, torch.Tensor) else v for v in rest]
         want = reference.msff.forward([f.double() for f in features], *doubles)[0]
-        out, *statistics = cpu_products.msff(*args)
+        out, *statistics = cpu_stages.msff(*args)
         check(out, want, features[0])
         assert [(s.numel(), s.dtype) for s in statistics] == [(0, torch.float32)] * 2
 
@@ -187,7 +187,7 @@ def everything(dtype: torch.dtype) -> list[torch.Tensor]:
         *cpu_products.channel_interaction(x, squeeze, excite, interaction),
         op("gated_fusion_packed")(*args[:2], *packed, False),
         op("gated_fusion_packed")(*args[:2], *packed, True),
-        cpu_products.msff(*msff_arguments(FEATURES[4], 130, dtype, "contiguous"))[0],
+        cpu_stages.msff(*msff_arguments(FEATURES[4], 130, dtype, "contiguous"))[0],
     ]
 
 

@@ -349,6 +349,8 @@ def test_wrong_inputs_are_refused_as_before() -> None:
         for one in (model, frozen):
             with pytest.raises(ValueError, match="images have shape"):
                 one(images)
+    with pytest.raises(TypeError, match=r"images has dtype torch\.uint8"):
+        frozen(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     block = optimize_for_inference(ciema())
     with pytest.raises(ValueError, match="x has 3 channels"):
         block(torch.zeros(1, 3, 4, 4))
@@ -362,6 +364,26 @@ def test_export_is_done_from_the_unfrozen_model() -> None:
     frozen = optimize_for_inference(network())
     with pytest.raises(Exception, match="export the model it was made from"):
         torch.export.export(frozen, (torch.randn(1, 3, 32, 32),))
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    images = torch.randn(1, 3, 32, 32)
+    for backend in (None, "reference"):
+        model = network(backend=backend)
+        frozen = optimize_for_inference(model)
+        want = frozen(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(frozen(images), want)
+
+
+def test_made_and_called_in_inference_mode() -> None:
+    model, images = network(), torch.randn(1, 3, 32, 32)
+    want = optimize_for_inference(model)(images)
+    with torch.inference_mode():
+        frozen = optimize_for_inference(model)
+        assert torch.equal(frozen(images), want)
+    assert torch.equal(frozen(images), want)
+    assert torch.equal(copy.deepcopy(frozen)(images), want)
 
 
 def test_compile_leaves_it_alone() -> None:

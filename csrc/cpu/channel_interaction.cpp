@@ -3,10 +3,16 @@
 //   mean, max = over the pixels of x            a = sigmoid(V2 relu(V1 mean) + V2 relu(V1 max))
 //   e[b, m, p] = a[b, m] x[b, m, p] + (1 - a[b, m]) sum_k W[m, k] x[b, k, p]
 //
+//   grad_x[b, m, p] = a[b, m] grad_e[b, m, p] + sum_k W[k, m] (1 - a[b, k]) grad_e[b, k, p]
+//                     + grad_mean[b, m] / HW + (p == argmax[b, m] ? grad_max[b, m] : 0)
+//
 // Layouts, threads, sums of the product: products.cpp; of the statistics: channel_statistics.cpp.
 // Bytes    reads x once for the statistics, once into panels and once, from the second-level cache,
 //          for the gate; writes e once. W x is never stored.
 #include "channel_interaction.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 
@@ -27,6 +33,22 @@ float dot(const float* a, const float* b, int64_t count) {
   for (; i < count; ++i) total += a[i] * b[i];
   for (int j = 0; j < kChains; ++j) total += sum[j];
   return total;
+}
+
+template <class T>
+void add_to(void* element, float value) {
+  T* to = static_cast<T*>(element);
+  *to = static_cast<T>(static_cast<float>(*to) + value);
+}
+
+void add_to_element(Element kind, void* element, float value) {
+  if (kind == Element::kFloat) {
+    add_to<float>(element, value);
+  } else if (kind == Element::kBFloat16) {
+    add_to<torch::headeronly::BFloat16>(element, value);
+  } else {
+    add_to<torch::headeronly::Half>(element, value);
+  }
 }
 
 float relu(float value) { return value > 0.0f || value != value ? value : 0.0f; }
@@ -103,6 +125,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_interaction_packed(
   }
   Tensor e = interpolate_with_product(map, weight, gates);
   return {e, gate, mean, maximum, argmax};
+}
+
+Tensor channel_interaction_input_backward(Tensor grad_e, Tensor gate, Tensor interaction_packed,
+                                          Tensor grad_mean, Tensor grad_maximum, Tensor argmax) {
+  check_backward(grad_mean, grad_maximum, argmax, grad_e);
+  const int64_t channels = grad_e.size(1), all = grad_e.size(0) * channels;
+  const PackedWeight weight(interaction_packed, "interaction_packed", grad_e, channels);
+  STD_TORCH_CHECK(weight.rows() == channels, "interaction_packed must be square");
+  const Vector gates(gate, "gate", all), maxima(grad_maximum, "grad_maximum", all);
+  const Vector means(grad_mean, "grad_mean", all);
+  const Map map(grad_e);
+  Map out(empty_map(grad_e, channels, grad_e.size(2), grad_e.size(3)));
+  std::vector<float> complement(all), shift(all);
+  for (int64_t i = 0; i < all; ++i) {
+    complement[i] = 1.0f - gates.data()[i];
+    shift[i] = means.data()[i] / static_cast<float>(map.plane());
+  }
+  const int64_t acc_floats = kBlockRows * products().pixels;
+  for_each_block(
+      map.batch(), map.plane(), channels, channels, acc_floats + weight.panel_floats(),
+      [&](const Tile& tile, float* scratch) {
+        const Transform scaled{complement.data() + tile.sample * channels, nullptr, false, nullptr,
+                               1, 0};
+        map.pack(tile.sample, tile.pixel, tile.count, weight.words(), scratch + acc_floats, scaled);
+      },
+      [&](const Tile& tile, int64_t row, int count, float* acc) {
+        weight.multiply(row, acc + acc_floats, tile.count, false, acc);
+        const int64_t at = tile.sample * channels + row;
+        const Combination how{nullptr, gates.data() + at, shift.data() + at};
+        products().combine[map.element()](acc, count, tile.count, how,
+                                          map.at(tile.sample, row, tile.pixel),
+                                          out.mutable_at(tile.sample, row, tile.pixel));
+      });
+  const Tensor places = torch::stable::contiguous(argmax);
+  const int64_t* place = static_cast<const int64_t*>(places.const_data_ptr());
+  for (int64_t i = 0; i < all; ++i) {
+    STD_TORCH_CHECK(place[i] >= 0 && place[i] < map.plane(), "argmax must lie in [0, ",
+                    map.plane(), "), got ", place[i]);
+    void* peak = out.mutable_at(i / channels, i % channels, place[i]).data;
+    add_to_element(static_cast<Element>(out.element()), peak, maxima.data()[i]);
+  }
+  return out.tensor();
 }
 
 }  // namespace ciema::cpu

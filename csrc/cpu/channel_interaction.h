@@ -17,4 +17,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_interaction_packed(
     std::optional<Tensor> x_mean, std::optional<Tensor> x_maximum,
     std::optional<Tensor> x_argmax);
 
+// grad_x from grad_e and the gradients of the statistics; the packed weight is transposed.
+Tensor channel_interaction_input_backward(Tensor grad_e, Tensor gate, Tensor interaction_packed,
+                                          Tensor grad_mean, Tensor grad_maximum, Tensor argmax);
+
 }  // namespace ciema::cpu

@@ -50,4 +50,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coordinate_attention_packed(Tensor e,
   return {alpha_h, alpha_w, mean, rstd};
 }
 
+std::tuple<Tensor, Tensor, Tensor> coordinate_attention_backward(
+    Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean, Tensor grad_rstd, Tensor e,
+    Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd, Tensor weight, int64_t groups) {
+  check_slabs(e, groups);
+  const int64_t batch = e.size(0), channels = e.size(1), height = e.size(2), width = e.size(3);
+  const int64_t c = channels / groups, vectors = batch * channels;
+  const CoordinateAttention& kernels = *chosen_instruction_set().coordinate_attention;
+  Tensor packed = empty_floats(e, {kernels.packed_size(c)});
+  kernels.pack_backward(float_values(weight, "weight", c * c), c, data_of(packed));
+  const float* const weights = data_of(packed);
+  const CoordinateBackwardSlab first = {
+      {},
+      float_values(alpha_h, "alpha_h", vectors * height),
+      float_values(alpha_w, "alpha_w", vectors * width),
+      float_values(mean, "mean", vectors),
+      float_values(rstd, "rstd", vectors),
+      float_values(grad_alpha_h, "grad_alpha_h", vectors * height),
+      float_values(grad_alpha_w, "grad_alpha_w", vectors * width),
+      float_values(grad_mean, "grad_mean", vectors),
+      float_values(grad_rstd, "grad_rstd", vectors),
+      {},
+      nullptr,
+      nullptr};
+  Tensor grad_e = torch::stable::empty(e.sizes(), e.scalar_type(), std::nullopt, e.device(),
+                                       std::nullopt, memory_format_of(e));
+  const int64_t count = c * c + c;
+  Tensor shares = empty_floats(e, {batch * groups, count});
+  Tensor grad_weight = empty_floats(e, {c, c}), grad_bias = empty_floats(e, {c});
+  e = readable_slabs(e);
+  const Slabs slabs(e, groups), grads(grad_e, groups);
+  const CoordinateShape shape = {c, height, width};
+  float* const share = data_of(shares);
+  for_each_slab(slabs.count, kernels.backward_scratch_size(shape),
+                [&](int64_t begin, int64_t end, float* scratch) {
+                  for (int64_t i = begin; i < end; ++i) {
+                    CoordinateBackwardSlab slab = first;
+                    const int64_t at = i * c;
+                    slab.map = slabs.map(i);
+                    slab.grad_e = grads.map(i);
+                    slab.alpha_h += at * height;
+                    slab.alpha_w += at * width;
+                    slab.mean += at;
+                    slab.rstd += at;
+                    slab.grad_alpha_h += at * height;
+                    slab.grad_alpha_w += at * width;
+                    slab.grad_mean += at;
+                    slab.grad_rstd += at;
+                    slab.grad_weight = share + i * count;
+                    slab.grad_bias = slab.grad_weight + c * c;
+                    kernels.backward(shape, weights, slab, scratch);
+                  }
+                });
+  add_shares(share, slabs.count, count, 0, c * c, data_of(grad_weight));
+  add_shares(share, slabs.count, count, c * c, c, data_of(grad_bias));
+  return {grad_e, grad_weight, grad_bias};
+}
+
 }  // namespace ciema::cpu

@@ -18,4 +18,10 @@ Tensor coordinate_attention_pack(Tensor weight, Tensor bias);
 std::tuple<Tensor, Tensor, Tensor, Tensor> coordinate_attention_packed(Tensor e, Tensor gate,
                                                                        int64_t groups, double eps);
 
+// All float32 and contiguous but e -> grad_e of e's dtype and format, grad_weight (c, c), grad_bias
+// (c), float32
+std::tuple<Tensor, Tensor, Tensor> coordinate_attention_backward(
+    Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean, Tensor grad_rstd, Tensor e,
+    Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd, Tensor weight, int64_t groups);
+
 }  // namespace ciema::cpu

@@ -38,9 +38,12 @@ void run_slabs(const Tensor& map, int64_t groups, const Tensor& packed,
   const Slabs slabs(e, groups);
   const CrossSpatial& kernels = *chosen_instruction_set().cross_spatial;
   const int64_t c = slabs.channels, height = e.size(2), width = e.size(3);
-  const CrossSpatialShape shape = {c, height, width, form_for(c, height, width)};
+  const CrossSpatialShape shape = {
+      c, height, width, form_for(c, height, width),
+      slabs.element == Element::kBFloat16 ? chosen_instruction_set().cross_spatial_bf16 : nullptr};
   const float* weights = float_values(packed, "packed", packed.numel());
-  STD_TORCH_CHECK(kernels.is_packed(weights, packed.numel(), c, shape.form),
+  const int forms = shape.form | (shape.bf16 != nullptr ? kBf16Form : 0);
+  STD_TORCH_CHECK(kernels.is_packed(weights, packed.numel(), c, forms),
                   "packed does not hold weights of cross_spatial_pack for ", c,
                   " channels a group, this map's size and this instruction set");
   for_each_slab(slabs.count, kernels.scratch_size(shape),
@@ -99,10 +102,12 @@ Tensor cross_spatial_pack(Tensor gn_weight, Tensor gn_bias, Tensor conv3x3_weigh
       float_values(alpha, "alpha", 1),
       attention_eps,
       reduce_eps,
+      chosen_instruction_set().cross_spatial_bf16,
   };
   const CrossSpatial& kernels = *chosen_instruction_set().cross_spatial;
   const int forms =
-      height < 0 || width < 0 ? kWinogradForm | kDirectForm : form_for(c, height, width);
+      (height < 0 || width < 0 ? kWinogradForm | kDirectForm : form_for(c, height, width)) |
+      (parameters.bf16 != nullptr ? kBf16Form : 0);
   Tensor packed = empty_floats(gn_weight, {kernels.packed_size(c, forms)});
   kernels.pack(parameters, c, forms, data_of(packed));
   return packed;

@@ -33,7 +33,7 @@ CrossSpatialParameters read_parameters(const std::vector<Tensor>& all, int64_t c
   for (size_t i = 0; i < at.size(); ++i) at[i] = float_values(all[i], names[i], sizes[i]);
   return {at[0], at[1],   at[2],   at[3],  at[4],  at[5],  at[6],   at[7],   at[8],  at[9],
           nullptr, nullptr, at[10], at[11], at[12], nullptr, nullptr, at[13], at[14], attention_eps,
-          reduce_eps};
+          reduce_eps, nullptr};
 }
 
 Tensor pack_parameters(const Tensor& e, const CrossSpatialParameters& parameters, int64_t c,
@@ -64,7 +64,7 @@ struct Groups {
         attention_eps(attention),
         reduce_eps(reduce) {}
 
-  CrossSpatialShape shape() const { return {slabs.channels, height, width, kWinogradForm}; }
+  CrossSpatialShape shape() const { return {slabs.channels, height, width, kWinogradForm, nullptr}; }
   TrainingGroup of(int64_t g) const {
     const int64_t at = g * slabs.channels;
     return {shape(),
@@ -186,15 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
                     kernels.backward(all.of(g), weights, out, scratch);
                   }
                 });
-  const float* const share = data_of(shares);
-  float* const sums = data_of(total);
-  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double sum = 0.0;
-      for (int64_t g = 0; g < groups; ++g) sum += share[g * count + i];
-      sums[i] = static_cast<float>(sum);
-    }
-  });
+  add_shares(data_of(shares), groups, count, 0, count, data_of(total));
   return {grad_e, grad_h, grad_v, grad_mean, grad_rstd, total};
 }
 

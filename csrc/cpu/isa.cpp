@@ -16,22 +16,36 @@ std::vector<InstructionSet> find_available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (avx512) {
-    const bool pairs = __builtin_cpu_supports("avx512bf16");
-    found.push_back({"avx512", &kAvx512ChannelStatistics, &kAvx512CoordinateAttention,
-                     &kAvx512CrossSpatial, &kAvx512CrossSpatialTraining,
-                     pairs ? &kAvx512bf16Products : &kAvx512Products,
-                     pairs ? &kAvx512bf16Separable : &kAvx512Separable});
+    found.push_back({.name = "avx512",
+                     .channel_statistics = &kAvx512ChannelStatistics,
+                     .coordinate_attention = &kAvx512CoordinateAttention,
+                     .cross_spatial = &kAvx512CrossSpatial,
+                     .cross_spatial_training = &kAvx512CrossSpatialTraining,
+                     .cross_spatial_bf16 = bf16 ? &kAvx512CrossSpatialBf16 : nullptr,
+                     .products = bf16 ? &kAvx512bf16Products : &kAvx512Products,
+                     .separable = bf16 ? &kAvx512bf16Separable : &kAvx512Separable});
   }
   if (avx2) {
-    found.push_back({"avx2", &kAvx2ChannelStatistics, &kAvx2CoordinateAttention,
-                     &kAvx2CrossSpatial, &kAvx2CrossSpatialTraining, &kAvx2Products,
-                     &kAvx2Separable});
+    found.push_back({.name = "avx2",
+                     .channel_statistics = &kAvx2ChannelStatistics,
+                     .coordinate_attention = &kAvx2CoordinateAttention,
+                     .cross_spatial = &kAvx2CrossSpatial,
+                     .cross_spatial_training = &kAvx2CrossSpatialTraining,
+                     .cross_spatial_bf16 = nullptr,
+                     .products = &kAvx2Products,
+                     .separable = &kAvx2Separable});
   }
 #endif
-  found.push_back({"portable", &kPortableChannelStatistics, &kPortableCoordinateAttention,
-                   &kPortableCrossSpatial, &kPortableCrossSpatialTraining, &kPortableProducts,
-                   &kPortableSeparable});
+  found.push_back({.name = "portable",
+                   .channel_statistics = &kPortableChannelStatistics,
+                   .coordinate_attention = &kPortableCoordinateAttention,
+                   .cross_spatial = &kPortableCrossSpatial,
+                   .cross_spatial_training = &kPortableCrossSpatialTraining,
+                   .cross_spatial_bf16 = nullptr,
+                   .products = &kPortableProducts,
+                   .separable = &kPortableSeparable});
   return found;
 }
 

@@ -18,6 +18,7 @@ struct InstructionSet {
   const CoordinateAttention* coordinate_attention;
   const CrossSpatial* cross_spatial;
   const CrossSpatialTraining* cross_spatial_training;
+  const CrossSpatialBf16* cross_spatial_bf16;  // null where the processor has no such product
   const Products* products;
   const Separable* separable;
 };

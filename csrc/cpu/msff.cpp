@@ -14,7 +14,7 @@
 
 #include <cmath>
 
-#include "products.h"
+#include "moments.h"
 
 namespace ciema::cpu {
 namespace {
@@ -90,37 +90,83 @@ Tensor product_of(const Map& map, const PackedWeight& weight) {
   return out;
 }
 
-void fuse(const std::vector<Native>& natives, const std::vector<Small>& smalls,
-          const Vector& scale, const Vector& shift, Map* out) {
-  const int64_t rows = out->channels(), acc_floats = kBlockRows * products().pixels;
+// What is summed, with the maps' products that are needed before.
+struct Sum {
+  Sum(const std::vector<Tensor>& features, const std::vector<Tensor>& packed);
+
+  std::vector<Native> natives;
+  std::vector<Small> smalls;
+  int64_t rows = 0, height = 0, width = 0;
+};
+
+Sum::Sum(const std::vector<Tensor>& features, const std::vector<Tensor>& packed) {
+  STD_TORCH_CHECK(!features.empty() && features.size() == packed.size(),
+                  "msff needs a packed weight for each of its maps, got ", features.size(),
+                  " maps and ", packed.size(), " weights");
+  for (const Tensor& feature : features) {
+    check_x(feature);
+    STD_TORCH_CHECK(feature.size(0) == features[0].size(0) &&
+                        feature.scalar_type() == features[0].scalar_type(),
+                    "the maps must have one batch size and one dtype");
+    height = std::max(height, feature.size(2));
+    width = std::max(width, feature.size(3));
+  }
+  int64_t panel = kBlockRows * products().pixels;
+  for (size_t i = 0; i < features.size(); ++i) {
+    const Tensor& feature = features[i];
+    const PackedWeight weight(packed[i], "packed", feature, feature.size(1));
+    if (i == 0) rows = weight.rows();
+    STD_TORCH_CHECK(weight.rows() == rows, "packed[", i, "] has ", weight.rows(),
+                    " rows, packed[0] has ", rows);
+    const Map map(feature);
+    if (feature.size(2) == height && feature.size(3) == width) {
+      natives.push_back({map, weight, panel});
+      panel += weight.panel_floats();
+    } else {
+      smalls.push_back({product_of(map, weight), taps_of(height, width, feature), map.plane()});
+    }
+  }
+}
+
+// out = act(scale * sum + shift), vectors may be missing; the moments are those of the sum alone.
+void fuse(const Sum& sum, const float* scale, const float* shift, bool relu, Moments* moments,
+          Map* out) {
+  const int64_t rows = sum.rows, acc_floats = kBlockRows * products().pixels;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  int64_t floats = acc_floats, work = 4 * static_cast<int64_t>(smalls.size()) + 1;
-  for (const Native& native : natives) {
+  int64_t floats = acc_floats, work = 4 * static_cast<int64_t>(sum.smalls.size()) + 1;
+  for (const Native& native : sum.natives) {
     floats += native.weight.panel_floats();
     work += native.map.channels();
   }
   for_each_block(
       out->batch(), out->plane(), rows, work, floats,
       [&](const Tile& tile, float* scratch) {
-        for (const Native& native : natives) {
+        for (const Native& native : sum.natives) {
           native.map.pack(tile.sample, tile.pixel, tile.count, native.weight.words(),
                           scratch + native.panel);
         }
       },
       [&](const Tile& tile, int64_t row, int count, float* acc) {
-        if (natives.empty()) std::fill_n(acc, acc_floats, 0.0f);
-        for (const Native& native : natives) {
-          native.weight.multiply(row, acc + native.panel, tile.count, &native != &natives[0], acc);
+        if (sum.natives.empty()) std::fill_n(acc, acc_floats, 0.0f);
+        for (const Native& native : sum.natives) {
+          native.weight.multiply(row, acc + native.panel, tile.count, &native != &sum.natives[0],
+                                 acc);
         }
         std::vector<Resized> resized;
-        for (const Small& small : smalls) {
+        for (const Small& small : sum.smalls) {
           const float* data = static_cast<const float*>(small.product.const_data_ptr());
           const int64_t block = tile.sample * blocks + row / kBlockRows;
           resized.push_back(
               {data + block * small.plane * kBlockRows, small.taps.data() + tile.pixel});
         }
-        const Affine affine{scale.data() + row, shift.data() + row, resized.data(),
-                            static_cast<int>(resized.size()), true};
+        Affine affine{scale == nullptr ? nullptr : scale + row,
+                      shift == nullptr ? nullptr : shift + row, resized.data(),
+                      static_cast<int>(resized.size()), relu};
+        if (moments != nullptr) {  // they are taken of complete sums
+          products().add_resized(acc, count, tile.count, affine);
+          affine.resized_count = 0;
+          moments->take(tile, row, count, acc);
+        }
         products().affine[out->element()](acc, count, tile.count, affine,
                                           out->mutable_at(tile.sample, row, tile.pixel));
       });
@@ -130,40 +176,30 @@ void fuse(const std::vector<Native>& natives, const std::vector<Small>& smalls,
 
 Tensor msff_packed(std::vector<Tensor> features, std::vector<Tensor> packed, Tensor scale,
                    Tensor shift) {
-  STD_TORCH_CHECK(!features.empty() && features.size() == packed.size(),
-                  "msff needs a packed weight for each of its maps, got ", features.size(),
-                  " maps and ", packed.size(), " weights");
-  int64_t height = 0, width = 0;
-  for (const Tensor& feature : features) {
-    check_x(feature);
-    STD_TORCH_CHECK(feature.size(0) == features[0].size(0) &&
-                        feature.scalar_type() == features[0].scalar_type(),
-                    "the maps must have one batch size and one dtype");
-    height = std::max(height, feature.size(2));
-    width = std::max(width, feature.size(3));
-  }
-  const int64_t rows = scale.numel();
-  const Vector scales(scale, "scale", rows), shifts(shift, "shift", rows);
-  std::vector<Native> natives;
-  std::vector<Small> smalls;
-  int64_t panel = kBlockRows * products().pixels;
-  for (size_t i = 0; i < features.size(); ++i) {
-    const Tensor& feature = features[i];
-    const PackedWeight weight(packed[i], "packed", feature, feature.size(1));
-    STD_TORCH_CHECK(weight.rows() == rows, "packed[", i, "] has ", weight.rows(),
-                    " rows, scale has ", rows);
-    const Map map(feature);
-    if (feature.size(2) == height && feature.size(3) == width) {
-      natives.push_back({map, weight, panel});
-      panel += weight.panel_floats();
-    } else {
-      smalls.push_back({product_of(map, weight), taps_of(height, width, feature),
-                        map.plane()});
-    }
-  }
-  Map out(empty_map(features[0], rows, height, width));
-  fuse(natives, smalls, scales, shifts, &out);
+  const Sum sum(features, packed);
+  const Vector scales(scale, "scale", sum.rows), shifts(shift, "shift", sum.rows);
+  Map out(empty_map(features[0], sum.rows, sum.height, sum.width));
+  fuse(sum, scales.data(), shifts.data(), true, nullptr, &out);
   return out.tensor();
+}
+
+std::tuple<Tensor, Tensor, Tensor> msff_sum(std::vector<Tensor> features,
+                                            std::vector<Tensor> packed, bool moments) {
+  const Sum sum(features, packed);
+  Map out(empty_map(features[0], sum.rows, sum.height, sum.width, ScalarType::Float));
+  const auto vector = [&] {
+    return torch::stable::empty({moments ? sum.rows : 0}, ScalarType::Float, std::nullopt,
+                                features[0].device());
+  };
+  Tensor mean = vector(), var = vector();
+  std::optional<Moments> statistics;
+  if (moments) statistics.emplace(out.batch(), out.plane(), sum.rows);
+  fuse(sum, nullptr, nullptr, false, statistics ? &*statistics : nullptr, &out);
+  if (statistics) {
+    statistics->finish(nullptr, static_cast<float*>(mean.mutable_data_ptr()),
+                       static_cast<float*>(var.mutable_data_ptr()));
+  }
+  return {out.tensor(), mean, var};
 }
 
 }  // namespace ciema::cpu

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <tuple>
 #include <vector>
 
 namespace ciema::cpu {
@@ -13,5 +14,9 @@ using torch::stable::Tensor;
 // (C_out) -> out (B, C_out, max H_i, max W_i), dtype and memory format of the first
 Tensor msff_packed(std::vector<Tensor> features, std::vector<Tensor> packed, Tensor scale,
                    Tensor shift);
+
+// The sum before the batch norm, float32, and with `moments` its rows' means and biased variances.
+std::tuple<Tensor, Tensor, Tensor> msff_sum(std::vector<Tensor> features,
+                                            std::vector<Tensor> packed, bool moments);
 
 }  // namespace ciema::cpu

@@ -121,9 +121,11 @@ Vector::Vector(const std::optional<Tensor>& value, const char* name, int64_t siz
   if (value) *this = Vector(*value, name, size);
 }
 
-Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width) {
-  return torch::stable::empty({x.size(0), channels, height, width}, x.scalar_type(), std::nullopt,
-                              x.device(), std::nullopt, memory_format_of(x));
+Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width,
+                 std::optional<ScalarType> dtype) {
+  return torch::stable::empty({x.size(0), channels, height, width},
+                              dtype.value_or(x.scalar_type()), std::nullopt, x.device(),
+                              std::nullopt, memory_format_of(x));
 }
 
 Tensor pointwise_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,

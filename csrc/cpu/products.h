@@ -99,8 +99,9 @@ class Map {
   int64_t stride_b_, stride_c_, stride_s_, plane_;
 };
 
-// A new map (batch, channels, height, width) with the dtype and memory format of x.
-Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width);
+// A new map (batch, channels, height, width) with the dtype (or another) and memory format of x.
+Tensor empty_map(const Tensor& x, int64_t channels, int64_t height, int64_t width,
+                 std::optional<ScalarType> dtype = std::nullopt);
 
 // ---------------------------------------------------------------------------------------- the loop
 

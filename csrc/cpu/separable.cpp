@@ -54,18 +54,18 @@ void check_floats(const Tensor& value, const char* name, int64_t count) {
 // A packed weight and its product; a row of operands is `row` elements apart from the next.
 struct Packed {
   const Separable* table;
-  Operand operand;
+  RowElement operand;
   int64_t steps, row, size;
   const void* weight;
 
   Packed(const Tensor& packed, int64_t depth, int64_t columns)
       : table(chosen_instruction_set().separable),
-        operand(packed.scalar_type() == ScalarType::BFloat16 ? Operand::kBFloat16
-                                                             : Operand::kFloat),
+        operand(packed.scalar_type() == ScalarType::BFloat16 ? RowElement::kBFloat16
+                                                             : RowElement::kFloat),
         weight(packed.const_data_ptr()) {
-    const int64_t width = operand == Operand::kFloat ? 1 : 2;
+    const int64_t width = operand == RowElement::kFloat ? 1 : 2;
     steps = (depth + width - 1) / width;
-    size = operand == Operand::kFloat ? 4 : 2;
+    size = operand == RowElement::kFloat ? 4 : 2;
     const int64_t line = kLine / size;
     // One line more than the depth needs: rows a power of two apart would share cache sets.
     row = (depth + line - 1) / line * line + line;
@@ -166,7 +166,7 @@ Tensor separable_pack(Tensor weight, bool pairs) {
                   "weight must be float32 (N, K)");
   weight = torch::stable::contiguous(weight);
   const Separable* table = chosen_instruction_set().separable;
-  pairs = pairs && table->product[static_cast<int>(Operand::kBFloat16)][0] != nullptr;
+  pairs = pairs && table->product[static_cast<int>(RowElement::kBFloat16)][0] != nullptr;
   const int64_t columns = weight.size(0), depth = weight.size(1), wide = table->columns;
   const int64_t width = pairs ? 2 : 1, steps = (depth + width - 1) / width;
   const int64_t panels = (columns + wide - 1) / wide;
@@ -238,7 +238,7 @@ Tensor stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) {
   const int64_t depth = kTaps * images.size(1);
   check_floats(bias, "bias", bias.size(0));
   const Packed weights(packed, depth, bias.size(0));
-  STD_TORCH_CHECK(weights.operand == Operand::kFloat, "the stem's weight must be packed as floats");
+  STD_TORCH_CHECK(weights.operand == RowElement::kFloat, "the stem needs a weight of floats");
   const Size out{images.size(0), bias.size(0), (images.size(2) - 1) / 2 + 1,
                  (images.size(3) - 1) / 2 + 1};
   Tensor result = empty_map(out, dtype, images);

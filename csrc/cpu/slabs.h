@@ -73,6 +73,18 @@ inline Tensor empty_floats(const Tensor& like, std::initializer_list<int64_t> si
 
 inline float* data_of(Tensor& floats) { return static_cast<float*>(floats.mutable_data_ptr()); }
 
+// sums[i] = sum over the tasks, in their order and in float64, of share[task][first + i].
+inline void add_shares(const float* share, int64_t tasks, int64_t stride, int64_t first,
+                       int64_t count, float* sums) {
+  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double sum = 0.0;
+      for (int64_t task = 0; task < tasks; ++task) sum += share[task * stride + first + i];
+      sums[i] = static_cast<float>(sum);
+    }
+  });
+}
+
 constexpr int64_t kMostScratch = int64_t{1} << 30;  // floats; fewer threads run rather than more
 
 // run(first, last, scratch) for runs of slabs, one a thread; scratch: `floats` floats, one run's.

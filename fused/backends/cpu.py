@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from . import cpu_products, cpu_slabs, native
+from . import cpu_slabs, cpu_stages, native
 from .backend import Backend
-from .reference import coordinate_attention
 
 
 def _load() -> native.NativeLibrary:
@@ -29,9 +28,9 @@ def _load() -> native.NativeLibrary:
 LIBRARY = _load()
 KERNELS: Mapping[str, Callable[..., object]] = {
     **native.kernels(),
-    **cpu_products.KERNELS,
+    **cpu_stages.KERNELS,
     "coordinate_attention": cpu_slabs.coordinate_attention,
-    "coordinate_attention_backward": coordinate_attention.backward,
+    "coordinate_attention_backward": cpu_slabs.coordinate_attention_backward,
     "cross_spatial": cpu_slabs.cross_spatial,
     "cross_spatial_backward": cpu_slabs.cross_spatial_backward,
 }

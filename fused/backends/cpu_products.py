@@ -6,20 +6,24 @@ A frozen network packs once and calls the `_packed` ops itself: native.py has th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .native import kernel
-from .reference import gated_fusion as reference_gated_fusion
-from .reference import msff as reference_msff
-from .reference.msff import nothing, unknown_statistics
 
 
-def pack(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A weight (M, K) or (M, K, 1, 1) packed for products with maps of the dtype of `x`."""
-    bfloat16 = x.dtype == torch.bfloat16
+def pack(weight: torch.Tensor, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+    """Pack a weight for products with maps of the dtype of `x`.
+
+    Args:
+        weight: (M, K) or (M, K, 1, 1).
+        x: a map; for a bfloat16 one weights are rounded to that where the processor multiplies it.
+        exact: multiply in float32 all the same. Training wants this of what a ReLU follows: an
+            error of 2^-9 there switches pixels on or off, and the gradient's error is its root.
+    """
+    bfloat16 = x.dtype == torch.bfloat16 and not exact
     packed: torch.Tensor = kernel("pack_product_weight")(weight.float(), bfloat16)
     return packed
 
@@ -130,12 +134,8 @@ class FusionParameters(NamedTuple):
     eps3: float
 
 
-def gated_fusion(e: torch.Tensor, w: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    """As the reference's `forward`, which still runs training and what keeps maps for it."""
-    *parameters, save = rest
-    p = FusionParameters(*parameters)
-    if p.training or save:
-        return reference_gated_fusion.forward(e, w, *rest)
+def gated_fusion_folded(e: torch.Tensor, w: torch.Tensor, p: FusionParameters) -> torch.Tensor:
+    """Out (B, C, H, W) in evaluation."""
     norms = [
         folded_norm(p.bn1_weight, p.bn1_bias, p.running_mean1, p.running_var1, p.eps1),
         folded_norm(p.bn2_weight, p.bn2_bias, p.running_mean2, p.running_var2, p.eps2),
@@ -145,45 +145,32 @@ def gated_fusion(e: torch.Tensor, w: torch.Tensor, *rest: Any) -> tuple[torch.Te
     weights = gated_fusion_weights(
         p.squeeze_weight, p.expand_weight, p.fusion_weight, norms, torch.float32
     )
-    out = kernel("gated_fusion_packed")(e, w, *weights.packed(e), False)
-    nothing = (e.new_empty(0) for _ in range(2))
-    return (out, *nothing, *(e.new_empty(0, dtype=torch.float32) for _ in range(6)))
+    out: torch.Tensor = kernel("gated_fusion_packed")(e, w, *weights.packed(e), False)
+    return out
 
 
 # ------------------------------------------------------------------------------------------ msff
 
 
-def msff(
+def packed_parts(
+    features: Sequence[torch.Tensor], weight: torch.Tensor, *, exact: bool = False
+) -> list[torch.Tensor]:
+    """The packed part of msff's weight for each map; `exact` as in `pack`."""
+    parts = weight.split([f.shape[1] for f in features], 1)
+    return [pack(part, features[0], exact=exact) for part in parts]
+
+
+def msff_folded(
     features: Sequence[torch.Tensor],
     weight: torch.Tensor,
     bn_weight: torch.Tensor,
     bn_bias: torch.Tensor,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
-    training: bool,
     eps: float,
-    statistics: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """As the reference's `forward`, which still runs training."""
-    if training:
-        return reference_msff.forward(
-            *(features, weight, bn_weight, bn_bias, running_mean, running_var, training, eps),
-            statistics,
-            statistics_of=kernel("channel_statistics"),
-        )
+) -> torch.Tensor:
+    """Out (B, C_out, H, W) in evaluation."""
     scale, shift = folded_norm(bn_weight, bn_bias, running_mean, running_var, eps)
-    parts = weight.split([f.shape[1] for f in features], 1)
-    packed = [pack(part, features[0]) for part in parts]
-    out = kernel("msff_packed")(list(features), packed, scale.float(), shift.float())
-    none = torch.empty(0)
-    known = kernel("channel_statistics")(out) if statistics else unknown_statistics(none)
-    return out, *nothing(none, 2), *known
-
-
-KERNELS: Mapping[str, Callable[..., object]] = {
-    "msff": msff,
-    "msff_backward": reference_msff.backward,
-    "channel_interaction": channel_interaction,
-    "gated_fusion": gated_fusion,
-    "gated_fusion_backward": reference_gated_fusion.backward,
-}
+    packed = packed_parts(features, weight)
+    out: torch.Tensor = kernel("msff_packed")(list(features), packed, scale.float(), shift.float())
+    return out

@@ -1,7 +1,7 @@
 """The grouped stages on the CPU: arguments of the ops made ready for the native slab kernels.
 
-cross_spatial's "pooled" statistics, over all groups and both branches, and the backward of
-coordinate_attention are the reference's, which keeps the same tensors.
+cross_spatial's "pooled" statistics, over all groups and both branches, are the reference's, forward
+and backward; it keeps the same tensors.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .reference import cross_spatial_backward as reference_backward
 _pack = native.kernel("cross_spatial_pack")
 _packed = native.kernel("cross_spatial_packed")
 _pack_gate = native.kernel("coordinate_attention_pack")
+_gates_backward = native.kernel("coordinate_attention_backward")
 _gates = native.kernel("coordinate_attention_packed")
 _both = native.kernel("coordinate_cross_spatial_packed")
 _train = native.kernel("cross_spatial_train")
@@ -45,6 +46,14 @@ def coordinate_attention(
         e, pack_coordinate_attention(weight, bias), groups, eps
     )
     return results
+
+
+def coordinate_attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    """Arguments and results of the op `coordinate_attention_backward`."""
+    e, (weight, bias, groups) = args[4], args[9:]
+    grads, vectors = ([_floats(value) for value in args[i : i + 4]] for i in (0, 5))
+    grad_e, grad_weight, grad_bias = _gates_backward(*grads, e, *vectors, _floats(weight), groups)
+    return grad_e, grad_weight.reshape(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)
 
 
 def pack_cross_spatial(

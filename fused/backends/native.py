@@ -32,6 +32,9 @@ SCHEMAS = (
     "coordinate_attention_pack(Tensor weight, Tensor bias) -> Tensor",
     "coordinate_attention_packed(Tensor e, Tensor gate, int groups, float eps)"
     " -> (Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd)",
+    "coordinate_attention_backward(Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean,"
+    " Tensor grad_rstd, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
+    " Tensor weight, int groups) -> (Tensor grad_e, Tensor grad_weight, Tensor grad_bias)",
     "cross_spatial_pack(Tensor gn_weight, Tensor gn_bias, Tensor conv3x3_weight,"
     " Tensor conv3x3_bias, Tensor spatial_conv1_weight, Tensor spatial_conv3_weight,"
     " Tensor spatial_conv5_weight, Tensor attention_weight, Tensor attention_bn_weight,"
@@ -43,6 +46,16 @@ SCHEMAS = (
     " Tensor packed, int groups) -> (Tensor w, Tensor softmax1, Tensor softmax2)",
     "coordinate_cross_spatial_packed(Tensor e, Tensor gate, float eps, Tensor packed, int groups)"
     " -> Tensor w",
+    "cross_spatial_train(Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
+    " Tensor[] parameters, int groups, float attention_eps, float reduce_eps) -> (Tensor w,"
+    " Tensor softmax1, Tensor softmax2, Tensor attention_mean, Tensor attention_var,"
+    " Tensor reduce_mean, Tensor reduce_var)",
+    "cross_spatial_backward(Tensor grad_w, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean,"
+    " Tensor rstd, Tensor w, Tensor softmax1, Tensor softmax2, Tensor attention_mean,"
+    " Tensor attention_var, Tensor reduce_mean, Tensor reduce_var, Tensor[] parameters,"
+    " int groups, bool constants, float attention_eps, float reduce_eps) -> (Tensor grad_e,"
+    " Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean, Tensor grad_rstd,"
+    " Tensor grad_parameters)",
     # Products on the CPU (csrc/cpu/products.cpp). A packed weight is bytes for this processor;
     # `bfloat16` says that its maps will be. Vectors are float32, maps float32, bfloat16 or
     # float16; an output has the dtype and the memory format of the first map.
@@ -63,20 +76,32 @@ SCHEMAS = (
     # sum over pixels of grad x^T, float32 (B or 1, M, K); x first as it was for its product
     "product_gradient(Tensor grad, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift,"
     " bool per_sample) -> Tensor out",
+    # Training on the CPU (csrc/cpu/products_training.cpp): out = weight x + second_weight second +
+    # bias if stored, and the moments of its rows; x times gate, relu(scale v + shift) of second, or
+    # of x without one
+    "product_moments(Tensor x, Tensor packed, Tensor? gate, Tensor? second,"
+    " Tensor? second_packed, Tensor? scale, Tensor? shift, Tensor? bias, bool store,"
+    " bool moments) -> (Tensor out, Tensor mean, Tensor var)",
+    "norm_relu(Tensor z, Tensor scale, Tensor shift, Tensor like) -> Tensor out",
+    "norm_relu_backward(Tensor grad, Tensor z, Tensor mean, Tensor var, Tensor weight,"
+    " Tensor bias, float eps, bool training)"
+    " -> (Tensor grad_z, Tensor grad_weight, Tensor grad_bias)",
+    "norm_gate_backward(Tensor grad, Tensor e, Tensor w, Tensor z, Tensor mean, Tensor var,"
+    " Tensor weight, Tensor bias, float eps, bool training)"
+    " -> (Tensor grad_z, Tensor grad_weight, Tensor grad_bias)",
+    "channel_interaction_input_backward(Tensor grad_e, Tensor gate, Tensor interaction_packed,"
+    " Tensor grad_mean, Tensor grad_maximum, Tensor argmax) -> Tensor grad_x",
+    "gated_fusion_apply(Tensor e, Tensor w, Tensor logits, Tensor scale, Tensor shift)"
+    " -> Tensor out",
+    "gated_fusion_input_backward(Tensor grad_out, Tensor e, Tensor w, Tensor logits,"
+    " Tensor scale, Tensor shift, Tensor grad_logits, Tensor fusion_packed, Tensor grad_hidden,"
+    " Tensor squeeze_packed) -> (Tensor grad_e, Tensor grad_w)",
+    "msff_sum(Tensor[] features, Tensor[] packed, bool moments)"
+    " -> (Tensor z, Tensor mean, Tensor var)",
     "separable_pack(Tensor weight, bool pairs) -> Tensor",
     "separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed, Tensor bias,"
     " int stride, bool inner_relu, bool relu) -> Tensor",
     "stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) -> Tensor",
-    "cross_spatial_train(Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
-    " Tensor[] parameters, int groups, float attention_eps, float reduce_eps) -> (Tensor w,"
-    " Tensor softmax1, Tensor softmax2, Tensor attention_mean, Tensor attention_var,"
-    " Tensor reduce_mean, Tensor reduce_var)",
-    "cross_spatial_backward(Tensor grad_w, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean,"
-    " Tensor rstd, Tensor w, Tensor softmax1, Tensor softmax2, Tensor attention_mean,"
-    " Tensor attention_var, Tensor reduce_mean, Tensor reduce_var, Tensor[] parameters,"
-    " int groups, bool constants, float attention_eps, float reduce_eps) -> (Tensor grad_e,"
-    " Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean, Tensor grad_rstd,"
-    " Tensor grad_parameters)",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )

@@ -76,6 +76,11 @@ struct StoreSigmoid {
   }
 };
 
+// u = e alpha_h alpha_w, rounded as the reference rounds it: a single pixel's u - mean is zero.
+CIEMA_INLINE Floats gated(Floats e, Floats row, Floats column) {
+  return Simd::mul(Simd::mul(e, row), column);
+}
+
 // Sum over the map of u, or of (u - mean)^2; one vector of channels.
 template <bool kCentred>
 inline Floats sum_of_u(const Frame& f, const float* map, const Gates& gates, int64_t c,
@@ -90,20 +95,16 @@ inline Floats sum_of_u(const Frame& f, const float* map, const Gates& gates, int
     for (; x + 4 <= f.width; x += 4) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Floats value = Simd::mul(Simd::load(pixel + (x + i) * f.cp),
-                                       Simd::load(column + (x + i) * f.cp));
-        if constexpr (kCentred) {
-          const Floats off = Simd::sub(Simd::mul(value, row), mean);
-          sums[i] = Simd::fma(off, off, sums[i]);
-        } else {
-          sums[i] = Simd::fma(value, row, sums[i]);
-        }
+        const Floats u = gated(Simd::load(pixel + (x + i) * f.cp), row,
+                               Simd::load(column + (x + i) * f.cp));
+        const Floats off = Simd::sub(u, mean);
+        sums[i] = kCentred ? Simd::fma(off, off, sums[i]) : Simd::add(sums[i], u);
       }
     }
     for (; x < f.width; ++x) {
-      const Floats value = Simd::mul(Simd::load(pixel + x * f.cp), Simd::load(column + x * f.cp));
-      const Floats off = Simd::sub(Simd::mul(value, row), mean);
-      sums[0] = kCentred ? Simd::fma(off, off, sums[0]) : Simd::fma(value, row, sums[0]);
+      const Floats u = gated(Simd::load(pixel + x * f.cp), row, Simd::load(column + x * f.cp));
+      const Floats off = Simd::sub(u, mean);
+      sums[0] = kCentred ? Simd::fma(off, off, sums[0]) : Simd::add(sums[0], u);
     }
     total = Simd::add(total, Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
   }

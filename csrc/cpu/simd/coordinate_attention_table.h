@@ -3,7 +3,11 @@
 #include "slab_products_body.h"
 #include "winograd_body.h"
 #include "slab_frame_body.h"
+#include "slab_tiles_body.h"
+#include "slab_rows_body.h"
+#include "slab_gradients_body.h"
 #include "coordinate_attention_body.h"
+#include "coordinate_attention_backward_body.h"
 
 inline int64_t scratch_size(const CoordinateShape& shape) {
   const Frame f(shape.channels, shape.height, shape.width);
@@ -23,4 +27,7 @@ inline void run_slab(const CoordinateShape& shape, const float* packed, double e
   to_channel_major(f, gates.rstd, 1, slab.rstd);
 }
 
-constexpr CoordinateAttention kTable = {packed_gate_size, pack_gate, scratch_size, run_slab};
+constexpr CoordinateAttention kTable = {packed_gate_size,   pack_gate,
+                                        scratch_size,       run_slab,
+                                        pack_gate_backward, backward_scratch_size,
+                                        run_backward};

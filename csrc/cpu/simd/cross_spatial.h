@@ -1,6 +1,7 @@
 // What each instruction set offers the stage cross_spatial in evaluation: one table of functions.
 #pragma once
 
+#include "cross_spatial_bf16.h"
 #include "slab.h"
 #include "target.h"
 
@@ -16,15 +17,18 @@ struct CrossSpatialParameters {
   const float *reduce_running_mean, *reduce_running_var;
   const float *channel_feat_weight, *alpha;
   double attention_eps, reduce_eps;
+  const CrossSpatialBf16* bf16;  // null where it is not to be packed for
 };
 
 // How the 3x3 and 5x5 convolutions are done; packed weights hold one form's or both's.
 constexpr int kWinogradForm = 1;
 constexpr int kDirectForm = 2;
+constexpr int kBf16Form = 4;  // and the attention product in bfloat16, beside one of those
 
 struct CrossSpatialShape {
   int64_t channels, height, width;  // of a slab: one group of one sample
   int form;
+  const CrossSpatialBf16* bf16;  // null: the attention product is float32
 };
 
 struct CrossSpatialSlab {

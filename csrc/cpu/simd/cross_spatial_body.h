@@ -12,6 +12,8 @@
 //          tiles (Winograd form) or of the map (direct form).
 // Bytes    e is read and w written once; scratch is about 2.6 MB at c = 32, 56x56, of which a chunk
 //          of tiles (transformed, product, features) stays in a core's second-level cache.
+// bfloat16 the attention product takes bfloat16 operands where the map is bfloat16 and the processor
+//          multiplies it (cross_spatial_bf16_body.h).
 // Sums     float32, means over pixels as sums of chunks' sums, softmax's kernel vectors likewise.
 
 #include "slab_products_body.h"
@@ -23,6 +25,7 @@
 #include "slab_direct_body.h"
 #include "coordinate_attention_body.h"
 #include "slab_rows_body.h"
+#include "attend_body.h"
 
 struct Work {
   Frame frame;
@@ -33,6 +36,7 @@ struct Work {
   float* rows1;    // (pixels, 4cp): A f, X of branch 1
   float* rows2;    // (chunk, 4cp)
   float* features; // (chunk, 3cp)
+  float* halves;   // features in bfloat16
   float* gates;
   float* pooled;
   float* logits;   // (pixels)
@@ -60,6 +64,7 @@ struct Work {
     features = take(kChunkPixels * 3 * f.cp);
     tiles.in = take(tiled ? tiles.size_in() : 0);
     tiles.out = take(tiled ? tiles.size_out() : 0);
+    halves = take(shape.bf16 != nullptr ? shape.bf16->scratch_size(f.c, kChunkPixels) : 0);
     gates = take(Gates::size(f));
     pooled = take(Gates::size(f));
     logits = take(pixels);
@@ -72,31 +77,16 @@ struct Work {
 
 // ------------------------------------------------------------------------- attention and readout
 
-// rows = sigmoid(sum + bias) * features
-struct Attend {
-  const float* bias;
-  const float* features;
-  int64_t stride_features;
-  float* rows;
-  int64_t stride_rows;
-
-  template <int M, int N>
-  CIEMA_INLINE void operator()(const Floats (&sum)[M][N], int64_t row, int64_t vector) const {
-    for (int m = 0; m < M; ++m) {
-      const float* f = features + (row + m) * stride_features + vector * kLanes;
-      float* out = rows + (row + m) * stride_rows + vector * kLanes;
-      for (int n = 0; n < N; ++n) {
-        const Floats logit = Simd::add(sum[m][n], Simd::load(bias + (vector + n) * kLanes));
-        Simd::store(out + n * kLanes, Simd::mul(sigmoid(logit), Simd::load(f + n * kLanes)));
-      }
-    }
-  }
-};
-
-inline void attend(const Work& work, const Packed& weights, int64_t count, float* rows) {
+inline void attend(const CrossSpatialShape& shape, const Work& work, const Packed& weights,
+                   int64_t count, float* rows) {
   const int64_t c = work.frame.c, cp = work.frame.cp;
   product({rows + 3 * cp, 4 * cp, kOneTap, c}, count, weights.spatial1, cp / kLanes,
           Store{work.features, 3 * cp});
+  if (shape.bf16 != nullptr) {
+    shape.bf16->attend(c, weights.attention_bf16, weights.attention_bias, work.features, count,
+                       rows, 4 * cp, work.halves);
+    return;
+  }
   const Tap sections[3] = {{0, 0}, {cp, 1}, {2 * cp, 2}};
   product({work.features, 3 * cp, {sections, 3, 3}, c}, count, weights.attention, 3 * cp / kLanes,
           Attend{weights.attention_bias, work.features, 3 * cp, rows, 4 * cp});
@@ -135,7 +125,7 @@ inline void branch(const CrossSpatialShape& shape, const Work& work, const Packe
     } else {
       feature_pixels(f, map, weights.spatial3_direct, weights.spatial5_direct, start, count, to);
     }
-    attend(work, weights, count, rows);
+    attend(shape, work, weights, count, rows);
     add_rows(rows, columns, count, columns, work.mean);
     if (!first) read_out(rows, count, columns, work.vector, constant, work.logits + start);
   }

@@ -18,6 +18,7 @@ struct Packed {
   float* spatial1;          // (c, c)
   float* attention;         // (3c, 3c), batch norm in it
   float* attention_bias;    // (3c)
+  float* attention_bf16;    // the same product's, in bfloat16
   float* readout;           // (c, 4c), rows of y: of A*f, batch norm in it, then of X, times alpha
   float* readout_bias;      // (c)
   int64_t size;
@@ -42,6 +43,7 @@ struct Packed {
     spatial1 = take(square);
     attention = take(9 * square);
     attention_bias = take(3 * padded(c));
+    attention_bf16 = take(9 * padded(c) * padded(c) / 2, (forms & kBf16Form) != 0);
     readout = take(4 * square);
     readout_bias = take(padded(c));
   }
@@ -70,6 +72,16 @@ inline double norm_scale(const float* weight, const float* var, int64_t i, doubl
 
 inline void pack_attention(const CrossSpatialParameters& p, int64_t c, const Packed& out) {
   const int64_t cp = padded(c);
+  if (out.attention_bf16 != nullptr) {  // the plain matrix lies where its packed form goes next
+    float* matrix = out.attention;
+    for (int64_t i = 0; i < 9 * c * c; ++i) {
+      const double scale = norm_scale(p.attention_bn_weight, p.attention_running_var, i / (3 * c),
+                                      p.attention_eps);
+      matrix[i] = static_cast<float>(scale * p.attention_weight[i]);
+    }
+    p.bf16->pack(matrix, c, out.attention_bf16);
+    memset(matrix, 0, static_cast<size_t>(9 * c * cp) * sizeof(float));
+  }
   for (int64_t o = 0; o < 3 * c; ++o) {
     const int64_t column = o / c * cp + o % c;
     const double scale = norm_scale(p.attention_bn_weight, p.attention_running_var, o,

@@ -79,6 +79,9 @@ using AffineFunction = void (*)(const float* acc, int rows, int count, const Aff
 using AffineToPanelFunction = void (*)(const float* acc, int rows, int count, const Affine& affine,
                                        void* panel);
 
+// acc += the resized maps, for statistics of the whole.
+using AddResizedFunction = void (*)(float* acc, int rows, int count, const Affine& affine);
+
 // out = acc_scale * acc + map_scale * map + shift, vectors [row]
 struct Combination {
   const float* acc_scale;
@@ -117,14 +120,15 @@ struct NormGradient {
   float* sums;
   float* products;
 };
-// g = grad where y > 0
+// g = grad where y > 0; z may have another element type than the other maps
 using ReluGradientFunction = void (*)(int rows, int count, const NormGradient& norm,
-                                      const MapView& z, const MapView& grad,
+                                      const MapView& z, Element z_element, const MapView& grad,
                                       const MutableMapView& out);
 // g = grad * e * (1 - w) * phi * (1 - phi), phi = sigmoid(y); of `fusion` w and its groups are read
 using GateGradientFunction = void (*)(int rows, int count, const NormGradient& norm,
-                                      const Fusion& fusion, const MapView& z, const MapView& e,
-                                      const MapView& grad, const MutableMapView& out);
+                                      const Fusion& fusion, const MapView& z, Element z_element,
+                                      const MapView& e, const MapView& grad,
+                                      const MutableMapView& out);
 // grad_e = grad * (phi + w * (1 - phi)) + w * acc, grad_w [group][pixel] += e * (acc + grad * (1 -
 // phi)), with phi = sigmoid(scale * z + shift)
 using FusionGradientFunction = void (*)(const float* acc, int rows, int count, const Fusion& fusion,
@@ -142,6 +146,7 @@ struct Products {
   PackPixelsFunction pack_pixels[kWordKinds][kElementKinds];
   PackRowsFunction pack_rows[kWordKinds][kElementKinds];
   MomentsFunction moments;
+  AddResizedFunction add_resized;
   ReluGradientFunction relu_gradient[kElementKinds];
   GateGradientFunction gate_gradient[kElementKinds];
   FusionGradientFunction fusion_gradient[kElementKinds];

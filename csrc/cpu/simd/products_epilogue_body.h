@@ -92,6 +92,21 @@ void store_affine(const float* acc, int rows, int count, const Affine& affine,
   each_block<T>(acc, rows, count, out, AffineOp(affine, rows, count));
 }
 
+void add_resized(float* acc, int rows, int count, const Affine& affine) {
+  if (affine.resized_count == 0) return;
+  const AffineOp op(affine, rows, count);
+  for (int r = 0; r < rows; r += Simd::kLanes) {
+    for (int p = 0; p < count; p += Simd::kLanes) {
+      Simd::Floats v[Simd::kLanes];
+      op.prepare(r, p, 0, smaller(Simd::kLanes, count - p), v);
+      for (int i = 0; i < smaller(Simd::kLanes, rows - r); ++i) {
+        float* at = acc + (r + i) * kPanelPixels + p;
+        Simd::store(at, Simd::add(Simd::load(at), v[i]));
+      }
+    }
+  }
+}
+
 template <class W>
 void affine_to_panel(const float* acc, int rows, int count, const Affine& affine, void* panel) {
   const AffineOp op(affine, rows, count);

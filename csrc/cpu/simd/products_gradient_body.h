@@ -29,11 +29,22 @@ inline void load_view(const MapView& map, int row, int pixel, int rows, int pixe
   load_block(x, map.stride_c, map.stride_s, rows, pixels, v);
 }
 
+inline void load_any(const MapView& map, Element element, int row, int pixel, int rows, int pixels,
+                     Simd::Floats* v) {
+  if (element == Element::kFloat) {
+    load_view<float>(map, row, pixel, rows, pixels, v);
+  } else if (element == Element::kBFloat16) {
+    load_view<BFloat16>(map, row, pixel, rows, pixels, v);
+  } else {
+    load_view<Half>(map, row, pixel, rows, pixels, v);
+  }
+}
+
 // Takes the gradient of y from `op.prepare(row, pixel, rows, pixels)` and `op(i, row, pixel, y)`, for
 // row i of the prepared block.
 template <class T, class Op>
 inline void norm_gradient(int rows, int count, const NormGradient& norm, const MapView& z,
-                          const MutableMapView& out, Op& op) {
+                          Element z_element, const MutableMapView& out, Op& op) {
   const bool summing = out.data == nullptr;
   for (int r = 0; summing && r < rows; ++r) norm.sums[r] = norm.products[r] = 0.0f;
   for (int r = 0; r < rows; r += Simd::kLanes) {
@@ -41,7 +52,7 @@ inline void norm_gradient(int rows, int count, const NormGradient& norm, const M
     for (int p = 0; p < count; p += Simd::kLanes) {
       const int pixels = smaller(Simd::kLanes, count - p);
       Simd::Floats v[Simd::kLanes];
-      load_view<T>(z, r, p, block, pixels, v);
+      load_any(z, z_element, r, p, block, pixels, v);
       op.prepare(r, p, block, pixels);
       for (int i = 0; i < block; ++i) {
         const int row = r + i;
@@ -83,9 +94,9 @@ struct ReluGradientOp {
 
 template <class T>
 void relu_gradient(int rows, int count, const NormGradient& norm, const MapView& z,
-                   const MapView& grad, const MutableMapView& out) {
+                   Element z_element, const MapView& grad, const MutableMapView& out) {
   ReluGradientOp<T> op{grad, {}};
-  norm_gradient<T>(rows, count, norm, z, out, op);
+  norm_gradient<T>(rows, count, norm, z, z_element, out, op);
 }
 
 inline Simd::Floats gate_row(const Fusion& fusion, int row, int pixel) {
@@ -116,10 +127,10 @@ struct GateGradientOp {
 
 template <class T>
 void gate_gradient(int rows, int count, const NormGradient& norm, const Fusion& fusion,
-                   const MapView& z, const MapView& e, const MapView& grad,
+                   const MapView& z, Element z_element, const MapView& e, const MapView& grad,
                    const MutableMapView& out) {
   GateGradientOp<T> op{fusion, e, grad, {}};
-  norm_gradient<T>(rows, count, norm, z, out, op);
+  norm_gradient<T>(rows, count, norm, z, z_element, out, op);
 }
 
 template <class T>
@@ -184,6 +195,7 @@ constexpr Products table_of_floats() {
                  {},
                  {},
                  moments,
+                 add_resized,
                  {relu_gradient<float>, relu_gradient<BFloat16>, relu_gradient<Half>},
                  {gate_gradient<float>, gate_gradient<BFloat16>, gate_gradient<Half>},
                  {fusion_gradient<float>, fusion_gradient<BFloat16>, fusion_gradient<Half>}};

@@ -1,7 +1,7 @@
 // What each instruction set offers the backbone: depthwise 3x3 runs, and the product of rows of
 // pixels with a packed weight. One table of functions to a file.
 //
-// Operand       what the product multiplies: floats, or pairs of bfloat16 where the table has them
+// RowElement    what the product multiplies: floats, or pairs of bfloat16 where the table has them
 // Weight panel  `columns` output channels, [step][column], columns past the last are zero; a step
 //               is one k, or with pairs k and k + 1 beside each other
 #pragma once
@@ -11,8 +11,8 @@
 
 namespace ciema::cpu {
 
-enum class Operand : int { kFloat, kBFloat16 };
-constexpr int kOperandKinds = 2;
+enum class RowElement : int { kFloat, kBFloat16 };
+constexpr int kRowElementKinds = 2;
 
 // Output pixels first..first+count of one row of a depthwise 3x3 convolution with padding 1.
 struct DepthwiseRun {
@@ -41,8 +41,8 @@ using PixelProductFunction = void (*)(const PixelProduct& product, void* out);
 
 struct Separable {
   int pixels, columns;
-  DepthwiseFunction depthwise[kElementKinds][kOperandKinds];  // element read, operand written
-  PixelProductFunction product[kOperandKinds][kElementKinds];  // null without pairs
+  DepthwiseFunction depthwise[kElementKinds][kRowElementKinds];  // element read, operand written
+  PixelProductFunction product[kRowElementKinds][kElementKinds];  // null without pairs
 };
 
 extern const Separable kPortableSeparable;

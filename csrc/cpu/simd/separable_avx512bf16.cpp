@@ -26,7 +26,7 @@ struct PairSteps {
 
 constexpr Separable table_with_pairs() {
   Separable table = table_of_floats();
-  PixelProductFunction* pairs = table.product[static_cast<int>(Operand::kBFloat16)];
+  PixelProductFunction* pairs = table.product[static_cast<int>(RowElement::kBFloat16)];
   pairs[static_cast<int>(Element::kFloat)] = multiply_pixels<PairSteps, float>;
   pairs[static_cast<int>(Element::kBFloat16)] = multiply_pixels<PairSteps, BFloat16>;
   pairs[static_cast<int>(Element::kHalf)] = multiply_pixels<PairSteps, Half>;

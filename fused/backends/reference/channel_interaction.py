@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -60,6 +61,40 @@ def forward(
     return e.contiguous(memory_format=memory_format(x)), gate, mean, maximum, argmax
 
 
+class SmallGradients(NamedTuple):
+    """The gradients that are no maps."""
+
+    mean: torch.Tensor
+    maximum: torch.Tensor
+    squeeze_weight: torch.Tensor
+    excite_weight: torch.Tensor
+    interaction_weight: torch.Tensor
+
+
+def small_backward(
+    outer: torch.Tensor,
+    gate: torch.Tensor,
+    mean: torch.Tensor,
+    maximum: torch.Tensor,
+    squeeze: torch.Tensor,
+    excite: torch.Tensor,
+    interaction_weight: torch.Tensor,
+) -> SmallGradients:
+    """Gradients of x's statistics and of the weights from grad·xᵀ (B, C, C) of each sample."""
+    complement = 1 - gate
+    grad_gate = outer.diagonal(dim1=1, dim2=2) - (outer * interaction_weight[:, :, 0, 0]).sum(2)
+    grad_interaction = torch.einsum("bo,boi->oi", complement, outer)[:, :, None, None]
+    hidden_mean, hidden_max = (mean @ squeeze.T).relu(), (maximum @ squeeze.T).relu()
+    grad_logits = grad_gate * gate * complement
+    grad_excite = grad_logits.T @ (hidden_mean + hidden_max)
+    grad_hidden = grad_logits @ excite
+    grad_hidden_mean = grad_hidden * (hidden_mean > 0)
+    grad_hidden_max = grad_hidden * (hidden_max > 0)
+    grad_squeeze = grad_hidden_mean.T @ mean + grad_hidden_max.T @ maximum
+    of_statistics = (grad_hidden_mean @ squeeze, grad_hidden_max @ squeeze)
+    return SmallGradients(*of_statistics, grad_squeeze, grad_excite, grad_interaction)
+
+
 def backward(
     grad_e: torch.Tensor,
     x: torch.Tensor,
@@ -84,29 +119,17 @@ def backward(
     outer = torch.bmm(grad_e.to(product).flatten(2), x.to(product).flatten(2).transpose(1, 2)).to(
         dtype
     )
-    weight = interaction_weight[:, :, 0, 0].to(dtype)
-    grad_gate = outer.diagonal(dim1=1, dim2=2) - (outer * weight).sum(2)
-    grad_interaction = torch.einsum("bo,boi->oi", complement, outer)[:, :, None, None]
-
-    squeeze, excite = squeeze_weight.to(dtype), excite_weight.to(dtype)
-    hidden_mean, hidden_max = (mean @ squeeze.T).relu(), (maximum @ squeeze.T).relu()
-    grad_logits = grad_gate * gate * complement
-    grad_excite = grad_logits.T @ (hidden_mean + hidden_max)
-    grad_hidden = grad_logits @ excite
-    grad_hidden_mean = grad_hidden * (hidden_mean > 0)
-    grad_hidden_max = grad_hidden * (hidden_max > 0)
-    grad_squeeze = grad_hidden_mean.T @ mean + grad_hidden_max.T @ maximum
+    parameters = (squeeze_weight.to(dtype), excite_weight.to(dtype), interaction_weight.to(dtype))
+    small = small_backward(outer, gate, mean, maximum, *parameters)
 
     grad_x = convolve_input_backward(
         (grad_e * complement[:, :, None, None]).to(product), interaction_weight
     ).to(dtype)
     grad_x = torch.addcmul(grad_x, grad_e.to(dtype), gate[:, :, None, None])
-    grad_x = grad_x + statistics_backward(
-        grad_hidden_mean @ squeeze, grad_hidden_max @ squeeze, argmax, x
-    )
+    grad_x = grad_x + statistics_backward(small.mean, small.maximum, argmax, x)
     return (
         grad_x.to(x.dtype).contiguous(memory_format=memory_format(x)),
-        grad_squeeze.to(squeeze_weight.dtype),
-        grad_excite.to(excite_weight.dtype),
-        grad_interaction.to(interaction_weight.dtype),
+        small.squeeze_weight.to(squeeze_weight.dtype),
+        small.excite_weight.to(excite_weight.dtype),
+        small.interaction_weight.to(interaction_weight.dtype),
     )

@@ -1,0 +1,236 @@
+// Products with the statistics of their results, and batch norms behind them on the way back:
+//
+//   out = W x + W' x' + bias      mean, var over samples and pixels of each row
+//   g = gradient of y = weight n + bias, n = (z - mean) / sqrt(var + eps)
+//   grad_z = weight / sqrt(var + eps) (g - mean(g) - n mean(g n)), without the means in evaluation
+//
+// Layouts, threads, sums of products  as in products.cpp.
+// Statistics and gradients of vectors  float32 inside a tile, float64 over tiles (moments.h).
+// Bytes    the gradients read their maps twice, once for the sums and once for grad_z.
+#include "products_training.h"
+
+#include <cmath>
+
+#include "moments.h"
+
+namespace ciema::cpu {
+namespace {
+
+Tensor empty_vector(const Tensor& like, int64_t size) {
+  return torch::stable::empty({size}, ScalarType::Float, std::nullopt, like.device());
+}
+
+float* floats_of(Tensor& value) { return static_cast<float*>(value.mutable_data_ptr()); }
+
+struct Operand {
+  Operand(const Tensor& x, const Tensor& packed, const char* name)
+      : map(x), weight(packed, name, x, x.size(1)) {}
+  Map map;
+  PackedWeight weight;
+};
+
+void check_same_pixels(const Tensor& a, const Tensor& b, const char* name) {
+  check_x(b);
+  STD_TORCH_CHECK(a.size(0) == b.size(0) && a.size(2) == b.size(2) && a.size(3) == b.size(3), name,
+                  " must have the samples and pixels of the first map");
+}
+
+// The batch norm's vectors on the way back.
+struct Norm {
+  Norm(const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias, double eps,
+       int64_t rows)
+      : mean(mean, "mean", rows), weight(weight, "weight", rows), bias(bias, "bias", rows) {
+    const Vector variance(var, "var", rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      rstd.push_back(static_cast<float>(1.0 / std::sqrt(variance.data()[r] + eps)));
+    }
+  }
+
+  NormGradient at(int64_t row) const {
+    return {mean.from(row), rstd.data() + row, weight.from(row), bias.from(row),
+            nullptr,        nullptr,           nullptr,          nullptr};
+  }
+
+  Vector mean, weight, bias;
+  std::vector<float> rstd;
+};
+
+// Both passes over the maps; `run(tile, row, rows, norm, out, scratch)` works on a block.
+template <class Begin, class Run>
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Map& z, ScalarType dtype, const Norm& norm,
+                                                 bool training, int64_t scratch_floats,
+                                                 const Begin& begin, const Run& run) {
+  constexpr int64_t kWork = 32;  // about as long as so many multiply-adds
+  const int64_t rows = z.channels();
+  RowSums sums(z.batch(), z.plane(), rows), products_of(z.batch(), z.plane(), rows);
+  for_each_block(z.batch(), z.plane(), rows, kWork, scratch_floats, begin,
+                 [&](const Tile& tile, int64_t row, int count, float* scratch) {
+                   NormGradient how = norm.at(row);
+                   how.sums = sums.at(tile, row);
+                   how.products = products_of.at(tile, row);
+                   run(tile, row, count, how, MutableMapView{}, scratch);
+                 });
+  Tensor grad_bias = empty_vector(z.tensor(), rows), grad_weight = empty_vector(z.tensor(), rows);
+  sums.finish(floats_of(grad_bias));
+  products_of.finish(floats_of(grad_weight));
+  std::vector<float> shares(floats_of(grad_bias), floats_of(grad_bias) + rows);
+  std::vector<float> product_shares(floats_of(grad_weight), floats_of(grad_weight) + rows);
+  const float all = static_cast<float>(z.batch() * z.plane());
+  for (float& share : shares) share /= all;
+  for (float& share : product_shares) share /= all;
+  Map out(empty_map(z.tensor(), rows, z.tensor().size(2), z.tensor().size(3), dtype));
+  for_each_block(z.batch(), z.plane(), rows, kWork, scratch_floats, begin,
+                 [&](const Tile& tile, int64_t row, int count, float* scratch) {
+                   NormGradient how = norm.at(row);
+                   how.sum_share = training ? shares.data() + row : nullptr;
+                   how.product_share = training ? product_shares.data() + row : nullptr;
+                   run(tile, row, count, how, out.mutable_at(tile.sample, row, tile.pixel),
+                       scratch);
+                 });
+  return {out.tensor(), grad_weight, grad_bias};
+}
+
+void check_alike(const Tensor& value, const Tensor& z, const char* name) {
+  check_same_pixels(z, value, name);
+  STD_TORCH_CHECK(value.size(1) == z.size(1), name, " must have the shape of z");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> product_moments(
+    Tensor x, Tensor packed, std::optional<Tensor> gate, std::optional<Tensor> second,
+    std::optional<Tensor> second_packed, std::optional<Tensor> scale, std::optional<Tensor> shift,
+    std::optional<Tensor> bias, bool store, bool moments) {
+  check_x(x);
+  std::vector<Operand> operands;
+  operands.emplace_back(x, packed, "packed");
+  const int64_t rows = operands[0].weight.rows();
+  if (second) {
+    check_same_pixels(x, *second, "second");
+    STD_TORCH_CHECK(second_packed.has_value(), "second needs second_packed");
+    operands.emplace_back(*second, *second_packed, "second_packed");
+    STD_TORCH_CHECK(operands[1].weight.rows() == rows, "both weights must have ", rows, " rows");
+  }
+  std::optional<Map> gates;
+  if (gate) {
+    check_same_pixels(x, *gate, "gate");
+    STD_TORCH_CHECK(x.size(1) % gate->size(1) == 0, "gate must have a divisor of x's channels");
+    gates.emplace(*gate);
+  }
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift come together");
+  const int64_t last = operands.back().map.channels();
+  const Vector scales(scale, "scale", last), shifts(shift, "shift", last);
+  const Vector biases(bias, "bias", rows);
+
+  const int64_t acc_floats = kBlockRows * products().pixels;
+  const int64_t gate_at = acc_floats;
+  const int64_t gate_floats = gates ? (gates->channels() + 1) * products().pixels : 0;
+  int64_t floats = gate_at + gate_floats, work = 0;
+  std::vector<int64_t> panels;
+  for (const Operand& operand : operands) {
+    panels.push_back(floats);
+    floats += operand.weight.panel_floats();
+    work += operand.map.channels();
+  }
+  const Map& map = operands[0].map;
+  std::optional<Map> out;
+  if (store) out.emplace(empty_map(x, rows, x.size(2), x.size(3)));
+  std::optional<Moments> statistics;
+  if (moments) statistics.emplace(map.batch(), map.plane(), rows);
+  for_each_block(
+      map.batch(), map.plane(), rows, work, floats,
+      [&](const Tile& tile, float* scratch) {
+        if (gates) {
+          gates->pack(tile.sample, tile.pixel, tile.count, Words::kFloats, scratch + gate_at);
+        }
+        for (size_t i = 0; i < operands.size(); ++i) {
+          Transform how{};
+          if (i + 1 == operands.size()) how = {scales.data(), shifts.data(), true, nullptr, 1, 0};
+          if (i == 0 && gates) {
+            how.gate = scratch + gate_at;
+            how.group_channels = map.channels() / gates->channels();
+            how.gate_stride = products().pixels;
+          }
+          operands[i].map.pack(tile.sample, tile.pixel, tile.count, operands[i].weight.words(),
+                               scratch + panels[i], how);
+        }
+      },
+      [&](const Tile& tile, int64_t row, int count, float* acc) {
+        for (size_t i = 0; i < operands.size(); ++i) {
+          operands[i].weight.multiply(row, acc + panels[i], tile.count, i > 0, acc);
+        }
+        if (statistics) statistics->take(tile, row, count, acc);
+        if (!out) return;
+        const Affine affine{nullptr, biases.from(row), nullptr, 0, false};
+        products().affine[out->element()](acc, count, tile.count, affine,
+                                          out->mutable_at(tile.sample, row, tile.pixel));
+      });
+  Tensor mean = empty_vector(x, moments ? rows : 0), var = empty_vector(x, moments ? rows : 0);
+  if (statistics) statistics->finish(biases.data(), floats_of(mean), floats_of(var));
+  const Tensor nothing = torch::stable::empty({0}, x.scalar_type(), std::nullopt, x.device());
+  return {out ? out->tensor() : nothing, mean, var};
+}
+
+Tensor norm_relu(Tensor z, Tensor scale, Tensor shift, Tensor like) {
+  check_x(z);
+  const int64_t rows = z.size(1);
+  const Vector scales(scale, "scale", rows), shifts(shift, "shift", rows);
+  const Map map(z);
+  Map out(empty_map(z, rows, z.size(2), z.size(3), like.scalar_type()));
+  for_each_block(
+      map.batch(), map.plane(), rows, 8, kBlockRows * products().pixels,
+      [](const Tile&, float*) {},
+      [&](const Tile& tile, int64_t row, int count, float* acc) {
+        products().pack[static_cast<int>(Words::kFloats)][map.element()](
+            map.at(tile.sample, row, tile.pixel), count, tile.count, Transform{}, acc);
+        const Affine affine{scales.from(row), shifts.from(row), nullptr, 0, true};
+        products().affine[out.element()](acc, count, tile.count, affine,
+                                         out.mutable_at(tile.sample, row, tile.pixel));
+      });
+  return out.tensor();
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_relu_backward(Tensor grad, Tensor z, Tensor mean,
+                                                      Tensor var, Tensor weight, Tensor bias,
+                                                      double eps, bool training) {
+  check_x(z);
+  check_alike(grad, z, "grad");
+  const Map back(grad), map(z);
+  const Norm norm(mean, var, weight, bias, eps, z.size(1));
+  return norm_backward(
+      map, grad.scalar_type(), norm, training, 1, [](const Tile&, float*) {},
+      [&](const Tile& tile, int64_t row, int count, const NormGradient& how,
+          const MutableMapView& out, float*) {
+        products().relu_gradient[back.element()](
+            count, tile.count, how, map.at(tile.sample, row, tile.pixel),
+            static_cast<Element>(map.element()), back.at(tile.sample, row, tile.pixel), out);
+      });
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_gate_backward(Tensor grad, Tensor e, Tensor w, Tensor z,
+                                                      Tensor mean, Tensor var, Tensor weight,
+                                                      Tensor bias, double eps, bool training) {
+  check_x(z);
+  check_alike(grad, z, "grad");
+  check_alike(e, z, "e");
+  STD_TORCH_CHECK(e.scalar_type() == grad.scalar_type(), "e must have the dtype of grad");
+  check_same_pixels(z, w, "w");
+  STD_TORCH_CHECK(z.size(1) % w.size(1) == 0, "w must have a divisor of z's channels");
+  const Map back(grad), map(z), values(e), gate(w);
+  const Norm norm(mean, var, weight, bias, eps, z.size(1));
+  return norm_backward(
+      map, grad.scalar_type(), norm, training, (w.size(1) + 1) * products().pixels,
+      [&](const Tile& tile, float* scratch) {
+        gate.pack(tile.sample, tile.pixel, tile.count, Words::kFloats, scratch);
+      },
+      [&](const Tile& tile, int64_t row, int count, const NormGradient& how,
+          const MutableMapView& out, float* scratch) {
+        const Fusion fusion{nullptr, nullptr, scratch, row, z.size(1) / w.size(1), nullptr};
+        products().gate_gradient[back.element()](
+            count, tile.count, how, fusion, map.at(tile.sample, row, tile.pixel),
+            static_cast<Element>(map.element()), values.at(tile.sample, row, tile.pixel),
+            back.at(tile.sample, row, tile.pixel), out);
+      });
+}
+
+}  // namespace ciema::cpu
