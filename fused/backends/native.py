@@ -70,6 +70,8 @@ SCHEMAS = (
     " Tensor squeeze_packed) -> (Tensor grad_e, Tensor grad_w)",
     "msff_sum(Tensor[] features, Tensor[] packed, bool moments)"
     " -> (Tensor z, Tensor mean, Tensor var)",
+    # the adjoint of bilinear resizing from height × width to the size of grad
+    "msff_shrink(Tensor grad, int height, int width) -> Tensor out",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )
