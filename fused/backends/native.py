@@ -102,6 +102,8 @@ SCHEMAS = (
     "separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed, Tensor bias,"
     " int stride, bool inner_relu, bool relu) -> Tensor",
     "stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) -> Tensor",
+    # the adjoint of bilinear resizing from height × width to the size of grad
+    "msff_shrink(Tensor grad, int height, int width) -> Tensor out",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )
