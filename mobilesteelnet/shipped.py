@@ -157,18 +157,7 @@ def package_weights(
     draft = folder / f".{WEIGHTS}.draft"
     take: dict[str, Any] = {"split": split, "batch_size": batch_size, "progress": progress}
     try:
-        save_checkpoint(
-            draft,
-            checkpoint.model,
-            classes=checkpoint.classes,
-            input_size=checkpoint.input_size,
-            normalisation=checkpoint.normalisation,
-            training=checkpoint.training,
-            store=partial(_store, storage=storage, max_bytes=max_bytes),
-        )
-        size = draft.stat().st_size
-        if max_bytes is not None and size > max_bytes:
-            raise ValueError(f"max_bytes={max_bytes}: the file has {size} bytes as {storage}")
+        size = _write_draft(draft, checkpoint, storage, max_bytes)
         device = next(checkpoint.model.parameters()).device
         before = evaluate(checkpoint, pictures, indexes, **take)
         after = evaluate(load_checkpoint(draft, device), pictures, indexes, **take)
@@ -187,22 +176,36 @@ def package_weights(
     return made
 
 
+def _write_draft(draft: Path, checkpoint: Checkpoint, storage: str, max_bytes: int | None) -> int:
+    """Write the weights, and say how many bytes the file has."""
+    room = max_bytes
+    while True:
+        save_checkpoint(
+            draft,
+            checkpoint.model,
+            classes=checkpoint.classes,
+            input_size=checkpoint.input_size,
+            normalisation=checkpoint.normalisation,
+            training=checkpoint.training,
+            store=partial(_store, storage=storage, max_bytes=room),
+        )
+        size = draft.stat().st_size
+        if max_bytes is None or room is None or size <= max_bytes:
+            return size
+        if storage != "int8":
+            raise ValueError(f"max_bytes={max_bytes}: the file has {size} bytes as {storage}")
+        room -= size - max_bytes  # names, shapes and the card in the file's header
+
+
 def _store(
     tensors: dict[str, torch.Tensor], *, storage: str, max_bytes: int | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if storage == "int8":
-        # The header of the file needs its place too.
-        room = None if max_bytes is None else max_bytes - _header_bytes(tensors)
-        return quantise(tensors, choose_bits(tensors, room))
+        return quantise(tensors, choose_bits(tensors, max_bytes))
     if storage == "float32":
         return tensors, {"bits": {}, "shapes": {}}
     half = {k: t.half() if t.is_floating_point() else t for k, t in tensors.items()}
     return half, {"bits": {}, "shapes": {}}
-
-
-def _header_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    """More than the header of the file can take: names, shapes, offsets, metadata."""
-    return sum(2 * len(key) + 400 for key in tensors) + 20_000
 
 
 def _card(made: PackagedWeights, checkpoint: Checkpoint, storage: str, note: str) -> dict[str, Any]:
