@@ -6,9 +6,10 @@
 //   grad_w = sum over the group's channels of e (grad_out (1 - phi) + grad_s)
 //
 // Layouts, sums  as in products.cpp; grad_s exists only as sums of a block.
-// Threads  over tiles of pixels; a tile's rows stay with one thread, which adds up grad_w in their order.
-// Bytes    forward: reads e, logits, w, writes out. Backward: reads grad_out, e, logits, grad_logits,
-//          grad_hidden and w once, writes grad_e and grad_w.
+// Threads  over tiles of pixels; a tile's rows stay with one thread, which adds up grad_w in their
+//          order.
+// Bytes    forward: reads e, logits, w, writes out. Backward: reads grad_out, e, logits,
+//          grad_logits, grad_hidden and w once, writes grad_e and grad_w.
 #include "gated_fusion.h"
 #include "products.h"
 

@@ -53,7 +53,8 @@ class Moments {
   std::vector<float> means_, squares_;
 };
 
-// Sums of the rows over samples and pixels, from those of the tiles, added in float64 in their order.
+// Sums of the rows over samples and pixels, from those of the tiles, added in float64 in their
+// order.
 class RowSums {
  public:
   RowSums(int64_t batch, int64_t plane, int64_t rows)

@@ -4,7 +4,8 @@
 //   out[b, c, q] = sum_p share of q in p * grad[b, c, p]
 //
 // Layouts  as in products.cpp; out has the memory format of grad.
-// Threads  over samples and vectors of channels; columns are summed before rows, each sum by one thread.
+// Threads  over samples and vectors of channels; columns are summed before rows, each sum by one
+//          thread.
 // Bytes    reads grad once, writes out once; in between lines of float32 wait in the cache.
 #include <cmath>
 

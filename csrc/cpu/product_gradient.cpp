@@ -3,9 +3,9 @@
 //   out[b, m, k] = sum_p grad[b, m, p] * gate[b, g(k), p] * act(scale[k] x[b, k, p] + shift[k])
 //
 // Layouts  as in products.cpp: packing makes the pixels of both maps the steps of a product.
-// Threads  first over rows of grad, which are packed once for all; then over tiles of k and blocks of
-//          64 rows of m. The pixels are taken in chunks, one after another, and the sums wait in a
-//          float32 buffer in between: their order never depends on the threads.
+// Threads  first over rows of grad, which are packed once for all; then over tiles of k and blocks
+//          of 64 rows of m. The pixels are taken in chunks, one after another, and the sums wait in
+//          a float32 buffer in between: their order never depends on the threads.
 // Bytes    reads grad once and x once (twice where two threads share a tile of k); packed, grad is
 //          read again for every tile of k, from the last-level cache, where a chunk fits.
 // Sums     float32; two bfloat16 maps are multiplied as pairs where the processor can, exactly.

@@ -180,8 +180,8 @@ void for_each_strip(const Map& map, int64_t scratch_floats, const Block& block) 
   });
 }
 
-// Packs the gates of the groups that rows [row, row + rows) belong to; returns the block's first row
-// as counted from the first of these groups.
+// Packs the gates of the groups that rows [row, row + rows) belong to; returns the block's first
+// row as counted from the first of these groups.
 inline int64_t pack_groups(const Map& gate, int64_t group_channels, const Tile& tile, int64_t row,
                            int rows, float* panel) {
   const int64_t first = row / group_channels, last = (row + rows - 1) / group_channels;

@@ -35,6 +35,72 @@ void check_same_pixels(const Tensor& a, const Tensor& b, const char* name) {
                   " must have the samples and pixels of the first map");
 }
 
+// One or two operands, their transforms, and where a thread's floats hold what: the sums of a
+// block, the gates, the panels.
+struct Product {
+  Product(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& gate,
+          const std::optional<Tensor>& second, const std::optional<Tensor>& second_packed,
+          const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
+
+  int64_t rows() const { return operands[0].weight.rows(); }
+  void pack(const Tile& tile, float* scratch) const;
+  void multiply(const Tile& tile, int64_t row, float* acc) const {
+    for (size_t i = 0; i < operands.size(); ++i) {
+      operands[i].weight.multiply(row, acc + panels[i], tile.count, i > 0, acc);
+    }
+  }
+
+  std::vector<Operand> operands;
+  std::optional<Map> gates;
+  std::optional<Vector> scales, shifts;  // of the last operand
+  std::vector<int64_t> panels;
+  int64_t gate_at = 0, floats = 0, work = 0;
+};
+
+Product::Product(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& gate,
+                 const std::optional<Tensor>& second, const std::optional<Tensor>& second_packed,
+                 const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
+  check_x(x);
+  operands.emplace_back(x, packed, "packed");
+  if (second) {
+    check_same_pixels(x, *second, "second");
+    STD_TORCH_CHECK(second_packed.has_value(), "second needs second_packed");
+    operands.emplace_back(*second, *second_packed, "second_packed");
+    STD_TORCH_CHECK(operands[1].weight.rows() == rows(), "both weights must have ", rows(),
+                    " rows");
+  }
+  if (gate) {
+    check_same_pixels(x, *gate, "gate");
+    STD_TORCH_CHECK(x.size(1) % gate->size(1) == 0, "gate must have a divisor of x's channels");
+    gates.emplace(*gate);
+  }
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift come together");
+  scales.emplace(scale, "scale", operands.back().map.channels());
+  shifts.emplace(shift, "shift", operands.back().map.channels());
+  gate_at = kBlockRows * products().pixels;
+  floats = gate_at + (gates ? (gates->channels() + 1) * products().pixels : 0);
+  for (const Operand& operand : operands) {
+    panels.push_back(floats);
+    floats += operand.weight.panel_floats();
+    work += operand.map.channels();
+  }
+}
+
+void Product::pack(const Tile& tile, float* scratch) const {
+  if (gates) gates->pack(tile.sample, tile.pixel, tile.count, Words::kFloats, scratch + gate_at);
+  for (size_t i = 0; i < operands.size(); ++i) {
+    Transform how{};
+    if (i + 1 == operands.size()) how = {scales->data(), shifts->data(), true, nullptr, 1, 0};
+    if (i == 0 && gates) {
+      how.gate = scratch + gate_at;
+      how.group_channels = operands[0].map.channels() / gates->channels();
+      how.gate_stride = products().pixels;
+    }
+    operands[i].map.pack(tile.sample, tile.pixel, tile.count, operands[i].weight.words(),
+                         scratch + panels[i], how);
+  }
+}
+
 // The batch norm's vectors on the way back.
 struct Norm {
   Norm(const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias, double eps,
@@ -100,64 +166,19 @@ std::tuple<Tensor, Tensor, Tensor> product_moments(
     Tensor x, Tensor packed, std::optional<Tensor> gate, std::optional<Tensor> second,
     std::optional<Tensor> second_packed, std::optional<Tensor> scale, std::optional<Tensor> shift,
     std::optional<Tensor> bias, bool store, bool moments) {
-  check_x(x);
-  std::vector<Operand> operands;
-  operands.emplace_back(x, packed, "packed");
-  const int64_t rows = operands[0].weight.rows();
-  if (second) {
-    check_same_pixels(x, *second, "second");
-    STD_TORCH_CHECK(second_packed.has_value(), "second needs second_packed");
-    operands.emplace_back(*second, *second_packed, "second_packed");
-    STD_TORCH_CHECK(operands[1].weight.rows() == rows, "both weights must have ", rows, " rows");
-  }
-  std::optional<Map> gates;
-  if (gate) {
-    check_same_pixels(x, *gate, "gate");
-    STD_TORCH_CHECK(x.size(1) % gate->size(1) == 0, "gate must have a divisor of x's channels");
-    gates.emplace(*gate);
-  }
-  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift come together");
-  const int64_t last = operands.back().map.channels();
-  const Vector scales(scale, "scale", last), shifts(shift, "shift", last);
+  const Product product(x, packed, gate, second, second_packed, scale, shift);
+  const Map& map = product.operands[0].map;
+  const int64_t rows = product.rows();
   const Vector biases(bias, "bias", rows);
-
-  const int64_t acc_floats = kBlockRows * products().pixels;
-  const int64_t gate_at = acc_floats;
-  const int64_t gate_floats = gates ? (gates->channels() + 1) * products().pixels : 0;
-  int64_t floats = gate_at + gate_floats, work = 0;
-  std::vector<int64_t> panels;
-  for (const Operand& operand : operands) {
-    panels.push_back(floats);
-    floats += operand.weight.panel_floats();
-    work += operand.map.channels();
-  }
-  const Map& map = operands[0].map;
   std::optional<Map> out;
   if (store) out.emplace(empty_map(x, rows, x.size(2), x.size(3)));
   std::optional<Moments> statistics;
   if (moments) statistics.emplace(map.batch(), map.plane(), rows);
   for_each_block(
-      map.batch(), map.plane(), rows, work, floats,
-      [&](const Tile& tile, float* scratch) {
-        if (gates) {
-          gates->pack(tile.sample, tile.pixel, tile.count, Words::kFloats, scratch + gate_at);
-        }
-        for (size_t i = 0; i < operands.size(); ++i) {
-          Transform how{};
-          if (i + 1 == operands.size()) how = {scales.data(), shifts.data(), true, nullptr, 1, 0};
-          if (i == 0 && gates) {
-            how.gate = scratch + gate_at;
-            how.group_channels = map.channels() / gates->channels();
-            how.gate_stride = products().pixels;
-          }
-          operands[i].map.pack(tile.sample, tile.pixel, tile.count, operands[i].weight.words(),
-                               scratch + panels[i], how);
-        }
-      },
+      map.batch(), map.plane(), rows, product.work, product.floats,
+      [&](const Tile& tile, float* scratch) { product.pack(tile, scratch); },
       [&](const Tile& tile, int64_t row, int count, float* acc) {
-        for (size_t i = 0; i < operands.size(); ++i) {
-          operands[i].weight.multiply(row, acc + panels[i], tile.count, i > 0, acc);
-        }
+        product.multiply(tile, row, acc);
         if (statistics) statistics->take(tile, row, count, acc);
         if (!out) return;
         const Affine affine{nullptr, biases.from(row), nullptr, 0, false};

@@ -144,8 +144,8 @@ struct Axis {
   const int32_t* start;
   const float* weights;
 };
-// Sums of a map's pixels into those of a smaller map, one vector of `channels` channels; scratch holds
-// vectors: (columns.from_size + lanes) + rows.from_size * columns.size.
+// Sums of a map's pixels into those of a smaller map, one vector of `channels` channels; scratch
+// holds vectors: (columns.from_size + lanes) + rows.from_size * columns.size.
 using ShrinkFunction = void (*)(const MapView& map, int channels, const Axis& rows,
                                 const Axis& columns, float* scratch, const MutableMapView& out);
 

@@ -1,6 +1,6 @@
-// The way back through the stages' batch norms, and the moments of a block, for any instruction set.
-// Included after products_epilogue_body.h; ends with the table of all functions. All arithmetic is
-// float32; sums are those of one tile, which the caller adds up in float64.
+// The way back through the stages' batch norms, and the moments of a block, for any instruction
+// set. Included after products_epilogue_body.h; ends with the table of all functions. All
+// arithmetic is float32; sums are those of one tile, which the caller adds up in float64.
 
 void moments(const float* acc, int rows, int count, float* mean, float* square) {
   for (int r = 0; r < rows; ++r) {
@@ -40,8 +40,8 @@ inline void load_any(const MapView& map, Element element, int row, int pixel, in
   }
 }
 
-// Takes the gradient of y from `op.prepare(row, pixel, rows, pixels)` and `op(i, row, pixel, y)`, for
-// row i of the prepared block.
+// Takes the gradient of y from `op.prepare(row, pixel, rows, pixels)` and `op(i, row, pixel, y)`,
+// for row i of the prepared block.
 template <class T, class Op>
 inline void norm_gradient(int rows, int count, const NormGradient& norm, const MapView& z,
                           Element z_element, const MutableMapView& out, Op& op) {
@@ -189,8 +189,8 @@ void shrink(const MapView& map, int channels, const Axis& rows, const Axis& colu
   for (int64_t y = 0; y < rows.from_size; ++y) {
     for (int64_t p = 0; p < width; p += Simd::kLanes) {
       Simd::Floats v[Simd::kLanes];
-      load_pixels(x + (y * width + p) * map.stride_s, map, channels, smaller(Simd::kLanes, width - p),
-                  none, 0, 0, v);
+      const int pixels = smaller(Simd::kLanes, width - p);
+      load_pixels(x + (y * width + p) * map.stride_s, map, channels, pixels, none, 0, 0, v);
       for (int i = 0; i < Simd::kLanes; ++i) Simd::store(line + (p + i) * Simd::kLanes, v[i]);
     }
     for (int64_t q = 0; q < columns.size; ++q) {
