@@ -126,4 +126,5 @@ def cross_spatial_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     )
     shares = flat.split([p.numel() for p in trained])
     pairs = zip(shares, trained, strict=True)
-    return (*grads, *(share.reshape(p.shape).to(p.dtype) for share, p in pairs))
+    # Copies: results of an op must not share memory.
+    return (*grads, *(share.reshape(p.shape).to(p.dtype, copy=True) for share, p in pairs))
