@@ -256,7 +256,8 @@ def training_cases(op: str) -> list[tuple[bool, str]]:
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("op", STAGES)
 def test_gradients_for_every_number_of_channels_and_size_of_map(op, channels):
-    for (height, width), (training, whose) in itertools.product(MAPS, training_cases(op)):
+    maps = MAPS if channels <= 32 else MAPS[:7:2]  # the oracle's time grows with the square
+    for (height, width), (training, whose) in itertools.product(maps, training_cases(op)):
         groups = 1 if channels > 32 else 2
         sizes = Sizes(2, channels * groups, height, width, groups)
         named = arguments(op, sizes, training, whose)
@@ -270,7 +271,9 @@ def test_gradients_for_every_number_of_channels_and_size_of_map(op, channels):
         for mine, its in zip(outputs, want_outputs, strict=True):
             assert error(mine, its) <= 1e-5, (sizes, training, whose)
         # Batch norm makes ±1 of two values: what is left of a gradient is eps's and rounding's.
-        limit = 1e-3 if training and height * width == 1 else tolerance(torch.float32)[1]
+        # With one channel a parameter's gradient is one number, in which the pixels' may cancel.
+        hard = (training and height * width == 1) or channels == 1
+        limit = 1e-3 if hard else tolerance(torch.float32)[1]
         for name, mine, its in zip(OPS[op].gradients, got, want, strict=True):
             assert mine.shape == its.shape
             assert error(mine, its) <= limit, (name, sizes, training, whose)

@@ -1,10 +1,11 @@
-// Stage cross_spatial on the CPU in training (spec.md 2.3 and 3), and its backward; the equations and
-// the passes are in simd/cross_spatial_training_body.h and simd/cross_spatial_backward_body.h.
+// Stage cross_spatial on the CPU in training (spec.md 2.3 and 3), and its backward; the equations
+// and the passes are in simd/cross_spatial_training_body.h and simd/cross_spatial_backward_body.h.
 //
 // Layouts  as in cross_spatial.cpp; grad_e has the memory format of e.
 // Threads  over the groups: batch statistics are taken over a group's samples. Gradients of the
 //          shared parameters are summed group by group in float64, in the order of the groups: the
-//          bits do not depend on the number of threads.
+//          bits do not depend on the number of threads. Pooled statistics are joined on one thread
+//          between three runs over the groups, each of which recomputes what the earlier ones did.
 // Bytes    forward reads e once, backward twice; scratch is 6.4 MB a sample and thread at c = 32,
 //          56x56, and no more threads run than fit in 4 GB of it.
 #include "cross_spatial_training.h"
@@ -65,7 +66,9 @@ struct Groups {
         attention_eps(attention),
         reduce_eps(reduce) {}
 
-  CrossSpatialShape shape() const { return {slabs.channels, height, width, kWinogradForm, nullptr}; }
+  CrossSpatialShape shape() const {
+    return {slabs.channels, height, width, kWinogradForm, nullptr};
+  }
   TrainingGroup of(int64_t g) const {
     const int64_t at = g * slabs.channels;
     return {shape(),
@@ -82,7 +85,8 @@ struct Groups {
   }
 };
 
-// Mean and biased variance of all groups' branches, each of `count` values a column, in their order.
+// Mean and biased variance of all groups' branches, in their order; each has `count` values a
+// column.
 void join_moments(const std::vector<double>& moments, int64_t groups, int64_t columns,
                   int64_t stride, double count, float* mean, float* var) {
   for (int64_t i = 0; i < columns; ++i) {
@@ -185,7 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
                                        std::nullopt, memory_format_of(e));
   Tensor grad_h = empty_floats(e, {batch, channels, e.size(2)});
   Tensor grad_v = empty_floats(e, {batch, channels, e.size(3)});
-  Tensor grad_mean = empty_floats(e, {batch, channels}), grad_rstd = empty_floats(e, {batch, channels});
+  Tensor grad_mean = empty_floats(e, {batch, channels});
+  Tensor grad_rstd = empty_floats(e, {batch, channels});
   const int64_t count = 57 * c * c + 11 * c + 1;
   Tensor shares = empty_floats(e, {groups, count}), total = empty_floats(e, {count});
   e = readable_slabs(e);

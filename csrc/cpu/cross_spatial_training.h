@@ -21,9 +21,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial
     std::vector<Tensor> parameters, int64_t groups, bool pooled, double attention_eps,
     double reduce_eps);
 
-// grad_w and w float32 and contiguous. constants: the statistics are (1, 3c) and (1, c) and carry no
-// gradient. -> grad_e of e's dtype and format, gradients of the vectors, and all parameters'
-// gradients one behind the other, float32
+// grad_w and w float32 and contiguous. constants: the statistics are (1, 3c) and (1, c) and carry
+// no gradient; pooled: they are that and carry it. -> grad_e of e's dtype and format, gradients of
+// the vectors, and all parameters' gradients one behind the other, float32
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backward(
     Tensor grad_w, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd, Tensor w,
     Tensor softmax1, Tensor softmax2, Tensor attention_mean, Tensor attention_var,

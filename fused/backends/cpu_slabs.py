@@ -103,9 +103,7 @@ def cross_spatial(*args: Any) -> tuple[torch.Tensor, ...]:
         trained = [_floats(p) for p in _trained(parameters)]
         results = _train(e, *vectors, trained, groups, bn_statistics == "pooled", *eps)
         return results
-    attention_eps, reduce_eps = eps
-    size = (e.shape[2], e.shape[3])
-    packed = pack_cross_spatial(parameters, attention_eps, reduce_eps, size=size)
+    packed = pack_cross_spatial(parameters, eps[0], eps[1], (e.shape[2], e.shape[3]))
     results = _packed(e, *vectors, packed, groups)
     c = e.shape[1] // groups
     none = [torch.empty(0, n, device=e.device) for n in (3 * c, 3 * c, c, c)]
@@ -128,5 +126,5 @@ def cross_spatial_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     )
     shares = flat.split([p.numel() for p in trained])
     pairs = zip(shares, trained, strict=True)
-    # Copies: outputs of an op may not share memory.
+    # Copies: results of an op must not share memory.
     return (*grads, *(share.reshape(p.shape).to(p.dtype, copy=True) for share, p in pairs))

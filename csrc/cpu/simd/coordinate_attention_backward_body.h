@@ -1,6 +1,6 @@
 // The backward of a slab of coordinate attention, on one core: with HW pixels and z = u - mean,
 //
-//   grad_u = grad_mean / HW - grad_rstd rstd^3 z / HW          grad_alpha += sums of grad_u e alpha'
+//   grad_u = grad_mean / HW - grad_rstd rstd^3 z / HW     grad_alpha += sums of grad_u e alpha'
 //   grad_q = grad_alpha alpha (1 - alpha)   grad_K = grad_q p^T   grad_b = sum grad_q
 //   grad_e = grad_u alpha_h alpha_w + (K^T grad_q)_h / W + (K^T grad_q)_w / H
 //

@@ -12,8 +12,8 @@
 //          tiles (Winograd form) or of the map (direct form).
 // Bytes    e is read and w written once; scratch is about 2.6 MB at c = 32, 56x56, of which a chunk
 //          of tiles (transformed, product, features) stays in a core's second-level cache.
-// bfloat16 the attention product takes bfloat16 operands where the map is bfloat16 and the processor
-//          multiplies it (cross_spatial_bf16_body.h).
+// bfloat16 the attention product takes bfloat16 operands where the map is bfloat16 and the
+//          processor multiplies it (cross_spatial_bf16_body.h).
 // Sums     float32, means over pixels as sums of chunks' sums, softmax's kernel vectors likewise.
 
 #include "slab_products_body.h"

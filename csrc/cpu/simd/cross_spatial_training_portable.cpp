@@ -8,4 +8,5 @@
 
 #include "target_end.h"
 
-const ciema::cpu::CrossSpatialTraining ciema::cpu::kPortableCrossSpatialTraining = ciema::cpu::kTable;
+const ciema::cpu::CrossSpatialTraining ciema::cpu::kPortableCrossSpatialTraining =
+    ciema::cpu::kTable;

@@ -1,6 +1,6 @@
-// Weights of cross_spatial in training: nothing folded, and for the backward the products' transposes
-// and the convolutions' mirrors. Included inside the namespace of an instruction-set file, after
-// packing_body.h.
+// Weights of cross_spatial in training: nothing folded, and for the backward the products'
+// transposes and the convolutions' mirrors.
+// Included inside the namespace of an instruction-set file, after packing_body.h.
 
 struct TrainingWeights {
   float *gn_weight, *gn_bias, *conv3x3_bias, *no_bias;            // (c)
@@ -82,7 +82,9 @@ inline void pack_training(const CrossSpatialParameters& p, int64_t c, bool backw
   copy_vector(p.reduce_bn_weight, 1, c, out.reduce_weight);
   copy_vector(p.reduce_bn_bias, 1, c, out.reduce_bias);
   out.alpha[0] = p.alpha[0];
-  for (int64_t o = 0; o < c; ++o) copy_vector(p.channel_feat_weight + o * c, 1, c, out.feat + o * cp);
+  for (int64_t o = 0; o < c; ++o) {
+    copy_vector(p.channel_feat_weight + o * c, 1, c, out.feat + o * cp);
+  }
   pack_winograd(p.conv3x3_weight, c, 3, 3, false, {c, vectors, 0, 0}, out.conv3x3);
   pack_winograd(p.spatial_conv3_weight, c, 3, 5, false, {c, 2 * vectors, 0, 0}, out.spatial);
   pack_winograd(p.spatial_conv5_weight, c, 5, 5, false, {c, 2 * vectors, 0, cp}, out.spatial);

@@ -1,6 +1,6 @@
 // Weights of products and convolutions, packed. A matrix may be one of several that are stacked in
-// rows (sections of the input) and columns. Included inside the namespace of an instruction-set file,
-// after winograd_body.h.
+// rows (sections of the input) and columns.
+// Included inside the namespace of an instruction-set file, after winograd_body.h.
 
 // Where a c x c block goes in a packed matrix of `rows` rows and `vectors` vectors of columns.
 struct Block {

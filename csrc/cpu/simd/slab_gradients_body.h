@@ -72,9 +72,9 @@ inline void add_outer(const float* a, int64_t stride_a, int64_t rows, const floa
   }
 }
 
-// A convolution's weight gradient is the convolution of its input with the gradient g of its output.
-// On a tile g (R x R) is the kernel and the weights' r x r are the outputs, r + R = 9: the same
-// transform of the input serves, and the way back is done once, after the sum over all tiles.
+// A convolution's weight gradient is the convolution of its input with the gradient g of its
+// output. On a tile g (R x R) is the kernel and the weights' r x r are the outputs, r + R = 9: the
+// same transform of the input serves, and the way back is done once, after the sum over all tiles.
 template <int R>
 CIEMA_INLINE void gradient_line(const Floats (&g)[R], Floats (&t)[kTile]) {
   Floats even1 = g[0], odd1 = g[1], even2 = g[0], odd2 = Simd::mul(g[1], Simd::set(2.0f));
@@ -144,8 +144,8 @@ inline void add_weight_gradients(const Frame& f, const Frame& g_frame, const Til
   }
 }
 
-// From the sums, `columns` wide, of which those from `column` on belong to this kernel: the gradient
-// (c, c, size, size), a size x size piece out of the middle of r x r.
+// From the sums, `columns` wide, of which those from `column` on belong to this kernel: the
+// gradient (c, c, size, size), a size x size piece out of the middle of r x r.
 template <int r>
 inline void finish_weight_gradient(const float* sums, int64_t c, int64_t columns, int64_t column,
                                    int size, float* out) {

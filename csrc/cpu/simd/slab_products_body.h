@@ -1,6 +1,7 @@
 // Products of pixel-major maps with packed weights: out[row][n] = sum over taps and k of
 // a[row * stride + offset[tap] + k] * b[tap][k][n]. One tap is a plain product, several are a
-// direct convolution or a product over sections of a row. Sums in float32, in the order of (tap, k).
+// direct convolution or a product over sections of a row. Sums in float32, in the order of (tap,
+// k).
 // Included inside the namespace of an instruction-set file, after `struct Simd`.
 
 #ifdef __GNUC__

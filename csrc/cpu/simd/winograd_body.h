@@ -5,7 +5,7 @@
 // B does not depend on r: 5x5 kernels give 4x4 outputs and 3x3 kernels 6x6 outputs of the same
 // transformed tile. Column j of A is (1, p_j, p_j^2, ...), row j of G is that over the product of
 // (p_j - p_l), row j of B^T holds the coefficients of the product of (x - p_l), l != j; for
-// infinity the highest power, and the product over all points. Row 0 has the other sign in G and in B.
+// infinity the highest power, and the product over all points. Row 0 has the other sign in G and B.
 // Included inside the namespace of an instruction-set file, after slab_products_body.h.
 
 constexpr int kTile = 8;
