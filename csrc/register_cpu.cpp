@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(ciema_native, CPU, m) {
   m.impl("gated_fusion_apply", TORCH_BOX(&ciema::cpu::gated_fusion_apply));
   m.impl("gated_fusion_input_backward", TORCH_BOX(&ciema::cpu::gated_fusion_input_backward));
   m.impl("msff_sum", TORCH_BOX(&ciema::cpu::msff_sum));
+  m.impl("msff_shrink", TORCH_BOX(&ciema::cpu::msff_shrink));
   m.impl("msff_packed", TORCH_BOX(&ciema::cpu::msff_packed));
   m.impl("separable_pack", TORCH_BOX(&ciema::cpu::separable_pack));
   m.impl("separable_block", TORCH_BOX(&ciema::cpu::separable_block));

@@ -40,16 +40,15 @@ Tensor gated_fusion_apply(Tensor e, Tensor w, Tensor logits, Tensor scale, Tenso
   const Map map(e), gate(w), before(logits);
   Map out(empty_map(e, channels, e.size(2), e.size(3)));
   const int64_t acc_floats = kBlockRows * products().pixels;
-  for_each_block(
-      map.batch(), map.plane(), channels, 32, acc_floats + (w.size(1) + 1) * products().pixels,
-      [&](const Tile& tile, float* scratch) {
-        gate.pack(tile.sample, tile.pixel, tile.count, Words::kFloats, scratch + acc_floats);
-      },
+  for_each_strip(
+      map, acc_floats + (w.size(1) + 1) * products().pixels,
       [&](const Tile& tile, int64_t row, int rows, float* acc) {
+        const int64_t group = channels / w.size(1);
+        const int64_t first = pack_groups(gate, group, tile, row, rows, acc + acc_floats);
         products().pack[static_cast<int>(Words::kFloats)][before.element()](
             before.at(tile.sample, row, tile.pixel), rows, tile.count, Transform{}, acc);
-        const Fusion fusion{scales.from(row), shifts.from(row),       acc + acc_floats,
-                            row,              channels / w.size(1), nullptr};
+        const Fusion fusion{scales.from(row), shifts.from(row), acc + acc_floats,
+                            first,            group,            nullptr};
         products().fusion[map.element()](acc, rows, tile.count, fusion,
                                          map.at(tile.sample, row, tile.pixel),
                                          out.mutable_at(tile.sample, row, tile.pixel));

@@ -12,26 +12,11 @@
 //          last-level cache holds; writes out once.
 #include "msff.h"
 
-#include <cmath>
-
 #include "moments.h"
+#include "resize.h"
 
 namespace ciema::cpu {
 namespace {
-
-// Between which two of `size` places the centre of place `i` of `target` lies; double, because an
-// error of a position counts as often as neighbours differ.
-struct Between {
-  Between(int64_t i, int64_t target, int64_t size) {
-    const double ratio = static_cast<double>(size) / static_cast<double>(target);
-    const double place = std::max((static_cast<double>(i) + 0.5) * ratio - 0.5, 0.0);
-    low = std::min(static_cast<int64_t>(place), size - 1);
-    high = std::min(low + 1, size - 1);
-    share = place - static_cast<double>(low);
-  }
-  int64_t low, high;
-  double share;  // of high
-};
 
 // For each pixel of height x width the four pixels of a smaller map's buffer.
 std::vector<Taps> taps_of(int64_t height, int64_t width, const Tensor& small) {

@@ -19,4 +19,7 @@ Tensor msff_packed(std::vector<Tensor> features, std::vector<Tensor> packed, Ten
 std::tuple<Tensor, Tensor, Tensor> msff_sum(std::vector<Tensor> features,
                                             std::vector<Tensor> packed, bool moments);
 
+// The adjoint of bilinear resizing from height x width to the size of grad.
+Tensor msff_shrink(Tensor grad, int64_t height, int64_t width);
+
 }  // namespace ciema::cpu

@@ -29,23 +29,42 @@ int64_t steps_of(Words words, int64_t columns) {
 uint32_t rounded_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) return (bits >> 16) | 0x40u;
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return value != value ? (bits >> 16) | 0x40u : nearest;  // no branch, for the compiler's vectors
 }
 
-// One panel: [step][row] words of `rows` rows, the rest zero.
-void pack_panel(const float* weight, int64_t rows, int64_t panel_rows, int64_t columns,
-                Words words, float* panel) {
-  std::fill_n(panel, steps_of(words, columns) * panel_rows, 0.0f);
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = weight + r * columns;
-    if (words == Words::kFloats) {
-      for (int64_t k = 0; k < columns; ++k) panel[k * panel_rows + r] = from[k];
-      continue;
+// A weight as it lies.
+struct Matrix {
+  const float* data;
+  int64_t rows, columns, stride_row, stride_column;
+};
+
+// A panel of floats: [column][row], rows past the last are zero.
+void pack_floats(const Matrix& weight, int64_t row, int64_t panel_rows, float* panel) {
+  const int64_t rows = std::min(panel_rows, weight.rows - row);
+  const float* from = weight.data + row * weight.stride_row;
+  if (rows < panel_rows) std::fill_n(panel, weight.columns * panel_rows, 0.0f);
+  if (weight.stride_row == 1) {
+    for (int64_t k = 0; k < weight.columns; ++k) {
+      std::copy_n(from + k * weight.stride_column, rows, panel + k * panel_rows);
     }
-    for (int64_t k = 0; k < columns; k += 2) {
-      const uint32_t odd = k + 1 < columns ? rounded_bfloat16(from[k + 1]) : 0;
-      const uint32_t word = rounded_bfloat16(from[k]) | (odd << 16);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < weight.columns; ++k) {
+      panel[k * panel_rows + r] = from[r * weight.stride_row + k * weight.stride_column];
+    }
+  }
+}
+
+// The same in words of two columns, from a panel of floats.
+void round_to_pairs(const float* floats, int64_t columns, int64_t panel_rows, float* panel) {
+  for (int64_t k = 0; k < columns; k += 2) {
+    for (int64_t r = 0; r < panel_rows; ++r) {
+      const uint32_t even = rounded_bfloat16(floats[k * panel_rows + r]);
+      const uint32_t odd =
+          k + 1 < columns ? rounded_bfloat16(floats[(k + 1) * panel_rows + r]) : 0;
+      const uint32_t word = even | (odd << 16);
       std::memcpy(panel + k / 2 * panel_rows + r, &word, sizeof(word));
     }
   }
@@ -54,11 +73,10 @@ void pack_panel(const float* weight, int64_t rows, int64_t panel_rows, int64_t c
 }  // namespace
 
 Tensor pack_product_weight(Tensor weight, bool bfloat16) {
-  const bool matrix = weight.dim() == 2;
-  STD_TORCH_CHECK(matrix || (weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1),
+  const bool flat = weight.dim() == 2;
+  STD_TORCH_CHECK(flat || (weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1),
                   "weight must have the shape (M, K) or (M, K, 1, 1)");
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "weight must be float32");
-  weight = torch::stable::contiguous(weight);
   const Products& table = products();
   const bool pairs = bfloat16 && table.multiply[static_cast<int>(Words::kBFloat16Pairs)] != nullptr;
   const Words words = pairs ? Words::kBFloat16Pairs : Words::kFloats;
@@ -72,14 +90,16 @@ Tensor pack_product_weight(Tensor weight, bool bfloat16) {
   PackedHeader told{{}, table.rows, static_cast<int64_t>(words), rows, columns, {}};
   std::memcpy(told.magic, kMagic, sizeof(kMagic));
   std::memcpy(out, &told, sizeof(told));
-  const float* data = static_cast<const float*>(weight.const_data_ptr());
+  const Matrix matrix{static_cast<const float*>(weight.const_data_ptr()), rows, columns,
+                      weight.stride(0), weight.stride(1)};
   float* floats = reinterpret_cast<float*>(out + header);
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, panel_floats));
   torch::stable::parallel_for(0, panels, grain, [&](int64_t first, int64_t last) {
+    const Scratch scratch = make_scratch(pairs ? columns * table.rows : 0);
     for (int64_t i = first; i < last; ++i) {
-      const int64_t row = i * table.rows;
-      pack_panel(data + row * columns, std::min<int64_t>(table.rows, rows - row), table.rows,
-                 columns, words, floats + i * panel_floats);
+      float* panel = floats + i * panel_floats;
+      pack_floats(matrix, i * table.rows, table.rows, pairs ? scratch.get() : panel);
+      if (pairs) round_to_pairs(scratch.get(), columns, table.rows, panel);
     }
   });
   return packed;

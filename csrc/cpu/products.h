@@ -56,6 +56,12 @@ class PackedWeight {
 
 // -------------------------------------------------------------------------------------------- maps
 
+// A tile of pixels of one sample.
+struct Tile {
+  int64_t index, sample, pixel;
+  int count;
+};
+
 // A map that is read where it lies, or a copy of it; keeps the tensor.
 class Map {
  public:
@@ -75,6 +81,7 @@ class Map {
   int64_t channels() const { return x_.size(1); }
   int64_t plane() const { return plane_; }
   int element() const { return static_cast<int>(element_); }
+  bool in_rows() const { return stride_s_ == 1; }
 
   MapView at(int64_t b, int64_t channel, int64_t pixel) const {
     const int64_t offset = b * stride_b_ + channel * stride_c_ + pixel * stride_s_;
@@ -114,12 +121,6 @@ inline Scratch make_scratch(int64_t floats) {
   return Scratch(static_cast<float*>(operator new(bytes, std::align_val_t(64))));
 }
 
-// A tile of pixels of one sample.
-struct Tile {
-  int64_t index, sample, pixel;
-  int count;
-};
-
 inline int64_t tiles_of(int64_t plane) {
   return (plane + products().pixels - 1) / products().pixels;
 }
@@ -151,6 +152,42 @@ void for_each_block(int64_t batch, int64_t plane, int64_t rows, int64_t work,
       block(tile, row, static_cast<int>(std::min<int64_t>(kBlockRows, rows - row)), scratch.get());
     }
   });
+}
+
+// The loop of work without products, `block(tile, row, rows, scratch)`: in the order in which the
+// memory of `map` runs, few rows at a time, so that it is read in streams.
+template <class Block>
+void for_each_strip(const Map& map, int64_t scratch_floats, const Block& block) {
+  constexpr int64_t kRows = 16, kElementsPerTask = 32768;
+  const int64_t pixels = products().pixels, tiles = tiles_of(map.plane());
+  const int64_t strips = (map.channels() + kRows - 1) / kRows;
+  const int64_t inner = map.in_rows() ? tiles : strips;
+  const int64_t outer = map.in_rows() ? strips : tiles;
+  const int64_t grain =
+      std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, inner * kRows * pixels));
+  torch::stable::parallel_for(0, map.batch() * outer, grain, [&](int64_t first, int64_t last) {
+    const Scratch scratch = make_scratch(scratch_floats);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t sample = i / outer;
+      for (int64_t j = 0; j < inner; ++j) {
+        const int64_t t = map.in_rows() ? j : i % outer, strip = map.in_rows() ? i % outer : j;
+        const int64_t pixel = t * pixels, row = strip * kRows;
+        const Tile tile{sample * tiles + t, sample, pixel,
+                        static_cast<int>(std::min(pixels, map.plane() - pixel))};
+        block(tile, row, static_cast<int>(std::min(kRows, map.channels() - row)), scratch.get());
+      }
+    }
+  });
+}
+
+// Packs the gates of the groups that rows [row, row + rows) belong to; returns the block's first row
+// as counted from the first of these groups.
+inline int64_t pack_groups(const Map& gate, int64_t group_channels, const Tile& tile, int64_t row,
+                           int rows, float* panel) {
+  const int64_t first = row / group_channels, last = (row + rows - 1) / group_channels;
+  products().pack[static_cast<int>(Words::kFloats)][gate.element()](
+      gate.at(tile.sample, first, tile.pixel), last - first + 1, tile.count, Transform{}, panel);
+  return row - first * group_channels;
 }
 
 // A float32 vector, contiguous, or nothing; keeps the tensor.

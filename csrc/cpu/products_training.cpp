@@ -56,14 +56,13 @@ struct Norm {
 };
 
 // Both passes over the maps; `run(tile, row, rows, norm, out, scratch)` works on a block.
-template <class Begin, class Run>
+template <class Run>
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Map& z, ScalarType dtype, const Norm& norm,
                                                  bool training, int64_t scratch_floats,
-                                                 const Begin& begin, const Run& run) {
-  constexpr int64_t kWork = 32;  // about as long as so many multiply-adds
+                                                 const Run& run) {
   const int64_t rows = z.channels();
   RowSums sums(z.batch(), z.plane(), rows), products_of(z.batch(), z.plane(), rows);
-  for_each_block(z.batch(), z.plane(), rows, kWork, scratch_floats, begin,
+  for_each_strip(z, scratch_floats,
                  [&](const Tile& tile, int64_t row, int count, float* scratch) {
                    NormGradient how = norm.at(row);
                    how.sums = sums.at(tile, row);
@@ -79,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Map& z, ScalarType dtype,
   for (float& share : shares) share /= all;
   for (float& share : product_shares) share /= all;
   Map out(empty_map(z.tensor(), rows, z.tensor().size(2), z.tensor().size(3), dtype));
-  for_each_block(z.batch(), z.plane(), rows, kWork, scratch_floats, begin,
+  for_each_strip(z, scratch_floats,
                  [&](const Tile& tile, int64_t row, int count, float* scratch) {
                    NormGradient how = norm.at(row);
                    how.sum_share = training ? shares.data() + row : nullptr;
@@ -177,9 +176,8 @@ Tensor norm_relu(Tensor z, Tensor scale, Tensor shift, Tensor like) {
   const Vector scales(scale, "scale", rows), shifts(shift, "shift", rows);
   const Map map(z);
   Map out(empty_map(z, rows, z.size(2), z.size(3), like.scalar_type()));
-  for_each_block(
-      map.batch(), map.plane(), rows, 8, kBlockRows * products().pixels,
-      [](const Tile&, float*) {},
+  for_each_strip(
+      map, kBlockRows * products().pixels,
       [&](const Tile& tile, int64_t row, int count, float* acc) {
         products().pack[static_cast<int>(Words::kFloats)][map.element()](
             map.at(tile.sample, row, tile.pixel), count, tile.count, Transform{}, acc);
@@ -198,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_backward(Tensor grad, Tensor z, Ten
   const Map back(grad), map(z);
   const Norm norm(mean, var, weight, bias, eps, z.size(1));
   return norm_backward(
-      map, grad.scalar_type(), norm, training, 1, [](const Tile&, float*) {},
+      map, grad.scalar_type(), norm, training, 1,
       [&](const Tile& tile, int64_t row, int count, const NormGradient& how,
           const MutableMapView& out, float*) {
         products().relu_gradient[back.element()](
@@ -220,12 +218,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_gate_backward(Tensor grad, Tensor e, Ten
   const Norm norm(mean, var, weight, bias, eps, z.size(1));
   return norm_backward(
       map, grad.scalar_type(), norm, training, (w.size(1) + 1) * products().pixels,
-      [&](const Tile& tile, float* scratch) {
-        gate.pack(tile.sample, tile.pixel, tile.count, Words::kFloats, scratch);
-      },
       [&](const Tile& tile, int64_t row, int count, const NormGradient& how,
           const MutableMapView& out, float* scratch) {
-        const Fusion fusion{nullptr, nullptr, scratch, row, z.size(1) / w.size(1), nullptr};
+        const int64_t group = z.size(1) / w.size(1);
+        const int64_t first = pack_groups(gate, group, tile, row, count, scratch);
+        const Fusion fusion{nullptr, nullptr, scratch, first, group, nullptr};
         products().gate_gradient[back.element()](
             count, tile.count, how, fusion, map.at(tile.sample, row, tile.pixel),
             static_cast<Element>(map.element()), values.at(tile.sample, row, tile.pixel),

@@ -1,6 +1,6 @@
 """Training of the stages built on the native products, forward and backward.
 
-Only what `contract.SAVED` lists is kept. Products of matrices without pixels stay with the library.
+Only what `contract.SAVED` lists is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..contract import memory_format
-from .cpu_products import FusionParameters, folded_norm, pack, packed_parts
+from .cpu_products import FusionParameters, folded_norm, matrix_product, pack, packed_parts
 from .native import kernel
 from .reference import channel_interaction as reference_channel_interaction
 from .reference import msff as reference_msff
@@ -35,8 +35,9 @@ def channel_interaction_backward(
     """Gradients for x and the three weights; as the reference, Wci ∗ x is not recomputed."""
     outer = kernel("product_gradient")(grad_e, x, None, None, None, True)
     weights = (squeeze_weight, excite_weight, interaction_weight)
+    floats = (squeeze_weight.float(), excite_weight.float(), interaction_weight.float())
     small = reference_channel_interaction.small_backward(
-        outer, gate, mean, maximum, *(weight.float() for weight in weights)
+        outer, gate, mean, maximum, *floats, matrix_product
     )
     transposed = pack(interaction_weight.transpose(0, 1), grad_e)
     grad_x = kernel("channel_interaction_input_backward")(
@@ -75,7 +76,7 @@ class _Fold(NamedTuple):
     def of(p: FusionParameters, scale2: Vector, shift2: Vector) -> _Fold:
         expand = p.expand_weight[:, :, 0, 0].float()
         of_s, of_m = p.fusion_weight[:, :, 0, 0].float().split(p.fusion_weight.shape[0], 1)
-        of_r = of_m @ (scale2[:, None] * expand)
+        of_r = matrix_product(of_m, scale2[:, None] * expand)
         squeeze = p.squeeze_weight[:, :, 0, 0].float()
         return _Fold(squeeze, expand, of_s, of_m, of_r, scale2, shift2)
 
@@ -107,7 +108,7 @@ def gated_fusion_forward(
         _, *batch2 = product(hidden, expand, None, None, None, scale1, shift1, None, False, True)
         mean2, var2 = batch2
     fold = _Fold.of(p, *_norm(p.bn2_weight, p.bn2_bias, mean2, var2, p.eps2))
-    bias = fold.of_m @ fold.shift2
+    bias = matrix_product(fold.of_m, fold.shift2)
     packed = (pack(fold.of_s, e), pack(fold.of_r, e))
     logits, *batch3 = product(
         *(e, packed[0], w, hidden, packed[1], scale1, shift1, bias, True, training)
@@ -209,13 +210,13 @@ def _middle_backward(
     """
     gradient, product = kernel("product_gradient"), kernel("product_moments")
     by_r = gradient(grad_logits, r, None, None, None, False)[0]  # grad_logits·rᵀ
-    by_expanded = by_r @ fold.expand.T
+    by_expanded = matrix_product(by_r, fold.expand.T)
     rstd = (s.var2.double() + p.eps2).rsqrt().float()
     by_normalised = (by_expanded - total[:, None] * s.mean2) * rstd
     grad_bn2_weight = (fold.of_m * by_normalised).sum(0)
-    grad_bn2_bias = fold.of_m.T @ total
+    grad_bn2_bias = matrix_product(fold.of_m.T, total)
     grad_of_m = by_expanded * fold.scale2 + total[:, None] * fold.shift2
-    grad_expand = fold.scale2[:, None] * (fold.of_m.T @ by_r)
+    grad_expand = fold.scale2[:, None] * matrix_product(fold.of_m.T, by_r)
     back = pack(fold.of_r.T, grad_logits)
     if not p.training:
         grad_r, *_ = product(grad_logits, back, *[None] * 6, True, False)
@@ -225,12 +226,12 @@ def _middle_backward(
     share, product_share = grad_bn2_bias / count, grad_bn2_weight / count
     sum_r = r.sum((0, 2, 3), dtype=torch.float32)
     squares = gradient(r, r, None, None, None, False)[0]
-    by_n = rstd[:, None] * (fold.expand @ squares - s.mean2[:, None] * sum_r)
+    by_n = rstd[:, None] * (matrix_product(fold.expand, squares) - s.mean2[:, None] * sum_r)
     removed = share[:, None] * sum_r + product_share[:, None] * by_n
     grad_expand -= fold.scale2[:, None] * removed
     slope = fold.scale2 * product_share * rstd
-    of_r = fold.expand.T @ (slope[:, None] * fold.expand)
-    bias = fold.expand.T @ (slope * s.mean2 - fold.scale2 * share)
+    of_r = matrix_product(fold.expand.T, slope[:, None] * fold.expand)
+    bias = matrix_product(fold.expand.T, slope * s.mean2 - fold.scale2 * share)
     grad_r, *_ = product(
         *(grad_logits, back, None, r, pack(-of_r, r), None, None, bias, True, False)
     )
@@ -248,9 +249,7 @@ def msff_forward(
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
     """Out and the batch's statistics; the sum before the norm is not kept."""
-    z, mean, var = kernel("msff_sum")(
-        list(features), packed_parts(features, weight, exact=True), True
-    )
+    z, mean, var = kernel("msff_sum")(list(features), packed_parts(features, weight), True)
     scale, shift = _norm(bn_weight, bn_bias, mean, var, eps)
     return kernel("norm_relu")(z, scale, shift, features[0]), mean, var
 
@@ -284,10 +283,7 @@ def msff_backward(
     for feature, part in zip(features, parts, strict=True):
         native = grad_z
         if list(feature.shape[2:]) != size:
-            shape = [feature.shape[0], weight.shape[0], *feature.shape[2:]]
-            native = torch.ops.aten.upsample_bilinear2d_backward(
-                grad_z, size, shape, False, None, None
-            )
+            native = kernel("msff_shrink")(grad_z, *feature.shape[2:])
         grad_weights.append(kernel("product_gradient")(native, feature, None, None, None, False)[0])
         back = pack(part.transpose(0, 1), native)
         grad_feature = kernel("pointwise_packed")(native, back, None, None, False)

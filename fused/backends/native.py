@@ -97,6 +97,8 @@ SCHEMAS = (
     " Tensor squeeze_packed) -> (Tensor grad_e, Tensor grad_w)",
     "msff_sum(Tensor[] features, Tensor[] packed, bool moments)"
     " -> (Tensor z, Tensor mean, Tensor var)",
+    # the adjoint of bilinear resizing from height × width to the size of grad
+    "msff_shrink(Tensor grad, int height, int width) -> Tensor out",
     "separable_pack(Tensor weight, bool pairs) -> Tensor",
     "separable_block(Tensor x, Tensor depthwise, Tensor depthwise_bias, Tensor packed, Tensor bias,"
     " int stride, bool relu) -> Tensor",

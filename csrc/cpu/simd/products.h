@@ -135,8 +135,22 @@ using FusionGradientFunction = void (*)(const float* acc, int rows, int count, c
                                         const MapView& z, const MapView& e, const MapView& grad,
                                         const MutableMapView& grad_e, float* grad_w);
 
+// Which places of an axis a smaller one gets sums from: place i from first[i] on, count[i] of them,
+// with the weights from weights + start[i] on.
+struct Axis {
+  int64_t from_size, size;
+  const int32_t* first;
+  const int32_t* count;
+  const int32_t* start;
+  const float* weights;
+};
+// Sums of a map's pixels into those of a smaller map, one vector of `channels` channels; scratch holds
+// vectors: (columns.from_size + lanes) + rows.from_size * columns.size.
+using ShrinkFunction = void (*)(const MapView& map, int channels, const Axis& rows,
+                                const Axis& columns, float* scratch, const MutableMapView& out);
+
 struct Products {
-  int rows, pixels;
+  int rows, pixels, lanes;
   PackFunction pack[kWordKinds][kElementKinds];
   MultiplyFunction multiply[kWordKinds];  // null where the instruction set has no pairs
   AffineFunction affine[kElementKinds];
@@ -150,6 +164,7 @@ struct Products {
   ReluGradientFunction relu_gradient[kElementKinds];
   GateGradientFunction gate_gradient[kElementKinds];
   FusionGradientFunction fusion_gradient[kElementKinds];
+  ShrinkFunction shrink[kElementKinds];
 };
 
 extern const Products kPortableProducts;

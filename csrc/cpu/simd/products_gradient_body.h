@@ -165,6 +165,54 @@ void fusion_gradient(const float* acc, int rows, int count, const Fusion& fusion
   }
 }
 
+// ------------------------------------------------------------------------------------------ shrink
+
+// Weighted sum of the vectors that `axis` takes for place i, `step` floats apart.
+inline Simd::Floats gather(const Axis& axis, int64_t i, const float* from, int64_t step) {
+  Simd::Floats sum = Simd::zero();
+  const float* weight = axis.weights + axis.start[i];
+  for (int t = 0; t < axis.count[i]; ++t) {
+    const Simd::Floats value = Simd::load(from + (axis.first[i] + t) * step);
+    sum = Simd::fma(value, Simd::set(weight[t]), sum);
+  }
+  return sum;
+}
+
+template <class T>
+void shrink(const MapView& map, int channels, const Axis& rows, const Axis& columns,
+            float* scratch, const MutableMapView& out) {
+  const int64_t width = columns.from_size, step = columns.size * Simd::kLanes;
+  float* line = scratch;  // [column][channel]
+  float* narrow = scratch + (width + Simd::kLanes) * Simd::kLanes;  // [row][column][channel]
+  const T* x = static_cast<const T*>(map.data);
+  const Transform none{};
+  for (int64_t y = 0; y < rows.from_size; ++y) {
+    for (int64_t p = 0; p < width; p += Simd::kLanes) {
+      Simd::Floats v[Simd::kLanes];
+      load_pixels(x + (y * width + p) * map.stride_s, map, channels, smaller(Simd::kLanes, width - p),
+                  none, 0, 0, v);
+      for (int i = 0; i < Simd::kLanes; ++i) Simd::store(line + (p + i) * Simd::kLanes, v[i]);
+    }
+    for (int64_t q = 0; q < columns.size; ++q) {
+      Simd::store(narrow + y * step + q * Simd::kLanes, gather(columns, q, line, Simd::kLanes));
+    }
+  }
+  T* to = static_cast<T*>(out.data);
+  for (int64_t y = 0; y < rows.size; ++y) {
+    for (int64_t p = 0; p < columns.size; p += Simd::kLanes) {
+      const int pixels = smaller(Simd::kLanes, columns.size - p);
+      Simd::Floats v[Simd::kLanes];
+      for (int i = 0; i < pixels; ++i) {
+        v[i] = gather(rows, y, narrow + (p + i) * Simd::kLanes, step);
+      }
+      for (int i = pixels; i < Simd::kLanes; ++i) v[i] = Simd::zero();
+      Simd::transpose(v);
+      store_block(to + (y * columns.size + p) * out.stride_s, out.stride_c, out.stride_s, channels,
+                  pixels, v);
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------- table
 
 template <class W>
@@ -186,6 +234,7 @@ constexpr void add_words(Products* table, Words words) {
 constexpr Products table_of_floats() {
   Products table{kPanelRows,
                  kPanelPixels,
+                 Simd::kLanes,
                  {},
                  {},
                  {store_affine<float>, store_affine<BFloat16>, store_affine<Half>},
@@ -198,7 +247,8 @@ constexpr Products table_of_floats() {
                  add_resized,
                  {relu_gradient<float>, relu_gradient<BFloat16>, relu_gradient<Half>},
                  {gate_gradient<float>, gate_gradient<BFloat16>, gate_gradient<Half>},
-                 {fusion_gradient<float>, fusion_gradient<BFloat16>, fusion_gradient<Half>}};
+                 {fusion_gradient<float>, fusion_gradient<BFloat16>, fusion_gradient<Half>},
+                 {shrink<float>, shrink<BFloat16>, shrink<Half>}};
   add_words<Floats>(&table, Words::kFloats);
   return table;
 }

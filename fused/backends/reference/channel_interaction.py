@@ -72,19 +72,23 @@ def small_backward(
     squeeze: torch.Tensor,
     excite: torch.Tensor,
     interaction_weight: torch.Tensor,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul,
 ) -> SmallGradients:
-    """Gradients of x's statistics and of the weights from grad·xᵀ (B, C, C) of each sample."""
+    """Gradients of x's statistics and of the weights from grad·xᵀ (B, C, C) of each sample.
+
+    `product` multiplies matrices; a backend may have its own.
+    """
     complement = 1 - gate
     grad_gate = outer.diagonal(dim1=1, dim2=2) - (outer * interaction_weight[:, :, 0, 0]).sum(2)
     grad_interaction = torch.einsum("bo,boi->oi", complement, outer)[:, :, None, None]
-    hidden_mean, hidden_max = (mean @ squeeze.T).relu(), (maximum @ squeeze.T).relu()
+    hidden_mean, hidden_max = (product(v, squeeze.T).relu() for v in (mean, maximum))
     grad_logits = grad_gate * gate * complement
-    grad_excite = grad_logits.T @ (hidden_mean + hidden_max)
-    grad_hidden = grad_logits @ excite
+    grad_excite = product(grad_logits.T, hidden_mean + hidden_max)
+    grad_hidden = product(grad_logits, excite)
     grad_hidden_mean = grad_hidden * (hidden_mean > 0)
     grad_hidden_max = grad_hidden * (hidden_max > 0)
-    grad_squeeze = grad_hidden_mean.T @ mean + grad_hidden_max.T @ maximum
-    of_statistics = (grad_hidden_mean @ squeeze, grad_hidden_max @ squeeze)
+    grad_squeeze = product(grad_hidden_mean.T, mean) + product(grad_hidden_max.T, maximum)
+    of_statistics = (product(grad_hidden_mean, squeeze), product(grad_hidden_max, squeeze))
     return SmallGradients(*of_statistics, grad_squeeze, grad_excite, grad_interaction)
 
 
