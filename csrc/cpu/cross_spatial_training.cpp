@@ -10,6 +10,7 @@
 #include "cross_spatial_training.h"
 
 #include <array>
+#include <vector>
 
 #include "isa.h"
 #include "slabs.h"
@@ -81,11 +82,39 @@ struct Groups {
   }
 };
 
+// Mean and biased variance of all groups' branches, each of `count` values a column, in their order.
+void join_moments(const std::vector<double>& moments, int64_t groups, int64_t columns,
+                  int64_t stride, double count, float* mean, float* var) {
+  for (int64_t i = 0; i < columns; ++i) {
+    double middle = 0.0, squares = 0.0, seen = 0.0;
+    for (int64_t set = 0; set < 2 * groups; ++set) {
+      const double* from = moments.data() + set / 2 * stride + set % 2 * 2 * columns + i;
+      const double step = from[0] - middle;
+      middle += step * count / (seen + count);
+      squares += from[columns] + step * step * seen * count / (seen + count);
+      seen += count;
+    }
+    mean[i] = static_cast<float>(middle);
+    var[i] = static_cast<float>(squares / seen);
+  }
+}
+
+// Sums over the groups, in their order.
+std::vector<double> add_groups(const std::vector<double>& sums, int64_t groups, int64_t stride,
+                               int64_t columns) {
+  std::vector<double> total(columns);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i < columns; ++i) total[i] += sums[g * stride + i];
+  }
+  return total;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_train(
     Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,
-    std::vector<Tensor> parameters, int64_t groups, double attention_eps, double reduce_eps) {
+    std::vector<Tensor> parameters, int64_t groups, bool pooled, double attention_eps,
+    double reduce_eps) {
   check_slabs(e, groups);
   const int64_t batch = e.size(0), c = e.size(1) / groups;
   STD_TORCH_CHECK(batch > 0, "batch statistics need samples");
@@ -96,31 +125,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial
                                   std::nullopt, e.device());
   Tensor softmax1 = empty_floats(e, {batch, groups, c});
   Tensor softmax2 = empty_floats(e, {batch, groups, c});
-  Tensor attention_mean = empty_floats(e, {2 * groups, 3 * c});
-  Tensor attention_var = empty_floats(e, {2 * groups, 3 * c});
-  Tensor reduce_mean = empty_floats(e, {2 * groups, c});
-  Tensor reduce_var = empty_floats(e, {2 * groups, c});
+  const int64_t sets = pooled ? 1 : 2 * groups;
+  Tensor attention_mean = empty_floats(e, {sets, 3 * c});
+  Tensor attention_var = empty_floats(e, {sets, 3 * c});
+  Tensor reduce_mean = empty_floats(e, {sets, c}), reduce_var = empty_floats(e, {sets, c});
   e = readable_slabs(e);
   const Groups all(e, groups, alpha_h, alpha_w, mean, rstd, attention_eps, reduce_eps);
   const CrossSpatialTraining& kernels = *chosen_instruction_set().cross_spatial_training;
   const int64_t plane = all.height * all.width * all.slabs.element_size;
-  const TrainingForward first = {w.mutable_data_ptr(),   data_of(softmax1),
-                                 data_of(softmax2),      data_of(attention_mean),
-                                 data_of(attention_var), data_of(reduce_mean),
-                                 data_of(reduce_var)};
-  for_each_slab(groups, kernels.forward_scratch(all.shape(), batch),
-                [&](int64_t begin, int64_t end, float* scratch) {
-                  for (int64_t g = begin; g < end; ++g) {
-                    const TrainingForward out = {static_cast<char*>(first.w) + g * plane,
-                                                 first.softmax1 + g * c,
-                                                 first.softmax2 + g * c,
-                                                 first.attention_mean + g * 6 * c,
-                                                 first.attention_var + g * 6 * c,
-                                                 first.reduce_mean + g * 2 * c,
-                                                 first.reduce_var + g * 2 * c};
-                    kernels.forward(all.of(g), weights, out, scratch);
-                  }
-                });
+  std::vector<double> moments(pooled ? groups * 12 * c : 0);
+  TrainingForward first = {Phase::kWhole,         w.mutable_data_ptr(),   data_of(softmax1),
+                           data_of(softmax2),     data_of(attention_mean), data_of(attention_var),
+                           data_of(reduce_mean),  data_of(reduce_var),     moments.data()};
+  const auto run = [&] {
+    for_each_slab(groups, kernels.forward_scratch(all.shape(), batch),
+                  [&](int64_t begin, int64_t end, float* scratch) {
+                    for (int64_t g = begin; g < end; ++g) {
+                      TrainingForward out = first;
+                      const int64_t set = pooled ? 0 : g * 2 * c;
+                      out.w = static_cast<char*>(first.w) + g * plane;
+                      out.softmax1 += g * c;
+                      out.softmax2 += g * c;
+                      out.attention_mean += 3 * set;
+                      out.attention_var += 3 * set;
+                      out.reduce_mean += set;
+                      out.reduce_var += set;
+                      out.moments += pooled ? g * 12 * c : 0;
+                      kernels.forward(all.of(g), weights, out, scratch);
+                    }
+                  });
+  };
+  if (pooled) {
+    const double count = static_cast<double>(batch * all.height * all.width);
+    first.phase = Phase::kFirst;
+    run();
+    join_moments(moments, groups, 3 * c, 12 * c, count, first.attention_mean, first.attention_var);
+    first.phase = Phase::kSecond;
+    run();
+    join_moments(moments, groups, c, 12 * c, count, first.reduce_mean, first.reduce_var);
+    first.phase = Phase::kLast;
+  }
+  run();
   return {w, softmax1, softmax2, attention_mean, attention_var, reduce_mean, reduce_var};
 }
 
@@ -128,11 +173,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
     Tensor grad_w, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd, Tensor w,
     Tensor softmax1, Tensor softmax2, Tensor attention_mean, Tensor attention_var,
     Tensor reduce_mean, Tensor reduce_var, std::vector<Tensor> parameters, int64_t groups,
-    bool constants, double attention_eps, double reduce_eps) {
+    bool constants, bool pooled, double attention_eps, double reduce_eps) {
   check_slabs(e, groups);
   const int64_t batch = e.size(0), channels = e.size(1), c = channels / groups;
   STD_TORCH_CHECK(batch > 0, "the backward needs samples");
-  const int64_t plane = e.size(2) * e.size(3), sets = constants ? 1 : 2 * groups;
+  const int64_t plane = e.size(2) * e.size(3), sets = constants || pooled ? 1 : 2 * groups;
   const CrossSpatialParameters read = read_parameters(parameters, c, attention_eps, reduce_eps);
   Tensor packed = pack_parameters(e, read, c, true);
   const float* const weights = data_of(packed);
@@ -147,7 +192,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
   const Groups all(e, groups, alpha_h, alpha_w, mean, rstd, attention_eps, reduce_eps);
   const Slabs grads(grad_e, groups);
   const CrossSpatialTraining& kernels = *chosen_instruction_set().cross_spatial_training;
-  const TrainingBackward first = {
+  std::vector<double> norm_sums(pooled ? groups * 6 * c : 0);
+  TrainingBackward first = {
+      Phase::kWhole,
       float_values(grad_w, "grad_w", batch * groups * plane),
       float_values(w, "w", batch * groups * plane),
       float_values(softmax1, "softmax1", batch * groups * c),
@@ -157,6 +204,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
       float_values(reduce_mean, "reduce_mean", sets * c),
       float_values(reduce_var, "reduce_var", sets * c),
       constants,
+      constants || pooled,
+      norm_sums.data(),
+      nullptr,
+      nullptr,
+      static_cast<double>(batch * plane * (pooled ? 2 * groups : 1)),
       grads.map(0),
       grads.stride_b * grads.element_size,
       data_of(grad_h),
@@ -164,28 +216,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
       data_of(grad_mean),
       data_of(grad_rstd),
       data_of(shares)};
-  for_each_slab(groups, kernels.backward_scratch(all.shape(), batch),
-                [&](int64_t begin, int64_t end, float* scratch) {
-                  for (int64_t g = begin; g < end; ++g) {
-                    TrainingBackward out = first;
-                    const int64_t set = constants ? 0 : g * 2 * c;
-                    out.grad_w += g * plane;
-                    out.w += g * plane;
-                    out.softmax1 += g * c;
-                    out.softmax2 += g * c;
-                    out.attention_mean += 3 * set;
-                    out.attention_var += 3 * set;
-                    out.reduce_mean += set;
-                    out.reduce_var += set;
-                    out.grad_e = grads.map(g);
-                    out.grad_alpha_h += g * c * all.height;
-                    out.grad_alpha_w += g * c * all.width;
-                    out.grad_mean += g * c;
-                    out.grad_rstd += g * c;
-                    out.parameters += g * count;
-                    kernels.backward(all.of(g), weights, out, scratch);
-                  }
-                });
+  const auto run = [&] {
+    for_each_slab(groups, kernels.backward_scratch(all.shape(), batch),
+                  [&](int64_t begin, int64_t end, float* scratch) {
+                    for (int64_t g = begin; g < end; ++g) {
+                      TrainingBackward out = first;
+                      const int64_t set = first.shared ? 0 : g * 2 * c;
+                      out.grad_w += g * plane;
+                      out.w += g * plane;
+                      out.softmax1 += g * c;
+                      out.softmax2 += g * c;
+                      out.attention_mean += 3 * set;
+                      out.attention_var += 3 * set;
+                      out.reduce_mean += set;
+                      out.reduce_var += set;
+                      out.grad_e = grads.map(g);
+                      out.grad_alpha_h += g * c * all.height;
+                      out.grad_alpha_w += g * c * all.width;
+                      out.grad_mean += g * c;
+                      out.grad_rstd += g * c;
+                      out.parameters += g * count;
+                      out.norm_sums += pooled ? g * 6 * c : 0;
+                      kernels.backward(all.of(g), weights, out, scratch);
+                    }
+                  });
+  };
+  std::vector<double> reduce_totals, attention_totals;
+  if (pooled) {
+    first.phase = Phase::kFirst;
+    run();
+    reduce_totals = add_groups(norm_sums, groups, 6 * c, 2 * c);
+    first.reduce_totals = reduce_totals.data();
+    first.phase = Phase::kSecond;
+    run();
+    attention_totals = add_groups(norm_sums, groups, 6 * c, 6 * c);
+    first.attention_totals = attention_totals.data();
+    first.phase = Phase::kLast;
+  }
+  run();
   add_shares(data_of(shares), groups, count, 0, count, data_of(total));
   return {grad_e, grad_h, grad_v, grad_mean, grad_rstd, total};
 }

@@ -15,10 +15,11 @@ using torch::stable::Tensor;
 // attention_weight, attention_bn_weight, attention_bn_bias, reduce_weight, reduce_bn_weight,
 // reduce_bn_bias, channel_feat_weight, alpha; float32 and contiguous, as the vectors are.
 // -> w (B, G, H, W) of e's dtype, softmax1, softmax2 (B, G, c), attention_mean, attention_var
-// (2G, 3c), reduce_mean, reduce_var (2G, c): spec.md 3, "sequential"
+// (2G, 3c), reduce_mean, reduce_var (2G, c), or with pooled (1, 3c), (1, c): spec.md 3
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_train(
     Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,
-    std::vector<Tensor> parameters, int64_t groups, double attention_eps, double reduce_eps);
+    std::vector<Tensor> parameters, int64_t groups, bool pooled, double attention_eps,
+    double reduce_eps);
 
 // grad_w and w float32 and contiguous. constants: the statistics are (1, 3c) and (1, c) and carry no
 // gradient. -> grad_e of e's dtype and format, gradients of the vectors, and all parameters'
@@ -27,6 +28,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
     Tensor grad_w, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd, Tensor w,
     Tensor softmax1, Tensor softmax2, Tensor attention_mean, Tensor attention_var,
     Tensor reduce_mean, Tensor reduce_var, std::vector<Tensor> parameters, int64_t groups,
-    bool constants, double attention_eps, double reduce_eps);
+    bool constants, bool pooled, double attention_eps, double reduce_eps);
 
 }  // namespace ciema::cpu

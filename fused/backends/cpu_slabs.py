@@ -1,8 +1,4 @@
-"""The grouped stages on the CPU: arguments of the ops made ready for the native slab kernels.
-
-cross_spatial's "pooled" statistics, over all groups and both branches, are the reference's, forward
-and backward; it keeps the same tensors.
-"""
+"""The grouped stages on the CPU: arguments of the ops made ready for the native slab kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +8,6 @@ from typing import Any
 import torch
 
 from . import native
-from .reference import cross_spatial as reference
-from .reference import cross_spatial_backward as reference_backward
 
 _pack = native.kernel("cross_spatial_pack")
 _packed = native.kernel("cross_spatial_packed")
@@ -104,12 +98,10 @@ def cross_spatial(*args: Any) -> tuple[torch.Tensor, ...]:
     e, parameters = args[0], args[5:24]
     vectors = [_floats(vector) for vector in args[1:5]]
     groups, training, bn_statistics, *eps = args[24:]
-    if training and bn_statistics == "pooled":
-        return reference.forward(*args)
     results: tuple[torch.Tensor, ...]
     if training:
         trained = [_floats(p) for p in _trained(parameters)]
-        results = _train(e, *vectors, trained, groups, *eps)
+        results = _train(e, *vectors, trained, groups, bn_statistics == "pooled", *eps)
         return results
     packed = pack_cross_spatial(parameters, *eps, size=(e.shape[2], e.shape[3]))
     results = _packed(e, *vectors, packed, groups)
@@ -124,14 +116,13 @@ def cross_spatial_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     vectors = [_floats(vector) for vector in args[2:6]]
     softmaxes, statistics = args[7:9], args[9:13]
     groups, training, bn_statistics, *eps = args[32:]
-    if training and bn_statistics == "pooled":
-        return reference_backward.backward(*args)
     if not training:
         statistics = tuple(_floats(parameters[i]) for i in _RUNNING)
     trained = _trained(parameters)
     *grads, flat = _backward(
         *(_floats(grad_w), e, *vectors, _floats(w), *softmaxes, *statistics),
-        *([_floats(p) for p in trained], groups, not training, *eps),
+        *([_floats(p) for p in trained], groups, not training),
+        *(training and bn_statistics == "pooled", *eps),
     )
     shares = flat.split([p.numel() for p in trained])
     pairs = zip(shares, trained, strict=True)

@@ -47,13 +47,15 @@ SCHEMAS = (
     "coordinate_cross_spatial_packed(Tensor e, Tensor gate, float eps, Tensor packed, int groups)"
     " -> Tensor w",
     "cross_spatial_train(Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd,"
-    " Tensor[] parameters, int groups, float attention_eps, float reduce_eps) -> (Tensor w,"
+    " Tensor[] parameters, int groups, bool pooled, float attention_eps, float reduce_eps)"
+    " -> (Tensor w,"
     " Tensor softmax1, Tensor softmax2, Tensor attention_mean, Tensor attention_var,"
     " Tensor reduce_mean, Tensor reduce_var)",
     "cross_spatial_backward(Tensor grad_w, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean,"
     " Tensor rstd, Tensor w, Tensor softmax1, Tensor softmax2, Tensor attention_mean,"
     " Tensor attention_var, Tensor reduce_mean, Tensor reduce_var, Tensor[] parameters,"
-    " int groups, bool constants, float attention_eps, float reduce_eps) -> (Tensor grad_e,"
+    " int groups, bool constants, bool pooled, float attention_eps, float reduce_eps)"
+    " -> (Tensor grad_e,"
     " Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean, Tensor grad_rstd,"
     " Tensor grad_parameters)",
     # Products on the CPU (csrc/cpu/products.cpp). A packed weight is bytes for this processor;

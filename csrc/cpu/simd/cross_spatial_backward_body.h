@@ -181,8 +181,8 @@ struct ReduceNorm {
   double eps;
 
   ReduceNorm(const BackwardTask& task, int k)
-      : mean(task.io.reduce_mean + (task.io.constants ? 0 : k * task.work.frame.c)),
-        var(task.io.reduce_var + (task.io.constants ? 0 : k * task.work.frame.c)),
+      : mean(task.io.reduce_mean + (task.io.shared ? 0 : k * task.work.frame.c)),
+        var(task.io.reduce_var + (task.io.shared ? 0 : k * task.work.frame.c)),
         eps(task.group.reduce_eps) {}
   double inverse(int64_t c) const { return 1.0 / sqrt(static_cast<double>(var[c]) + eps); }
 };
@@ -231,28 +231,41 @@ inline void feat_gradient(const BackwardTask& task, int64_t b, int k, const floa
   }
 }
 
+// Sums over a branch's samples of grad_y and grad_y times the normalised R, of channel o.
+struct NormSums {
+  double sum = 0.0, dotted = 0.0;
+
+  NormSums(const BackwardTask& task, const ReduceNorm& norm, int k, int64_t o) {
+    const BackwardWork& work = task.work;
+    const double plane = static_cast<double>(work.frame.height * work.frame.width);
+    const double inverse = norm.inverse(o), mean = norm.mean[o];
+    const float* softmax = k == 0 ? task.io.softmax2 : task.io.softmax1;
+    for (int64_t b = 0; b < work.batch; ++b) {
+      const double s = softmax[b * task.group.groups * work.frame.c + o];
+      const double m = work.q[work.of(b, k) + o];
+      const double gr = work.g_sums[2 * work.of(b, k) + o], r = work.sums[2 * work.of(b, k) + o];
+      sum += s * work.g_sum[b] + m * plane;
+      dotted += inverse * (s * (gr - mean * work.g_sum[b]) + m * (r - mean * plane));
+    }
+  }
+};
+
 // P, Q and T of a branch, and the gradients of R's batch norm.
 inline void reduce_norm_gradient(const BackwardTask& task, int k) {
   const BackwardWork& work = task.work;
   const int64_t c = work.frame.c, cp = work.frame.cp;
   const ReduceNorm norm(task, k);
-  const double plane = static_cast<double>(work.frame.height * work.frame.width);
-  const double count = plane * static_cast<double>(work.batch);
   const float* softmax = k == 0 ? task.io.softmax2 : task.io.softmax1;
   for (int64_t o = 0; o < c; ++o) {
     const double inverse = norm.inverse(o), mean = norm.mean[o];
-    double sum = 0.0, dotted = 0.0;
-    for (int64_t b = 0; b < work.batch; ++b) {
-      const double s = softmax[b * task.group.groups * c + o], m = work.q[work.of(b, k) + o];
-      const double gr = work.g_sums[2 * work.of(b, k) + o], r = work.sums[2 * work.of(b, k) + o];
-      sum += s * work.g_sum[b] + m * plane;
-      dotted += inverse * (s * (gr - mean * work.g_sum[b]) + m * (r - mean * plane));
-    }
-    task.grads.reduce_weight[o] += static_cast<float>(dotted);
-    task.grads.reduce_bias[o] += static_cast<float>(sum);
+    const NormSums own(task, norm, k, o);
+    task.grads.reduce_weight[o] += static_cast<float>(own.dotted);
+    task.grads.reduce_bias[o] += static_cast<float>(own.sum);
+    const double* totals = task.io.reduce_totals;
     const double scale = task.weights.reduce_weight[o] * inverse;
-    const double away = task.io.constants ? 0.0 : dotted / count;
-    const double middle = task.io.constants ? 0.0 : sum / count;
+    const double share = task.io.constants ? 0.0 : 1.0 / task.io.count;
+    const double middle = share * (totals != nullptr ? totals[o] : own.sum);
+    const double away = share * (totals != nullptr ? totals[c + o] : own.dotted);
     work.t[k * cp + o] = static_cast<float>(-scale * inverse * away);
     for (int64_t b = 0; b < work.batch; ++b) {
       const double s = softmax[b * task.group.groups * c + o], m = work.q[work.of(b, k) + o];
@@ -274,7 +287,19 @@ inline void backward_join(const BackwardTask& task) {
     }
   }
   task.grads.alpha[0] = static_cast<float>(alpha);
-  for (int k = 0; k < 2; ++k) reduce_norm_gradient(task, k);
+  for (int k = 0; k < 2; ++k) {
+    if (task.io.phase != Phase::kFirst) {
+      reduce_norm_gradient(task, k);
+      continue;
+    }
+    const ReduceNorm norm(task, k);
+    const int64_t c = work.frame.c;
+    for (int64_t o = 0; o < c; ++o) {
+      const NormSums own(task, norm, k, o);
+      task.io.norm_sums[o] = own.sum + (k == 0 ? 0.0 : task.io.norm_sums[o]);
+      task.io.norm_sums[c + o] = own.dotted + (k == 0 ? 0.0 : task.io.norm_sums[c + o]);
+    }
+  }
 }
 
 // grad_R and grad_Af of a chunk; A and A f too.
@@ -338,15 +363,21 @@ inline void backward_weights(const BackwardTask& task, int k) {
 inline void attention_norm_gradient(const BackwardTask& task, int k) {
   const BackwardWork& work = task.work;
   const int64_t c = work.frame.c, cp = work.frame.cp;
-  const double count =
-      static_cast<double>(work.batch * work.frame.height * work.frame.width);
   for (int64_t i = 0; i < 3 * c; ++i) {
     const int64_t at = i / c * cp + i % c;
     task.grads.attention_weight[i] += work.norm_dot[at];
     task.grads.attention_bias[i] += work.norm_sum[at];
+    if (task.io.phase == Phase::kSecond) {
+      double* sums = task.io.norm_sums;
+      sums[i] = work.norm_sum[at] + (k == 0 ? 0.0 : sums[i]);
+      sums[3 * c + i] = work.norm_dot[at] + (k == 0 ? 0.0 : sums[3 * c + i]);
+      continue;
+    }
     if (task.io.constants) continue;
+    const double* totals = task.io.attention_totals;
     const double scale = work.scale[k * 3 * cp + at];
-    const double away = work.norm_dot[at] / count, middle = work.norm_sum[at] / count;
+    const double middle = (totals != nullptr ? totals[i] : work.norm_sum[at]) / task.io.count;
+    const double away = (totals != nullptr ? totals[3 * c + i] : work.norm_dot[at]) / task.io.count;
     const double z_scale = work.z_scale[k * 3 * cp + at], z_shift = work.z_shift[k * 3 * cp + at];
     work.l_shift[k * 3 * cp + at] = static_cast<float>(-scale * (middle + z_shift * away));
     work.l_slope[k * 3 * cp + at] = static_cast<float>(-scale * z_scale * away);

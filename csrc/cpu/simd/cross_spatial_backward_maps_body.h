@@ -221,7 +221,7 @@ inline void load_attention_norm(const BackwardTask& task) {
     none[i] = 0.0f;
   }
   for (int k = 0; k < 2; ++k) {
-    const int64_t from = task.io.constants ? 0 : k * 3 * c;
+    const int64_t from = task.io.shared ? 0 : k * 3 * c;
     const float *mean = task.io.attention_mean + from, *var = task.io.attention_var + from;
     const double eps = task.group.attention_eps;
     norm_factors(mean, var, eps, task.weights.attention_weight, task.weights.attention_bias, 3, c,
@@ -249,10 +249,12 @@ inline void training_backward(const TrainingGroup& group, const float* packed,
   load_attention_norm(task);
   backward_recompute(task);
   backward_join(task);
+  if (io.phase == Phase::kFirst) return;
   for (int k = 0; k < 2; ++k) {
     backward_weights(task, k);
     attention_norm_gradient(task, k);
   }
+  if (io.phase == Phase::kSecond) return;
   for (int64_t b = 0; b < group.batch; ++b) backward_sample(task, b);
   finish_parameters(task);
 }

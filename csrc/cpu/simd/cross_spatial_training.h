@@ -17,19 +17,35 @@ struct TrainingGroup {
   double attention_eps, reduce_eps;
 };
 
+// With statistics of each group and branch its own a group is done at one go. Where all groups and
+// branches share them (spec.md 3, "pooled"), the caller joins what a phase leaves of every group
+// before the next; later phases recompute what earlier ones did.
+enum class Phase : int { kWhole, kFirst, kSecond, kLast };
+
 struct TrainingForward {
+  Phase phase;
   void* w;                               // (B, ., H, W), of e's type
   float *softmax1, *softmax2;            // (B, ., c)
   float *attention_mean, *attention_var; // (2, 3c), of the two branches
   float *reduce_mean, *reduce_var;       // (2, c)
+  // Phases: first leaves the moments of L (2, 2, 3c), second those of R (2, 2, c): of each branch
+  // mean and centred squares. Then attention_mean (3c) … are what was joined, and are read.
+  double* moments;
 };
 
 struct TrainingBackward {
+  Phase phase;
   const float *grad_w, *w;                     // (B, ., H, W)
   const float *softmax1, *softmax2;            // (B, ., c)
   const float *attention_mean, *attention_var; // (2, 3c), or (1, 3c) of constants
   const float *reduce_mean, *reduce_var;       // (2, c), or (1, c)
   bool constants;                              // evaluation: statistics carry no gradient
+  bool shared;                                 // the statistics are one set, not two
+  // Phases: first leaves the two sums of R's batch norm (2, c), second those of L's (2, 3c), over
+  // the group; then the totals of all groups, of `count` values a channel, are read.
+  double* norm_sums;
+  const double *reduce_totals, *attention_totals;
+  double count;
   SlabMap grad_e;                              // written; strides as e's, contiguous
   int64_t grad_sample_bytes;
   float *grad_alpha_h, *grad_alpha_w, *grad_mean, *grad_rstd;  // as the vectors

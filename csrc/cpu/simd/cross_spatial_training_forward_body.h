@@ -119,6 +119,15 @@ inline void forward_readout(const TrainingGroup& group, const ForwardWork& work,
   }
 }
 
+// Mean and centred squares of a branch without padding, for the caller to join.
+inline void leave_moments(const Moments& moments, int64_t sections, int64_t c, double* out) {
+  for (int64_t i = 0; i < sections * c; ++i) {
+    const int64_t at = i / c * padded(c) + i % c;
+    out[i] = moments.mean[at];
+    out[sections * c + i] = moments.squares[at];
+  }
+}
+
 inline int64_t forward_scratch(const CrossSpatialShape& shape, int64_t batch) {
   return ForwardWork(shape, batch, nullptr).size;
 }
@@ -129,19 +138,31 @@ inline void training_forward(const TrainingGroup& group, const float* packed,
   const TrainingWeights weights(const_cast<float*>(packed), work.frame.c, false);
   const int64_t c = work.frame.c, cp = work.frame.cp;
   const int64_t count = group.batch * work.frame.height * work.frame.width;
+  const bool whole = out.phase == Phase::kWhole;
   work.clear_frames();
   forward_features(group, work, weights);
   for (int k = 0; k < 2; ++k) {
-    float *mean = out.attention_mean + k * 3 * c, *var = out.attention_var + k * 3 * c;
-    store_moments(Moments(work.attention_moments + k * 6 * cp, 3 * cp), 3, c, count, mean, var);
+    const Moments logits(work.attention_moments + k * 6 * cp, 3 * cp);
+    const Moments reduced(work.reduce_moments + k * 2 * cp, cp);
+    if (out.phase == Phase::kFirst) {
+      leave_moments(logits, 3, c, out.moments + k * 6 * c);
+      continue;
+    }
+    float* mean = out.attention_mean + (whole ? k * 3 * c : 0);
+    float* var = out.attention_var + (whole ? k * 3 * c : 0);
+    if (whole) store_moments(logits, 3, c, count, mean, var);
     norm_factors(mean, var, group.attention_eps, weights.attention_weight,
                  weights.attention_bias, 3, c, work.scale + k * 3 * cp, work.shift + k * 3 * cp);
     forward_reduce(group, work, weights, k);
-    mean = out.reduce_mean + k * c;
-    var = out.reduce_var + k * c;
-    store_moments(Moments(work.reduce_moments + k * 2 * cp, cp), 1, c, count, mean, var);
+    if (out.phase == Phase::kSecond) {
+      leave_moments(reduced, 1, c, out.moments + k * 2 * c);
+      continue;
+    }
+    mean = out.reduce_mean + (whole ? k * c : 0);
+    var = out.reduce_var + (whole ? k * c : 0);
+    if (whole) store_moments(reduced, 1, c, count, mean, var);
     norm_factors(mean, var, group.reduce_eps, weights.reduce_weight, weights.reduce_bias, 1, c,
                  work.reduce_scale + k * cp, work.reduce_shift + k * cp);
   }
-  forward_readout(group, work, weights, out);
+  if (whole || out.phase == Phase::kLast) forward_readout(group, work, weights, out);
 }
