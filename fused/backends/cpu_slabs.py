@@ -103,7 +103,7 @@ def cross_spatial(*args: Any) -> tuple[torch.Tensor, ...]:
         trained = [_floats(p) for p in _trained(parameters)]
         results = _train(e, *vectors, trained, groups, bn_statistics == "pooled", *eps)
         return results
-    packed = pack_cross_spatial(parameters, *eps, size=(e.shape[2], e.shape[3]))
+    packed = pack_cross_spatial(parameters, eps[0], eps[1], (e.shape[2], e.shape[3]))
     results = _packed(e, *vectors, packed, groups)
     c = e.shape[1] // groups
     none = [torch.empty(0, n, device=e.device) for n in (3 * c, 3 * c, c, c)]
