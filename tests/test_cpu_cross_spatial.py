@@ -336,7 +336,7 @@ def test_a_forward_of_one_backend_meets_a_backward_of_the_other():
                 assert error(mine, its) <= tolerance(torch.float32)[1], name
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_this_file_with_each_instruction_set_forced(isa):
     if os.environ.get("FUSED_CPU_ISA"):
         pytest.skip("runs inside itself otherwise")

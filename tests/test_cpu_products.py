@@ -272,7 +272,7 @@ def test_what_was_not_packed_here_is_refused():
         op("gated_fusion_packed")(args[0], torch.ones(1, 3, 2, 2), *packed_fusion(args), False)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_this_file_with_each_instruction_set_forced(isa):
     if os.environ.get("FUSED_CPU_ISA"):
         pytest.skip("runs inside itself otherwise")

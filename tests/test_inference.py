@@ -437,6 +437,9 @@ def test_saving_and_copying() -> None:
     want = frozen(images)
     for again in (copy.deepcopy(frozen), copy.copy(frozen), pickle.loads(pickle.dumps(frozen))):
         assert torch.equal(again(images), want)
+    again = copy.deepcopy(frozen)
+    assert again.stage1.eval() is again.stage1
+    assert again.stage1 is not frozen.stage1
     stream = io.BytesIO()
     torch.save(frozen.state_dict(), stream)
     stream.seek(0)

@@ -292,7 +292,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_this_file_with_each_instruction_set_forced(isa):
     if os.environ.get("FUSED_CPU_ISA"):
         pytest.skip("runs inside itself otherwise")

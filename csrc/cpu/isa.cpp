@@ -16,16 +16,23 @@ std::vector<InstructionSet> find_available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (avx512) {
-    found.push_back({.name = "avx512",
-                     .channel_statistics = &kAvx512ChannelStatistics,
-                     .coordinate_attention = &kAvx512CoordinateAttention,
-                     .cross_spatial = &kAvx512CrossSpatial,
-                     .cross_spatial_training = &kAvx512CrossSpatialTraining,
-                     .cross_spatial_bf16 = bf16 ? &kAvx512CrossSpatialBf16 : nullptr,
-                     .products = bf16 ? &kAvx512bf16Products : &kAvx512Products,
-                     .separable = bf16 ? &kAvx512bf16Separable : &kAvx512Separable});
+    const InstructionSet plain = {.name = "avx512",
+                                  .channel_statistics = &kAvx512ChannelStatistics,
+                                  .coordinate_attention = &kAvx512CoordinateAttention,
+                                  .cross_spatial = &kAvx512CrossSpatial,
+                                  .cross_spatial_training = &kAvx512CrossSpatialTraining,
+                                  .cross_spatial_bf16 = nullptr,
+                                  .products = &kAvx512Products,
+                                  .separable = &kAvx512Separable};
+    if (__builtin_cpu_supports("avx512bf16")) {
+      found.push_back(plain);
+      found.back().name = "avx512bf16";
+      found.back().cross_spatial_bf16 = &kAvx512CrossSpatialBf16;
+      found.back().products = &kAvx512bf16Products;
+      found.back().separable = &kAvx512bf16Separable;
+    }
+    found.push_back(plain);
   }
   if (avx2) {
     found.push_back({.name = "avx2",

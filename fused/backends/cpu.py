@@ -1,7 +1,7 @@
 """Backend "cpu": C++ kernels for AVX-512, AVX2 or any processor, chosen when first used.
 
-The environment variable FUSED_CPU_ISA=avx512|avx2|portable forces one; one that this processor
-lacks is a reason not to run, never a crash.
+The environment variable FUSED_CPU_ISA=avx512bf16|avx512|avx2|portable forces one; one that this
+processor lacks is a reason not to run, never a crash.
 """
 
 from __future__ import annotations
