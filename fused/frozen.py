@@ -68,7 +68,7 @@ class Frozen(nn.Module):
 
     def _make_plan(self) -> Any:
         """What is derived from the weights."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say what it derives from its weights")
 
     def _requested(self) -> str | None:
         """The backend that this module was built with."""

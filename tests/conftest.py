@@ -49,3 +49,12 @@ def shared_path(*parts: str) -> Path:
             pytest.fail(f"REQUIRE_SHARED is set, but shared/{'/'.join(parts)} is missing")
         pytest.skip(f"shared/{'/'.join(parts)} is not beside the project")
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For networks too small to share: a second thread would mostly wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

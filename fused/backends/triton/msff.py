@@ -40,7 +40,7 @@ from .channel_interaction import pointwise_product, relu
 from .channel_statistics import mean_and_first_maximum, tile_offsets
 from .device import merge_moments, offset
 from .launch import cdiv, dot_precision, flat, is_wide, launch, strides
-from .msff_statistics import join_parts
+from .msff_statistics import empty_parts, join_parts
 
 # ------------------------------------------------------------------------------------------ tiles
 
@@ -394,13 +394,11 @@ def _finish(
 ) -> tuple[torch.Tensor, ...]:
     """Launch 2 for out, and with `statistics` launch 3; the channel statistics, or (0,) each."""
     like, (batch, rows, height, width) = inputs.maps[0], inputs.shape
-    none = torch.empty(0, dtype=torch.float32, device=like.device)
     if not statistics:
         _fused(inputs, vectors, out, None, eps)
-        return unknown_statistics(none)
+        return unknown_statistics(torch.empty(0, dtype=torch.float32, device=like.device))
     pixels = height * width
-    tiles = cdiv(pixels, configs.choose("msff_forward_kernel", like, pixels).blocks["BLOCK_N"])
-    extremes = none.new_empty((batch * tiles, 2, rows))
-    positions = none.new_empty((batch * tiles, rows), dtype=torch.int32)
-    _fused(inputs, vectors, out, None, eps, (extremes, positions))
-    return join_parts(extremes, positions, batch)
+    tile = configs.choose("msff_forward_kernel", like, pixels).blocks["BLOCK_N"]
+    parts = empty_parts(batch * cdiv(pixels, tile), rows, like.device)
+    _fused(inputs, vectors, out, None, eps, parts)
+    return join_parts(*parts, batch)

@@ -46,6 +46,12 @@ def msff_statistics_kernel(
     tl.store(argmax + at, position.to(tl.int64), mask=inside)
 
 
+def empty_parts(parts: int, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for extremes and positions of `parts` tiles."""
+    extremes = torch.empty((parts, 2, rows), dtype=torch.float32, device=device)
+    return extremes, torch.empty((parts, rows), dtype=torch.int32, device=device)
+
+
 def join_parts(
     extremes: torch.Tensor, positions: torch.Tensor, batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
