@@ -232,7 +232,9 @@ def problem(batch: int) -> Problem:
     from benchmarks.triton_capture import CHANNELS, FEATURES, GROUPS, SIZE
 
     features = tuple((channels, size, size) for channels, size in FEATURES)
-    return Problem(batch, CHANNELS, SIZE, SIZE, groups=GROUPS, features=features)
+    return Problem(
+        batch, CHANNELS, SIZE, SIZE, groups=GROUPS, features=features, statistics_known=True
+    )
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -207,7 +207,7 @@ for _kernel in ("forward", "backward"):
     )
 for _kernel in ("moments", "sums"):
     _add(f"msff_{_kernel}_kernel", (Config({"BLOCK_C": 16, "BLOCK_PARTS": 64}),))
-_add("msff_statistics_kernel", (Config({"BLOCK_C": 32}, 1, 1),))
+_add("msff_statistics_kernel", (Config({"BLOCK_C": 16, "BLOCK_TILES": 64}, 4, 1),))
 _add(
     "msff_resize_backward_kernel",
     (Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 64}, 8),),

@@ -4,8 +4,8 @@
 
 `msff_forward_kernel` leaves a part for each tile of `BLOCK_N` pixels of a sample, parts in order:
 extremes (parts, {Σ out / HW, maximum}, C_out) float32, positions (parts, C_out) int32. One program
-of the kernel here joins `BLOCK_C` channels of one sample, tile after tile. A NaN is the maximum,
-the first one wins, as in `channel_statistics.py`.
+of the kernel here joins `BLOCK_C` channels of one sample, `BLOCK_TILES` tiles at a time. A NaN is
+the maximum, the first one wins, as in `channel_statistics.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .channel_statistics import mean_and_first_maximum
 from .launch import cdiv, launch
 
 
 @triton.jit
 def msff_statistics_kernel(
     extremes, positions, mean, maximum, argmax, rows, tiles,
-    BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Channel statistics of `BLOCK_C` channels of a sample from its tiles' parts, in order."""
+    """Channel statistics of `BLOCK_C` channels of a sample from its tiles' parts."""
     row_tiles = tl.cdiv(rows, BLOCK_C)
     batch = (tl.program_id(0) // row_tiles).to(tl.int64)
     row = tl.program_id(0) % row_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -31,15 +32,20 @@ def msff_statistics_kernel(
     average = tl.zeros((BLOCK_C,), tl.float32)
     best = tl.full((BLOCK_C,), -float("inf"), tl.float32)
     position = tl.zeros((BLOCK_C,), tl.int32)
-    for tile in range(0, tiles):
-        part = batch * tiles + tile
-        own = extremes + part * 2 * rows + row
-        average += tl.load(own, mask=inside, other=0.0)
-        value = tl.load(own + rows, mask=inside, other=0.0)
-        first = tl.load(positions + part * rows + row, mask=inside, other=0)
-        better = (value > best) | ((value != value) & (best == best))
-        best = tl.where(better, value, best)
-        position = tl.where(better, first, position)
+    for start in range(0, tiles, BLOCK_TILES):
+        tile = start + tl.arange(0, BLOCK_TILES)
+        mask = inside[:, None] & (tile < tiles)[None, :]
+        part = (batch * tiles + tile)[None, :]
+        own = extremes + part * 2 * rows + row[:, None]
+        share = tl.load(own, mask=mask, other=0.0)
+        value = tl.load(own + rows, mask=mask, other=-float("inf"))
+        first = tl.load(positions + part * rows + row[:, None], mask=mask, other=0x7FFFFFFF)
+        # Positions grow from tile to tile, so the smallest one that holds the maximum is the first.
+        total, largest, there = mean_and_first_maximum(share, value, first, 1)
+        average += total
+        better = (largest > best) | ((largest != largest) & (best == best))
+        best = tl.where(better, largest, best)
+        position = tl.where(better, there, position)
     at = batch * rows + row
     tl.store(mean + at, average, mask=inside)
     tl.store(maximum + at, best, mask=inside)
