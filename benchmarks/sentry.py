@@ -89,6 +89,7 @@ NOT_PROVEN = {
     "msff_backward_kernel": _LONG,
     "msff_forward_kernel": _LONG,
     "msff_moments_kernel": _REDUCES,
+    "msff_statistics_kernel": _REDUCES,
     "msff_sums_kernel": _REDUCES,
 }
 

@@ -86,7 +86,8 @@ class StageOp:
         if name != "reference":
             return self.op(*args, backend=name)
         device = self._main(args).device.type
-        if torch.is_autocast_enabled(device):
+        available = torch.amp.autocast_mode.is_autocast_available(device)  # not on meta
+        if available and torch.is_autocast_enabled(device):
             args = self._cast(args, torch.get_autocast_dtype(device))
             with torch.autocast(device, enabled=False):
                 return self._plain(args)

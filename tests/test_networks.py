@@ -118,7 +118,7 @@ def test_ablations_of_ciema(attention: str, missing: str) -> None:
     x = model.features(images)
     expected = whole.eval()
     if missing == "channel_interaction":
-        expected._interact = lambda x: x  # type: ignore[method-assign]
+        expected._interact = lambda x, statistics: x  # type: ignore[method-assign]
         torch.testing.assert_close(model.ciema(x), expected(x))
 
 

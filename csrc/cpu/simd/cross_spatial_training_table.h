@@ -6,6 +6,7 @@
 #include "cross_spatial_training_weights_body.h"
 #include "slab_frame_body.h"
 #include "slab_tiles_body.h"
+#include "slab_direct_body.h"
 #include "coordinate_attention_body.h"
 #include "slab_rows_body.h"
 #include "slab_gradients_body.h"

@@ -8,7 +8,7 @@ struct TrainingWeights {
   float *reduce_weight, *reduce_bias;                             // (c), of the batch norm
   float* alpha;                                                   // first of a vector
   float* feat;                                                    // (c, c), rows of outputs
-  float *conv3x3, *spatial;                                       // (64, c, c), (64, c, 2c)
+  float *conv3x3, *spatial;                                       // (9, c, c), (64, c, 2c)
   float *spatial1, *attention, *reduce;                           // (c, c), (3c, 3c), (3c, c)
   float *conv3x3_back, *spatial_back;                             // (64, c, c), (64, 2c, c)
   float *spatial1_back, *attention_back, *reduce_back;            // (c, c), (3c, 3c), (c, 3c)
@@ -32,7 +32,7 @@ struct TrainingWeights {
     attention_bias = take(3 * cp);
     alpha = take(kLanes);
     feat = take(square);
-    conv3x3 = take(kPositions * square);
+    conv3x3 = take(9 * square);
     spatial = take(kPositions * 2 * square);
     spatial1 = take(square);
     attention = take(9 * square);
@@ -85,7 +85,7 @@ inline void pack_training(const CrossSpatialParameters& p, int64_t c, bool backw
   for (int64_t o = 0; o < c; ++o) {
     copy_vector(p.channel_feat_weight + o * c, 1, c, out.feat + o * cp);
   }
-  pack_winograd(p.conv3x3_weight, c, 3, 3, false, {c, vectors, 0, 0}, out.conv3x3);
+  pack_direct(p.conv3x3_weight, c, 9, out.conv3x3);
   pack_winograd(p.spatial_conv3_weight, c, 3, 5, false, {c, 2 * vectors, 0, 0}, out.spatial);
   pack_winograd(p.spatial_conv5_weight, c, 5, 5, false, {c, 2 * vectors, 0, cp}, out.spatial);
   pack_matrix(p.spatial_conv1_weight, c, c, 1, {c, vectors, 0, 0}, out.spatial1);

@@ -60,12 +60,6 @@ inline bool is_packed(const float* packed, int64_t size, int64_t channels, int f
          size == packed_size(channels, forms);
 }
 
-inline void pack_direct(const float* weight, int64_t c, int64_t taps, float* out) {
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    pack_matrix(weight + tap, c, c * taps, taps, {taps * c, padded(c) / kLanes, tap * c, 0}, out);
-  }
-}
-
 inline double norm_scale(const float* weight, const float* var, int64_t i, double eps) {
   return weight[i] / sqrt(static_cast<double>(var[i]) + eps);
 }

@@ -44,3 +44,9 @@ inline void pack_winograd(const float* weight, int64_t c, int size, int r, bool 
     }
   }
 }
+
+inline void pack_direct(const float* weight, int64_t c, int64_t taps, float* out) {
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    pack_matrix(weight + tap, c, c * taps, taps, {taps * c, padded(c) / kLanes, tap * c, 0}, out);
+  }
+}
