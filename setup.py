@@ -34,7 +34,14 @@ CPU_SOURCES = [
     "csrc/register_cpu.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").rglob("*.cpp")),
 ]
-CUDA_SOURCES = ["csrc/register_cuda.cpp", "csrc/cuda/channel_interaction.cu"]
+CUDA_SOURCES = [
+    "csrc/register_cuda.cpp",
+    *sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc" / "cuda").iterdir()
+        if path.suffix in (".cpp", ".cu")
+    ),
+]
 HEADERS = sorted(
     str(path.relative_to(ROOT))
     for folder in ("common", "cpu", "cuda")

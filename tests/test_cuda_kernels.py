@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,7 +12,7 @@ from emulator import CSRC, ORDERS, Report, Session, build, missing_tool
 if missing_tool() is not None:
     pytest.skip(f"the emulator can't be built: {missing_tool()}", allow_module_level=True)
 
-KERNEL = Path(CSRC / "emulator" / "kernels" / "channel_statistics.cpp")
+KERNEL = CSRC / "cuda" / "channel_statistics.cu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (B, C, H, W): a pixel, a row, odd sizes with tails, one plane, several blocks, the paper's map.
 SHAPES = [
@@ -49,13 +48,13 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def geometry(x: torch.Tensor, layout: str) -> dict[str, int]:
-    """ChannelStatisticsParams of x, as csrc/common/layout.h finds them."""
+    """The sizes of x that the entries ask for."""
     b, c, h, w = x.shape
     last = layout.startswith("channels_last") or (h * w == 1 and x.stride(1) == 1)
     return {
         "batch": b,
         "channels": c,
-        "plane": h * w,
+        "pixels": h * w,
         "stride_b": x.stride(0),
         "stride_c": x.stride(1),
         "stride_s": x.stride(3) if w > 1 or h == 1 else x.stride(2),
@@ -78,7 +77,7 @@ def forward(
         f"channel_statistics_{name_of(x.dtype)}",
         x=session.input("x", x),
         mean=session.output("mean", mean),
-        max=session.output("max", maximum),
+        maximum=session.output("maximum", maximum),
         argmax=session.output("argmax", argmax),
         warps_per_plane=warps,
         **geometry(x, layout),
@@ -100,7 +99,7 @@ def backward(
         f"channel_statistics_backward_{name_of(grad_x.dtype)}",
         grad_x=session.output("grad_x", grad_x),
         grad_mean=session.input("grad_mean", grads[0]),
-        grad_max=session.input("grad_max", grads[1]),
+        grad_maximum=session.input("grad_maximum", grads[1]),
         saved_argmax=session.input("saved_argmax", argmax),
         warps_per_plane=warps,
         **geometry(grad_x, layout),

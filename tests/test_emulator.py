@@ -218,7 +218,7 @@ def test_bad_calls_name_the_argument(planted: ModuleType) -> None:
     with pytest.raises(ValueError, match="thread order named sideways"):
         Session(planted, "sideways")
     session = Session(planted)
-    with pytest.raises(ValueError, match="kernel named nothing"):
+    with pytest.raises(ValueError, match="no entry named nothing"):
         session.launch("nothing")
     with pytest.raises(ValueError, match="argument named threads"):
         session.launch("tickets")

@@ -9,6 +9,7 @@
 #ifdef CIEMA_EMULATOR
 
 #include "../emulator/device.h"
+#include "../emulator/launch.h"
 
 #else
 
@@ -18,6 +19,10 @@
 
 // A block-shared array: CIEMA_SHARED(float, sums, [8][32]);
 #define CIEMA_SHARED(type, name, dims) __shared__ __align__(16) type name dims
+// The block's dynamic shared memory, of the size given at the launch.
+#define CIEMA_DYNAMIC_SHARED(type, name)                              \
+  extern __shared__ __align__(16) unsigned char ciema_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(ciema_dynamic_shared)
 
 namespace ciema {
 

@@ -369,32 +369,5 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- how a launcher (the stage's .cu, the emulator) shapes the grid -----------------------------
-
-// Warps to a plane: a block when planes are large, or too few to fill a GPU with a warp each.
-inline int warps_per_plane(int64_t planes, int64_t plane) {
-  return plane >= 2048 && (planes < 4096 || plane >= 65536) ? kWarps : 1;
-}
-
-inline int64_t rows_blocks(int64_t planes, int warps) {
-  const int64_t planes_per_block = kWarps / warps;
-  return (planes + planes_per_block - 1) / planes_per_block;
-}
-
-template <class T, int kVector>
-inline int64_t channels_last_blocks(int64_t channels) {
-  constexpr int64_t tile = ChannelTile<T, kVector>::kChannels;
-  return (channels + tile - 1) / tile;
-}
-
-// Whether a channels_last kernel may read or write whole vectors of channels.
-template <class T>
-inline bool pixels_are_aligned(const ChannelStatisticsParams& p) {
-  constexpr int64_t kElements = Vector<T>::kElements;
-  const void* address = p.x != nullptr ? p.x : p.grad_x;
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && p.channels % kElements == 0 &&
-         p.stride_b % kElements == 0 && p.stride_s % kElements == 0;
-}
-
 }  // namespace channel_statistics
 }  // namespace ciema

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../common/entries.h"
 #include "findings.h"
 #include "launch.h"
 #include "machine.h"
@@ -17,11 +18,6 @@ namespace py = pybind11;
 namespace emulator {
 
 namespace {
-
-std::map<std::string, Entry::Function>& entries() {
-  static std::map<std::string, Entry::Function> all;
-  return all;
-}
 
 template <class Value>
 Value by_name(const std::map<std::string, Value>& values, const std::string& name,
@@ -68,8 +64,18 @@ py::bytes read(uintptr_t address) {
   return {reinterpret_cast<const char*>(region->begin), region->end - region->begin};
 }
 
-void launch_entry(const std::string& name, std::map<std::string, int64_t> arguments) {
-  by_name(entries(), name, "kernel")(Arguments(std::move(arguments)));
+void launch_entry(const std::string& name, const std::map<std::string, uintptr_t>& pointers,
+                  const std::map<std::string, int64_t>& integers,
+                  const std::map<std::string, double>& reals) {
+  const ciema::Entry::Function entry = ciema::find_entry(name);
+  if (entry == nullptr) throw std::invalid_argument("no entry named " + name);
+  ciema::Arguments arguments;
+  for (const auto& [key, value] : pointers) {
+    arguments.pointers[key] = reinterpret_cast<void*>(value);
+  }
+  arguments.integers = integers;
+  arguments.reals = reals;
+  entry(arguments);
 }
 
 py::list all_findings() {
@@ -101,17 +107,6 @@ py::list site_traffic() {
 
 }  // namespace
 
-Entry::Entry(const char* name, Function function) { entries()[name] = function; }
-
-int64_t Arguments::integer(const std::string& name) const {
-  return by_name(values_, name, "argument");
-}
-
-uintptr_t Arguments::address(const std::string& name) const {
-  const auto found = values_.find(name);
-  return found == values_.end() ? 0 : static_cast<uintptr_t>(found->second);
-}
-
 void launch_body(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
                  void (*body)(const void*), const void* closure) {
   machine().launch(name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
@@ -127,7 +122,8 @@ PYBIND11_MODULE(_emulator, module) {
              py::arg("inside"), py::arg("element_bytes"), py::arg("role"),
              py::arg("address_modulo_256"));
   module.def("read", &emulator::read, py::arg("address"));
-  module.def("launch", &emulator::launch_entry, py::arg("name"), py::arg("arguments"));
+  module.def("launch", &emulator::launch_entry, py::arg("name"), py::arg("pointers"),
+             py::arg("integers"), py::arg("reals"));
   module.def("findings", &emulator::all_findings);
   module.def("totals", [] { return emulator::traffic().totals(); });
   module.def("sites", &emulator::site_traffic);

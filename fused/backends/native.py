@@ -106,6 +106,8 @@ SCHEMAS = (
     "stem(Tensor images, Tensor packed, Tensor bias, ScalarType dtype) -> Tensor",
     # the adjoint of bilinear resizing from height × width to the size of grad
     "msff_shrink(Tensor grad, int height, int width) -> Tensor out",
+    # Starts an entry of csrc/cuda, see csrc/cuda/launch.h
+    "launch(str entry, str names, Tensor(a!)[] buffers, int[] integers, float[] reals) -> ()",
     "cpu_isa() -> str",
     "cpu_isa_available() -> str",
 )

@@ -47,7 +47,7 @@ def build(kernel: Path, defines: Sequence[str] = ()) -> ModuleType:
     """The emulator's module with the entries of one kernel file.
 
     Args:
-        kernel: a C++ file that registers ``emulator::Entry`` objects.
+        kernel: a CUDA or C++ file that registers ``ciema::Entry`` objects.
         defines: preprocessor definitions for it, as ``("PLANT=1",)``.
 
     Returns:
@@ -63,7 +63,7 @@ def build(kernel: Path, defines: Sequence[str] = ()) -> ModuleType:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=_cache()) as folder:
             compiled = Path(folder) / "kernel.o"
-            _run(["g++", *flags, "-c", str(kernel), "-o", str(compiled)])
+            _run(["g++", *flags, "-x", "c++", "-c", str(kernel), "-o", str(compiled)])
             linked = Path(folder) / library.name
             _run(["g++", "-shared", str(compiled), *map(str, runtime), "-ldl", "-o", str(linked)])
             os.replace(linked, library)
@@ -72,8 +72,8 @@ def build(kernel: Path, defines: Sequence[str] = ()) -> ModuleType:
 
 def _objects() -> list[Path]:
     """The compiled files of the emulator itself."""
-    sources = sorted(_EMULATOR.glob("*.cpp"))
-    headers = sorted(_EMULATOR.glob("*.h"))
+    sources = [*sorted(_EMULATOR.glob("*.cpp")), CSRC / "cuda" / "entries.cpp"]
+    headers = [*sorted(_EMULATOR.glob("*.h")), CSRC / "common" / "entries.h"]
     missing = [source for source in sources if not _object(source, headers).exists()]
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(lambda source: _compile(source, _object(source, headers)), missing))

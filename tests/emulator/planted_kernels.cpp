@@ -1,7 +1,6 @@
 // Tiny kernels with one bug each (kBug) and their correct twins: what the checkers must find, and
 // where they must stay silent. Every entry takes buffers x, out and a count n.
-#include "../../csrc/common/device.cuh"
-#include "../../csrc/emulator/launch.h"
+#include "../../csrc/cuda/launch.cuh"
 
 namespace {
 
@@ -277,20 +276,20 @@ __global__ void tickets(int*, int* out, int) {
   __shfl_xor_sync(kFullMask, 0, 1);
 }
 
-const emulator::Entry kSemantics[] = {
+const ciema::Entry kSemantics[] = {
     {"warp_operations",
-     [](const emulator::Arguments& a) {
-       emulator::launch("warp_operations", dim3{1}, dim3{kWarp}, 0, warp_operations,
-                        a.pointer<int>("x"), a.pointer<int>("out"),
-                        static_cast<int>(a.integer("width")));
+     [](const ciema::Arguments& a) {
+       ciema::launch(a, "warp_operations", dim3{1}, dim3{kWarp}, 0, warp_operations,
+                     a.pointer<int>("x"), a.pointer<int>("out"),
+                     static_cast<int>(a.integer("width")));
      }},
     {"tickets",
-     [](const emulator::Arguments& a) {
-       emulator::launch("tickets", dim3{1}, dim3{static_cast<unsigned>(a.integer("threads"))}, 0,
-                        tickets, nullptr, a.pointer<int>("out"), 0);
+     [](const ciema::Arguments& a) {
+       ciema::launch(a, "tickets", dim3{1}, dim3{static_cast<unsigned>(a.integer("threads"))}, 0,
+                     tickets, nullptr, a.pointer<int>("out"), 0);
      }},
     {"convert",
-     [](const emulator::Arguments& a) {  // on the host: every pattern is too many to launch
+     [](const ciema::Arguments& a) {  // on the host: every pattern is too many to launch
        for (int64_t i = 0; i < a.integer("n"); ++i) {
          const float value = a.pointer<float>("x")[i];
          a.pointer<__half>("half")[i] = __float2half_rn(value);
@@ -301,18 +300,18 @@ const emulator::Entry kSemantics[] = {
      }},
 };
 
-#define PLANTED(kernel, type, shared_bytes)                                                  \
-  const emulator::Entry kernel##_entries[] = {                                               \
-      {#kernel "_bug",                                                                       \
-       [](const emulator::Arguments& a) {                                                    \
-         emulator::launch(#kernel, dim3{static_cast<unsigned>(a.integer("blocks"))},         \
-                          dim3{kThreads}, shared_bytes, kernel<true>, a.pointer<type>("x"),  \
-                          a.pointer<type>("out"), static_cast<int>(a.integer("n")));         \
-       }},                                                                                   \
-      {#kernel "_correct", [](const emulator::Arguments& a) {                                \
-         emulator::launch(#kernel, dim3{static_cast<unsigned>(a.integer("blocks"))},         \
-                          dim3{kThreads}, shared_bytes, kernel<false>, a.pointer<type>("x"), \
-                          a.pointer<type>("out"), static_cast<int>(a.integer("n")));         \
+#define PLANTED(kernel, type, shared_bytes)                                                       \
+  const ciema::Entry kernel##_entries[] = {                                                       \
+      {#kernel "_bug",                                                                            \
+       [](const ciema::Arguments& a) {                                                            \
+         ciema::launch(a, #kernel, dim3{static_cast<unsigned>(a.integer("blocks"))},              \
+                       dim3{kThreads}, shared_bytes, kernel<true>, a.pointer<type>("x"),          \
+                       a.pointer<type>("out"), static_cast<int>(a.integer("n")));                 \
+       }},                                                                                        \
+      {#kernel "_correct", [](const ciema::Arguments& a) {                                        \
+         ciema::launch(a, #kernel, dim3{static_cast<unsigned>(a.integer("blocks"))},              \
+                       dim3{kThreads}, shared_bytes, kernel<false>, a.pointer<type>("x"),         \
+                       a.pointer<type>("out"), static_cast<int>(a.integer("n")));                 \
        }}}
 
 PLANTED(missing_barrier, float, 0);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,7 @@ class Session:
     def __init__(self, module: ModuleType, order: str = "forward", seed: int = 0) -> None:
         self._module = module
         self._results: list[tuple[int, torch.Tensor]] = []
+        self._addresses: set[int] = set()
         module.configure(order, seed)
 
     def input(self, name: str, data: torch.Tensor | np.ndarray) -> int:
@@ -63,9 +65,19 @@ class Session:
         """The address of a copy of ``data``, copied back by ``finish``."""
         return self._allocate(name, data, "inout")
 
-    def launch(self, entry: str, **arguments: int) -> None:
-        """Runs an entry of the kernel file with addresses and integers by name."""
-        self._module.launch(entry, {name: int(value) for name, value in arguments.items()})
+    def launch(
+        self, entry: str, *, reals: Mapping[str, float] | None = None, **numbers: int
+    ) -> None:
+        """Runs an entry of the kernel file.
+
+        Args:
+            entry: its name.
+            reals: numbers with a fraction, by name.
+            **numbers: integers by name, and the addresses of buffers under theirs.
+        """
+        addresses = {name: n for name, n in numbers.items() if n in self._addresses}
+        integers = {name: int(n) for name, n in numbers.items() if name not in addresses}
+        self._module.launch(entry, addresses, integers, dict(reals or {}))
 
     def finish(self) -> Report:
         """Copies outputs back, frees the device's memory and reports."""
@@ -105,6 +117,7 @@ class Session:
         )
         if role != "input":
             self._results.append((address, tensor))
+        self._addresses.add(int(address))
         return int(address)
 
 

@@ -1,0 +1,55 @@
+// Starts kernels from entries (csrc/common/entries.h), under nvcc and in the emulator alike.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/device.cuh"
+#include "../common/entries.h"
+
+namespace ciema {
+
+#ifdef CIEMA_EMULATOR
+
+template <class... Parameters>
+EMULATOR_UNCHECKED void launch(const Arguments&, const char* name, dim3 grid, dim3 block,
+                               size_t shared_bytes, void (*kernel)(Parameters...),
+                               std::type_identity_t<Parameters>... parameters) {
+  const auto call = [=]() EMULATOR_UNCHECKED { kernel(parameters...); };
+  emulator::launch_body(
+      name, grid, block, shared_bytes,
+      [](const void* closure) EMULATOR_UNCHECKED { (*static_cast<decltype(&call)>(closure))(); },
+      &call);
+}
+
+#else
+
+inline void check_launch(cudaError_t error, const char* name) {
+  if (error != cudaSuccess) fail_launch(name, cudaGetErrorString(error));
+}
+
+// On the stream of the arguments; nothing synchronises. `shared_bytes`: dynamic, of a block.
+template <class... Parameters>
+void launch(const Arguments& arguments, const char* name, dim3 grid, dim3 block,
+            size_t shared_bytes, void (*kernel)(Parameters...),
+            std::type_identity_t<Parameters>... parameters) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shared_bytes > kWithoutAsking) {
+    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes)),
+                 name);
+  }
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(arguments.stream)>>>(
+      parameters...);
+  check_launch(cudaGetLastError(), name);
+}
+
+#endif
+
+// Whether a vector access of 16 bytes fits at every multiple of `step` elements from `pointer`.
+template <class T>
+bool is_aligned(const T* pointer, int64_t step = 0) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 &&
+         step * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+}
+
+}  // namespace ciema
