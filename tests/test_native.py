@@ -341,25 +341,3 @@ def test_reasons():
     assert "no cpu kernel yet" in str(can_run("no_such_op", x))
     reason = str(cuda.BACKEND.can_run("channel_statistics", x))
     assert cuda.LIBRARY.error or "the cuda kernels run on cuda" in reason
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_equals_cpu(dtype):
-    if cuda.LIBRARY.error is not None:
-        pytest.skip(cuda.LIBRARY.error)
-    for shape, layout in itertools.product(SHAPES, LAYOUTS):
-        x = laid_out(shape, layout, dtype)
-        on_gpu = x.cuda() if layout == "expanded" else copied_with_strides(x, "cuda")
-        mean, high, argmax = statistics(x)
-        gpu = statistics(on_gpu)
-        torch.testing.assert_close(gpu[0].cpu(), mean, rtol=1e-5, atol=1e-6)
-        assert torch.equal(gpu[1].cpu(), high)
-        assert torch.equal(gpu[2].cpu(), argmax)
-        gpu_grad = backward(mean.cuda(), high.cuda(), argmax.cuda(), on_gpu)
-        torch.testing.assert_close(gpu_grad.cpu(), backward(mean, high, argmax, x))
-        assert gpu_grad.is_contiguous() or gpu_grad.stride(1) == 1
-
-
-def copied_with_strides(x: torch.Tensor, device: str) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)

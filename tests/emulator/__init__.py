@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .build import CSRC, build, missing_tool
+from .launcher import emulate, emulated
 from .session import ORDERS, Report, Session
 
-__all__ = ["CSRC", "ORDERS", "Report", "Session", "build", "missing_tool"]
+__all__ = ["CSRC", "ORDERS", "Report", "Session", "build", "emulate", "emulated", "missing_tool"]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import triton
 
+from ..maps import flat as flat
+from ..maps import strides as strides
 from .configs import Config
 
 Grid = tuple[int, ...]
@@ -124,19 +126,6 @@ def power_of_two(size: int, least: int = 16) -> int:
 
 
 # ------------------------------------------------------------------------------------------- maps
-
-
-def flat(x: torch.Tensor) -> torch.Tensor:
-    """A map (B, C, H, W) whose H×W are one axis of a single stride: x itself, or a copy of it."""
-    if x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3):
-        return x
-    return x.contiguous()
-
-
-def strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides in elements of a `flat` map along batch, channel and pixel h·W + w."""
-    pixel = x.stride(2) if x.shape[3] == 1 else x.stride(3)
-    return x.stride(0), x.stride(1), pixel
 
 
 def is_wide(*tensors: torch.Tensor) -> bool:

@@ -1,0 +1,87 @@
+"""Backend "cuda": CUDA C++ kernels for NVIDIA GPUs of compute capability 8.0 and later."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+
+import torch
+
+from .. import native
+from ..backend import Backend
+
+LIBRARY = native.load("cuda")
+OLDEST_CAPABILITY = (8, 0)
+# A group's 3c features of a tile stay in registers, which ends at this width.
+LARGEST_GROUP = 64
+GROUPED_STAGES = ("coordinate_attention", "cross_spatial")
+
+# Op → (module of this folder, function in it).
+_FUNCTIONS: Mapping[str, tuple[str, str]] = {
+    "channel_statistics": ("channel_statistics", "forward"),
+    "channel_statistics_backward": ("channel_statistics", "backward"),
+}
+
+
+def _lazy(module: str, function: str) -> Callable[..., object]:
+    def run(*args: object) -> object:
+        kernel: Callable[..., object] = getattr(
+            importlib.import_module(f".{module}", __name__), function
+        )
+        return kernel(*args)
+
+    return run
+
+
+KERNELS: Mapping[str, Callable[..., object]] = {
+    op: _lazy(*where) for op, where in _FUNCTIONS.items()
+}
+
+# Set by tests that run the kernels' sources on the CPU; nothing else runs them there.
+emulated = False
+
+
+@functools.cache
+def _device_reason(index: int) -> str | None:
+    """Why the GPU of this index cannot run the kernels, or None."""
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    told, oldest = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    return f"{properties.name} has compute capability {told}, the cuda kernels need {oldest}"
+
+
+def can_run(op: str, x: torch.Tensor) -> str | None:
+    """None if this backend runs `op` on `x` (B, C, H, W), else the reason."""
+    if emulated:
+        device, library = "cpu", native.NativeLibrary("cuda", None, None)
+    else:
+        device, library = "cuda", LIBRARY
+    reason = native.why_not(library, device, KERNELS, op, x)
+    if reason is None and x.device.type == "cuda" and not _is_fake(x):
+        reason = _device_reason(x.device.index or 0)
+    return reason
+
+
+def _is_fake(x: torch.Tensor) -> bool:
+    """Whether x has a device only by name, as while torch.compile traces."""
+    return not torch.cuda.is_available()
+
+
+def takes_groups(op: str, x: torch.Tensor, groups: int) -> str | None:
+    """None if this backend runs `op` on `x` (B, C, H, W) cut into `groups`, else the reason."""
+    if op.removesuffix("_backward") in GROUPED_STAGES and x.dim() == 4 and groups > 0:
+        width = x.shape[1] // groups
+        if width > LARGEST_GROUP:
+            return f"a group has {width} channels, the cuda kernels take at most {LARGEST_GROUP}"
+    return None
+
+
+def passed_over(x: torch.Tensor) -> str | None:
+    """Why "auto" does not take this backend although it can run; None if it may."""
+    return "the emulator is for tests and runs only when asked for" if emulated else None
+
+
+BACKEND = Backend("cuda", KERNELS, can_run, takes_groups, passed_over)
