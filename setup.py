@@ -272,7 +272,7 @@ if __name__ == "__main__":
     setup(
         packages=PACKAGES,
         package_data={
-            "fused": ["py.typed"],
+            "fused": ["py.typed", "backends/*.json"],
             "mobilesteelnet": ["py.typed", "*.html"],
             "mobilesteelnet.reproduction": ["*.json"],
             "mobilesteelnet.weights": ["*.safetensors", "*.json", "*.md"],

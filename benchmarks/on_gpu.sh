@@ -6,7 +6,7 @@ set -muo pipefail
 
 usage() {
   cat <<'TEXT'
-bash benchmarks/on_gpu.sh [--dry-run] [--seconds N] [FOLDER]
+bash benchmarks/on_gpu.sh [--dry-run] [--choose] [--seconds N] [FOLDER]
 
 Builds the native code in place, then tests every backend on the GPU, times it against eager PyTorch
 and torch.compile, and runs it under compute-sanitizer. Each step has a time limit of its own; a step
@@ -14,6 +14,7 @@ that fails or runs out of time is noted, and the rest goes on. Installs nothing.
 
   FOLDER       where the results go; default $OUT, else gpu-results
   --dry-run    list the steps with their limits and write an empty report; needs no GPU
+  --choose     rewrite fused/backends/gpu_choice.json: what "auto" takes on this kind of GPU
   --seconds N  time for everything, default 540; what a step leaves over, the later ones get
 
 Environment: PYTHON (default python3; must have torch and pytest), WORKERS (test processes),
@@ -30,12 +31,14 @@ refuse() {
 }
 
 DRY=0
+CHOOSE=()
 BUDGET=540
 FOLDER=
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) usage && exit 0 ;;
     --dry-run) DRY=1 ;;
+    --choose) CHOOSE=(--write) ;;
     --seconds)
       [ $# -gt 1 ] || refuse "--seconds needs a number"
       shift
@@ -228,6 +231,7 @@ tests tests-modules 60 200 tests/test_golden.py tests/test_modules.py -k gpu
 warm_stop
 step timings correct 330 80 "$PYTHON" -m benchmarks.gpu_timings --json "$FOLDER/timings.json" \
   --seconds @SECONDS@
+step choice info 15 80 "$PYTHON" -m benchmarks.gpu_choice "$FOLDER/timings.json" "${CHOOSE[@]}"
 step memcheck tool 70 35 "$PYTHON" -m benchmarks.gpu_check --quick --tool memcheck
 step racecheck tool 70 0 "$PYTHON" -m benchmarks.gpu_check --quick --tool racecheck
 tests tests-strides 600 0 tests/test_stages.py -k "gpu-triton and (strided or transposed)"

@@ -41,6 +41,20 @@ def _sanitized() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test at the place "emulated-cuda": every CUDA launch runs, checked, on the CPU."""
+    callspec = getattr(request.node, "callspec", None)
+    place = callspec.params.get("place") if callspec else None
+    if str(place) != "emulated-cuda":
+        yield
+        return
+    from emulator import emulated
+
+    with emulated():
+        yield
+
+
 def shared_path(*parts: str) -> Path:
     """A path below shared/; skips the test where it is absent, fails where CI promises it."""
     path = SHARED.joinpath(*parts)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import emulator
 import pytest
 import torch
 
@@ -30,14 +31,19 @@ class Place:
 
     def __str__(self) -> str:
         if self.device == "cpu":
-            return "cpu" if self.backend is None else f"interpreted-{self.backend}"
+            how = "emulated" if self.backend == "cuda" else "interpreted"
+            return "cpu" if self.backend is None else f"{how}-{self.backend}"
         return f"gpu-{self.backend}"
 
 
+# The kernels of the backend "cuda" run on the CPU too, see tests/emulator.
+EMULATED = Place("cpu", "cuda")
 GPU = torch.cuda.is_available()
 # The same tests run on the GPU where there is one; `-k gpu-triton` takes one backend's.
 GPU_BACKENDS = ("reference", "triton", "cuda") if GPU else ()
 PLACES = (Place("cpu"), *(Place("cuda", name) for name in GPU_BACKENDS))
+if emulator.missing_tool() is None:
+    PLACES = (*PLACES, EMULATED)
 if INTERPRETER:  # a process of its own, in which nothing else is worth the time
     PLACES = (Place("cpu", "triton"),)
 DEVICES = [pytest.param("cpu"), *([pytest.param("cuda", id="gpu")] if GPU else [])]

@@ -23,7 +23,8 @@ if shutil.which("bash") is None or shutil.which("timeout") is None:
 
 STEPS = [
     *("machine", "build", "doctor", "check", "tests-reference", "tests-cuda", "tests-triton"),
-    *("tests-modules", "timings", "memcheck", "racecheck", "tests-strides", "tests-ops"),
+    *("tests-modules", "timings", "choice", "memcheck", "racecheck"),
+    *("tests-strides", "tests-ops"),
 ]
 # A python that reports and notes down for real, says that there is a GPU, and does every other
 # step as the file SCENARIO tells: lines of a pattern, tab, and what the shell is to do.

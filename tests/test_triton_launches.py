@@ -95,7 +95,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     found = Launches()
     kernels = {op: counted(run, found.operations) for op, run in backend.KERNELS.items()}
     willing = dataclasses.replace(
-        backend.BACKEND, kernels=kernels, can_run=lambda op, x: None, passed_over=lambda x: None
+        backend.BACKEND, kernels=kernels, can_run=lambda op, x: None, passed_over=lambda op, x: None
     )
     monkeypatch.setitem(backends.BACKENDS, "triton", willing)
     update = fused.modules.update_running_statistics

@@ -23,14 +23,15 @@ class Backend:
         can_run: (op name, the stage's main input) → None, or the reason why not, in words.
         takes_groups: (op name, main input, G), asked where a stage cuts its map into groups → None,
             or why it cannot run this many.
-        passed_over: (main input) → None, or why "auto" does not take it although it can run.
+        passed_over: (op name, main input) → None, or why "auto" does not take it although it can
+            run.
     """
 
     name: str
     kernels: Mapping[str, Callable[..., object]]
     can_run: Callable[[str, torch.Tensor], str | None]
     takes_groups: Callable[[str, torch.Tensor, int], str | None] = lambda op, x, groups: None
-    passed_over: Callable[[torch.Tensor], str | None] = lambda x: None
+    passed_over: Callable[[str, torch.Tensor], str | None] = lambda op, x: None
 
     def why_not(
         self, op: str, x: torch.Tensor, groups: int | None = None, *, auto: bool = False
@@ -40,7 +41,7 @@ class Backend:
         if reason is None and groups is not None:
             reason = self.takes_groups(op, x, groups)
         if reason is None and auto:
-            reason = self.passed_over(x)
+            reason = self.passed_over(op, x)
         if reason is None and op not in self.kernels:
             return f"no {self.name} kernel for {op}"
         return reason

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .. import native
+from .. import gpu_choice, native
 from ..backend import Backend
 
 LIBRARY = native.load("cuda")
@@ -79,9 +79,17 @@ def takes_groups(op: str, x: torch.Tensor, groups: int) -> str | None:
     return None
 
 
-def passed_over(x: torch.Tensor) -> str | None:
+def passed_over(op: str, x: torch.Tensor) -> str | None:
     """Why "auto" does not take this backend although it can run; None if it may."""
-    return "the emulator is for tests and runs only when asked for" if emulated else None
+    if emulated:
+        return "the emulator is for tests and runs only when asked for"
+    if _is_fake(x):
+        return None
+    capability = ".".join(map(str, torch.cuda.get_device_capability(x.device)))
+    known = gpu_choice.quickest(op, x, capability)
+    if known is None or known.quickest != "triton":
+        return None
+    return f"triton was quicker for {known.pixels} pixels of {known.dtype} on {known.gpu}"
 
 
 BACKEND = Backend("cuda", KERNELS, can_run, takes_groups, passed_over)

@@ -129,7 +129,7 @@ def takes_groups(op: str, x: torch.Tensor, groups: int) -> str | None:
     return None
 
 
-def passed_over(x: torch.Tensor) -> str | None:
+def passed_over(op: str, x: torch.Tensor) -> str | None:
     """Why "auto" does not take this backend although it can run; None if it may."""
     return "the interpreter is for tests and runs only when asked for" if INTERPRETER else None
 
