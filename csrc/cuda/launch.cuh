@@ -16,7 +16,7 @@ EMULATOR_UNCHECKED void launch(const Arguments&, const char* name, dim3 grid, di
                                std::type_identity_t<Parameters>... parameters) {
   const auto call = [=]() EMULATOR_UNCHECKED { kernel(parameters...); };
   emulator::launch_body(
-      name, grid, block, shared_bytes,
+      name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
       [](const void* closure) EMULATOR_UNCHECKED { (*static_cast<decltype(&call)>(closure))(); },
       &call);
 }

@@ -5,7 +5,8 @@
 
 namespace emulator {
 
-void launch_body(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
-                 void (*body)(const void*), const void* closure);
+// `kernel`: the function's address, by which a dry launch names it.
+void launch_body(const char* name, const void* kernel, dim3 grid, dim3 block,
+                 size_t dynamic_shared_bytes, void (*body)(const void*), const void* closure);
 
 }  // namespace emulator

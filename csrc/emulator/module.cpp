@@ -19,6 +19,8 @@ namespace emulator {
 
 namespace {
 
+py::list* dry_launches = nullptr;  // where launches are noted instead of made
+
 template <class Value>
 Value by_name(const std::map<std::string, Value>& values, const std::string& name,
               const std::string& what) {
@@ -81,6 +83,23 @@ void launch_entry(const std::string& name, const std::map<std::string, uintptr_t
   entry(arguments);
 }
 
+// What an entry would launch with these arguments: (name, place of the kernel's code, grid, block,
+// bytes of dynamic shared memory) each. No kernel runs, so the pointers may lead nowhere.
+py::list launch_dry(const std::string& name, const std::map<std::string, uintptr_t>& pointers,
+                    const std::map<std::string, int64_t>& integers,
+                    const std::map<std::string, double>& reals) {
+  py::list launches;
+  dry_launches = &launches;
+  try {
+    launch_entry(name, pointers, integers, reals);
+  } catch (...) {
+    dry_launches = nullptr;
+    throw;
+  }
+  dry_launches = nullptr;
+  return launches;
+}
+
 py::list all_findings() {
   memory().check_outputs();
   py::list result;
@@ -110,8 +129,15 @@ py::list site_traffic() {
 
 }  // namespace
 
-void launch_body(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
-                 void (*body)(const void*), const void* closure) {
+void launch_body(const char* name, const void* kernel, dim3 grid, dim3 block,
+                 size_t dynamic_shared_bytes, void (*body)(const void*), const void* closure) {
+  if (dry_launches != nullptr) {
+    const std::string place = Site::at_return_address(static_cast<const char*>(kernel) + 1).text();
+    dry_launches->append(py::make_tuple(name, place, py::make_tuple(grid.x, grid.y, grid.z),
+                                        py::make_tuple(block.x, block.y, block.z),
+                                        dynamic_shared_bytes));
+    return;
+  }
   machine().launch(name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
                    dynamic_shared_bytes, body, closure);
 }
@@ -126,6 +152,8 @@ PYBIND11_MODULE(_emulator, module) {
              py::arg("address_modulo_256"));
   module.def("read", &emulator::read, py::arg("address"));
   module.def("launch", &emulator::launch_entry, py::arg("name"), py::arg("pointers"),
+             py::arg("integers"), py::arg("reals"));
+  module.def("launch_dry", &emulator::launch_dry, py::arg("name"), py::arg("pointers"),
              py::arg("integers"), py::arg("reals"));
   module.def("findings", &emulator::all_findings);
   module.def("totals", [] { return emulator::traffic().totals(); });
