@@ -1,25 +1,30 @@
 """What the compiled CUDA kernels use of a multiprocessor, held against gpu_budgets.toml.
 
 ``python benchmarks/budgets.py`` compiles every ``csrc/cuda/*.cu`` for every architecture (no GPU is
-needed), prints registers, spills, shared memory and occupancy of every kernel, and exits with 1 if
-one is past its budget. ``--update`` writes what it found as the new budgets.
+needed), prints registers, spills, shared memory, occupancy, tensor instructions and the width of
+loads of every kernel, and exits with 1 if one is past its budget. ``--update`` writes what it found
+as the new budgets. Dynamic shared memory is that of the launches at the paper's size.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __package__ in (None, ""):  # run as a file: find the packages beside it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import sass
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,11 +35,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = ROOT / "benchmarks" / "gpu_budgets.toml"
 TRITON_MARK = "# ---- Triton kernels\n"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-# As setup.py builds them.
-_NVCC_FLAGS = (
-    *("-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY"),
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-)
+_NVCC_FLAGS = ("-O3", "-std=c++20")  # as setup.py builds them
+# What a row of the file holds: at most, then at least.
+_AT_MOST = ("registers", "shared_bytes", "spill_bytes", "stack_bytes")
+_AT_LEAST = ("occupancy", "tensor_instructions", "products_per_issue", "wide_loads")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,11 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel needs on one architecture; bytes are those of a block (stack: a thread)."""
+    """What one kernel needs on one architecture; bytes are those of a block (stack: a thread).
+
+    Of its machine code: tensor instructions, multiply-adds on tensor cores for each instruction of
+    the loop that has most of them, loads of global memory and those of 16 bytes a thread.
+    """
 
     source: str
     kernel: str
@@ -71,6 +79,10 @@ class Usage:
     stack_bytes: int
     occupancy: int
     limiter: str
+    tensor_instructions: int = 0
+    products_per_issue: int = 0
+    loads: int = 0
+    wide_loads: int = 0
 
 
 def occupancy(
@@ -111,33 +123,48 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
 
 
-def measure(nvcc: str, source: Path, architecture: int) -> list[Usage]:
-    """Compiles one file for one architecture and reads what ptxas says of every kernel in it.
+def measure(
+    nvcc: str, source: Path, architecture: int, dynamic: Mapping[str, int] | None = None
+) -> list[Usage]:
+    """Compiles one file for one architecture and reads what its kernels use.
+
+    Args:
+        nvcc: the compiler.
+        source: a CUDA file.
+        architecture: a key of ``MULTIPROCESSORS``.
+        dynamic: kernel → bytes of dynamic shared memory.
 
     Raises:
-        RuntimeError: nvcc's message, if it does not compile.
+        RuntimeError: nvcc's message, if it does not compile, or warns.
     """
-    torch = importlib.util.find_spec("torch")
-    if torch is None or torch.origin is None:
-        raise RuntimeError("torch is not installed; its headers are needed to compile the kernels")
-    include = Path(torch.origin).parent / "include"
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *_NVCC_FLAGS, f"-arch=sm_{architecture}", "-Xptxas", "-v", f"-I{include}"]
-        command += ["--keep", "--keep-dir", folder, "-cubin", str(source)]
-        command += ["-o", str(Path(folder) / "kernels.cubin")]
+        cubin = Path(folder) / "kernels.cubin"
+        command = [nvcc, *_NVCC_FLAGS, f"-arch=sm_{architecture}", "-Xptxas", "-v"]
+        command += ["--keep", "--keep-dir", folder, "-cubin", str(source), "-o", str(cubin)]
         result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+        told = result.stdout + result.stderr
+        if result.returncode != 0 or "warning" in told:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{told}")
         ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
+        code = sass.text_sections(cubin.read_bytes())
     threads = {
         name: int(count)
         for name, count in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx)
     }
-    return list(_usages(result.stdout + result.stderr, source.stem, architecture, threads))
+    listings = sass.disassemble_code(list(code.values()), f"sm_{architecture}")
+    counted = {name: sass.counts(listing) for name, listing in zip(code, listings, strict=True)}
+    return list(_usages(told, (source.stem, architecture), threads, counted, dynamic or {}))
 
 
-def _usages(ptxas: str, source: str, architecture: int, threads: dict[str, int]) -> Iterable[Usage]:
+def _usages(
+    ptxas: str,
+    where: tuple[str, int],
+    threads: Mapping[str, int],
+    counted: Mapping[str, dict[str, int]],
+    dynamic: Mapping[str, int],
+) -> Iterable[Usage]:
     """Reads the report of ``ptxas -v``: for each kernel an entry, its properties and its use."""
+    source, architecture = where
     for entry in re.split(r"(?=Compiling entry function ')", ptxas)[1:]:
         symbol = _captured(r"Compiling entry function '(\w+)'", entry)
         kernel = short_name(symbol)
@@ -145,6 +172,7 @@ def _usages(ptxas: str, source: str, architecture: int, threads: dict[str, int])
             raise RuntimeError(f"{kernel} has no __launch_bounds__; its occupancy can't be told")
         registers = int(_captured(r"Used (\d+) registers", entry))
         shared = sum(int(found) for found in re.findall(r"(\d+) bytes smem", entry))
+        shared += dynamic.get(kernel, 0)
         stores = int(_captured(r"(\d+) bytes spill stores", entry))
         loads = int(_captured(r"(\d+) bytes spill loads", entry))
         blocks, limiters = occupancy(architecture, threads[symbol], registers, shared)
@@ -159,6 +187,7 @@ def _usages(ptxas: str, source: str, architecture: int, threads: dict[str, int])
             stack_bytes=int(_captured(r"(\d+) bytes stack frame", entry)),
             occupancy=100 * blocks * threads[symbol] // MULTIPROCESSORS[architecture].threads,
             limiter=", ".join(limiters),
+            **counted[symbol],
         )
 
 
@@ -182,10 +211,17 @@ def measure_all(nvcc: str, architectures: Iterable[int] = ARCHITECTURES) -> list
     """``measure`` for every ``csrc/cuda/*.cu`` and architecture, two compilers at a time."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     jobs = [(source, architecture) for source in sources for architecture in architectures]
+    dynamic = _dynamic_shared_bytes()
     with ThreadPoolExecutor(max_workers=2) as pool:
-        found = list(pool.map(lambda job: measure(nvcc, *job), jobs))
+        found = list(pool.map(lambda job: measure(nvcc, job[0], job[1], dynamic), jobs))
     usages = [usage for usages in found for usage in usages]
     return sorted(usages, key=lambda u: (u.source, u.kernel, u.architecture))
+
+
+def _dynamic_shared_bytes() -> Mapping[str, int]:
+    from benchmarks import cuda_capture  # which imports this module
+
+    return cuda_capture.dynamic_shared_bytes(cuda_capture.all_launches())
 
 
 def parts(text: str) -> tuple[str, str]:
@@ -198,8 +234,20 @@ def parts(text: str) -> tuple[str, str]:
 
 
 def stored() -> dict[str, Any]:
-    """The budgets of the CUDA kernels."""
-    return tomllib.loads(parts(BUDGETS.read_text())[0])
+    """The budgets of the CUDA kernels: source, kernel, architecture, name of a number."""
+    return named(tomllib.loads(parts(BUDGETS.read_text())[0]))
+
+
+def named(rows: dict[str, Any]) -> dict[str, Any]:
+    """The file's rows with a name for every number."""
+    columns = (*_AT_MOST, *_AT_LEAST)
+    return {
+        source: {
+            kernel: {sm: dict(zip(columns, row, strict=True)) for sm, row in by_sm.items()}
+            for kernel, by_sm in kernels.items()
+        }
+        for source, kernels in rows.items()
+    }
 
 
 def past_budget(usages: Iterable[Usage], budgets: dict[str, Any]) -> list[str]:
@@ -214,14 +262,13 @@ def past_budget(usages: Iterable[Usage], budgets: dict[str, Any]) -> list[str]:
         if budget is None:
             complaints.append(f"{where} has no budget")
             continue
-        for name in ("registers", "shared_bytes", "spill_bytes", "stack_bytes"):
+        for name in _AT_MOST:
             if getattr(usage, name) > budget[name]:
                 complaints.append(f"{where}: {name} {getattr(usage, name)} > {budget[name]}")
-        if usage.occupancy < budget["occupancy"]:
-            complaints.append(
-                f"{where}: occupancy {usage.occupancy} % < {budget['occupancy']} %,"
-                f" limited by {usage.limiter}"
-            )
+        for name in _AT_LEAST:
+            if getattr(usage, name) < budget[name]:
+                told = f", limited by {usage.limiter}" if name == "occupancy" else ""
+                complaints.append(f"{where}: {name} {getattr(usage, name)} < {budget[name]}{told}")
     for source, kernels in budgets.items():
         for kernel in kernels:
             if (source, kernel) not in seen:
@@ -233,32 +280,35 @@ def as_toml(usages: Iterable[Usage], compiler: str) -> str:
     """The budgets file that these usages just meet."""
     lines = [
         "# What every CUDA kernel may use: registers of a thread, bytes of a block (stack: of a",
-        "# thread), and the least occupancy in percent of a multiprocessor's threads.",
+        "# thread); and at least: occupancy in percent of a multiprocessor's threads, instructions",
+        "# of tensor cores, multiply-adds on them for each instruction of the loop that has most,",
+        "# loads of 16 bytes a thread.",
         "# Written by `python benchmarks/budgets.py --update`, compared by tests/test_budgets.py.",
         f"# {compiler}",
+        f"# Columns: {', '.join((*_AT_MOST, *_AT_LEAST))}",
     ]
     heading = None
     for usage in usages:
         if (usage.source, usage.kernel) != heading:
             heading = (usage.source, usage.kernel)
             lines += ["", f'[{usage.source}."{usage.kernel}"]  # {usage.threads} threads']
-        lines.append(
-            f"sm_{usage.architecture} = {{ registers = {usage.registers},"
-            f" shared_bytes = {usage.shared_bytes}, spill_bytes = {usage.spill_bytes},"
-            f" stack_bytes = {usage.stack_bytes}, occupancy = {usage.occupancy} }}"
-            f"  # {usage.limiter}"
-        )
+        numbers = [str(getattr(usage, name)) for name in (*_AT_MOST, *_AT_LEAST)]
+        lines.append(f"sm_{usage.architecture} = [{', '.join(numbers)}]  # {usage.limiter}")
     return "\n".join(lines) + "\n"
 
 
 def as_table(usages: Iterable[Usage]) -> str:
     """The usages for a person to read."""
-    heads = ("kernel", "arch", "threads", "regs", "shared", "spills", "occupancy", "limited by")
+    heads = (
+        *("kernel", "arch", "threads", "regs", "shared", "spills", "occupancy", "limited by"),
+        *("tensor", "MAC/issue", "loads of 16 bytes"),
+    )
     rows = [
         (
             *(usage.kernel, f"sm_{usage.architecture}", str(usage.threads), str(usage.registers)),
             *(str(usage.shared_bytes), str(usage.spill_bytes), f"{usage.occupancy} %"),
-            usage.limiter,
+            *(usage.limiter, str(usage.tensor_instructions), str(usage.products_per_issue)),
+            f"{usage.wide_loads}/{usage.loads}",
         )
         for usage in usages
     ]

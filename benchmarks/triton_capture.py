@@ -54,7 +54,7 @@ LAUNCHERS: Mapping[str, Callable[..., object]] = {
 }
 
 # One mode for all: fake tensors of different modes do not mix.
-_FAKE = FakeTensorMode()
+FAKE = FakeTensorMode()
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,6 @@ def capture(
     found: list[Launch] = []
     kernel = LAUNCHERS[call.op]
     forced = contextlib.nullcontext() if candidate is None else configs.forced(candidate)
-    with _FAKE, _device(target), forced, intercept(found.append), torch.no_grad():
+    with FAKE, _device(target), forced, intercept(found.append), torch.no_grad():
         kernel(*arguments(call, dtype))
     return found

@@ -6,31 +6,16 @@ ones from the assembly that LLVM writes.
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import re
-import struct
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import triton
-
+from benchmarks import sass
 from benchmarks.budgets import MULTIPROCESSORS, occupancy
 from benchmarks.triton_compile import Target
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# The disassembler's names of what Triton builds; "a": with what only that architecture has.
-_MACHINES = {
-    **{f"sm_{number}": f"SM{number}" for number in (80, 86, 89)},
-    **{f"sm_{number}": f"SM{number}a" for number in (90, 100, 120)},
-}
-_INSTRUCTION = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M
-)
 # Columns of a multiprocessor's tensor memory (PTX manual, tcgen05.alloc).
 _TENSOR_MEMORY = 512
 
@@ -89,7 +74,7 @@ class Code:
 def inspect(compiled: Sequence[Any], target: Target) -> list[Code]:
     """Reads compiled kernels of one target, all at once: the disassembler is slow to start."""
     if target.is_nvidia:
-        listings = disassemble([kernel.asm["cubin"] for kernel in compiled], target)
+        listings = sass.disassemble([kernel.asm["cubin"] for kernel in compiled], target.name)
         found = [_inspect_nvidia(k, c, target) for k, c in zip(compiled, listings, strict=True)]
     else:
         found = [_inspect_amd(kernel, target) for kernel in compiled]
@@ -115,85 +100,11 @@ def products(ttir: str, ttgir: str) -> tuple[int, int]:
     return sum(dtype in half for dtype in written), count
 
 
-class Instruction(NamedTuple):
-    """One instruction: its address, its name with modifiers, and where it branches to."""
-
-    address: int
-    opcode: str
-    branch: int | None = None
-
-
-def disassemble(cubins: Sequence[bytes], target: Target) -> list[list[Instruction]]:
-    """The instructions of each cubin."""
-    if not cubins:
-        return []
-    code = [b"".join(text_sections(cubin)) for cubin in cubins]
-    with tempfile.TemporaryDirectory() as folder:
-        image = Path(folder) / "code.bin"
-        image.write_bytes(b"".join(code))
-        listing = _run("nvdisasm", "--binary", _MACHINES[target.name], "-ndf", str(image))
-    found: list[list[Instruction]] = [[] for _ in code]
-    ends = list(itertools.accumulate(map(len, code)))
-    for place, opcode, operands in _INSTRUCTION.findall(listing):
-        address = int(place, 16)
-        goal = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
-        one = Instruction(address, opcode, int(goal[1], 16) if goal else None)
-        found[bisect.bisect_right(ends, address)].append(one)
-    return found
-
-
-def products_per_issue(code: Sequence[Instruction]) -> int:
-    """Multiply-adds on tensor cores by instruction of a warp, in the loop that has most of them.
-
-    Of loops in loops the inner one counts; a kernel whose products are in no loop counts as one.
-    """
-    loops = [
-        [other for other in code if one.branch <= other.address <= one.address]
-        for one in code
-        if one.branch is not None and one.branch < one.address
-    ]
-    loops = [loop for loop in loops if _multiply_adds(loop) > 0] or [list(code)]
-    inner = [
-        loop
-        for loop in loops
-        if not any(len(other) < len(loop) and other[0] in loop for other in loops)
-    ]
-    hottest = max(inner, key=_multiply_adds)
-    return round(_multiply_adds(hottest) / max(len(hottest), 1))
-
-
-def _multiply_adds(code: Sequence[Instruction]) -> int:
-    """Multiply-adds of a warp's tensor-core instructions, from the sizes in their names."""
-    total = 0
-    for one in code:
-        if one.opcode.startswith("HMMA.16816"):
-            total += 16 * 8 * 16
-        elif one.opcode.startswith("HMMA.1688"):
-            total += 16 * 8 * 8
-        elif (size := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", one.opcode)) is not None:
-            rows, columns, depth = map(int, size.groups())
-            total += rows * columns * depth // 4  # four warps share it
-    return total
-
-
-def text_sections(cubin: bytes) -> list[bytes]:
-    """The machine code in an ELF file of 64 bits."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)
-    size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    names = headers[names_index][4]
-    sections = []
-    for name, _, _, _, offset, length in headers:
-        if cubin.startswith(b".text.", names + name):
-            sections.append(cubin[offset : offset + length])
-    return sections
-
-
-def _inspect_nvidia(compiled: Any, code: list[Instruction], target: Target) -> dict[str, Any]:
+def _inspect_nvidia(compiled: Any, code: list[sass.Instruction], target: Target) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
+        usage = sass.run("cuobjdump", "--dump-resource-usage", cubin.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump did not tell what the kernel uses:\n{usage}")
@@ -202,8 +113,6 @@ def _inspect_nvidia(compiled: Any, code: list[Instruction], target: Target) -> d
     shared = int(compiled.metadata.shared)
     columns = int(getattr(compiled.metadata, "tmem_size", None) or 0)
     percent, limiter = nvidia_occupancy(target, threads, registers, shared, columns)
-    opcodes = [one.opcode for one in code]
-    loads = [o for o in opcodes if re.match(r"LDG\b|LDGSTS\b|UTMALDG\b", o)]
     return {
         "threads": threads,
         "registers": registers,
@@ -211,11 +120,7 @@ def _inspect_nvidia(compiled: Any, code: list[Instruction], target: Target) -> d
         "shared_bytes": shared,
         "occupancy": percent,
         "limiter": limiter,
-        # HFMA2.MMA is a move in disguise, no product.
-        "tensor_instructions": sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", o)) for o in opcodes),
-        "products_per_issue": products_per_issue(code),
-        "loads": len(loads),
-        "wide_loads": sum(".128" in o or ".256" in o or "UTMALDG" in o for o in loads),
+        **sass.counts(code),
     }
 
 
@@ -273,11 +178,6 @@ def amd_occupancy(target: Target, warps: int, waves: int, shared_bytes: int) -> 
     if groups == unit.waves * unit.simds // warps:
         limiter = "warps"
     return 100 * groups * warps // (unit.simds * unit.waves), limiter
-
-
-def _run(tool: str, *arguments: str) -> str:
-    command = [str(_TOOLS / tool), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _captured(pattern: str, text: str) -> int:

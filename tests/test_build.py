@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -217,29 +216,6 @@ def test_an_instruction_set_file_shows_the_linker_nothing_but_its_table(source, 
     tables = [line.split(maxsplit=2)[2] for line in symbols.splitlines()]
     stem, _, isa = source.stem.rpartition("_")
     assert tables == [f"ciema::cpu::k{isa.capitalize()}{stem.title().replace('_', '')}"]
-
-
-@pytest.mark.slow
-def test_cuda_kernels_compile_for_every_architecture_without_spills(tmp_path):
-    nvcc = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None
-    if nvcc is None or not nvcc.exists():
-        pytest.skip("nvcc not found")
-    known = run([str(nvcc), "--list-gpu-arch"], tmp_path).stdout
-    archs = [arch for arch in ARCHITECTURES if f"compute_{arch}\n" in known]
-    assert archs
-    source = ROOT / "csrc" / "cuda" / "channel_interaction.cu"
-    flags = ["-std=c++20", "-O3", "--threads=2", "-Xptxas=-v", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{p}" for p in include_paths())]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    done = run([str(nvcc), *flags, "-c", str(source), "-o", str(tmp_path / "k.o")], tmp_path)
-    told = done.stdout + done.stderr
-    compiled = re.findall(r"Compiling entry function '\w+' for 'sm_(\d+)'", told)
-    assert set(compiled) == set(archs)
-    assert len(compiled) == 24 * len(archs)  # 2 directions x 3 dtypes x 4 kernels
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
-    assert len(spills) == len(compiled)
-    assert set(spills) == {("0", "0")}
-    assert "warning" not in told
 
 
 def test_torch_in_use_is_new_enough():

@@ -17,7 +17,7 @@ if INTERPRETER:
 import triton
 import triton.language as tl
 
-from benchmarks import triton_budgets, triton_capture, triton_code
+from benchmarks import sass, triton_budgets, triton_capture, triton_code
 from benchmarks.triton_code import Code
 from benchmarks.triton_compile import TARGETS, Target, compile_launch, compiling_for
 from benchmarks.triton_usage import Failure, Job, Key, Row, Usage, measure, quick_jobs, rows
@@ -104,9 +104,9 @@ def test_kernels_disassembled_together_are_those_disassembled_alone() -> None:
     target = TARGETS["sm_80"]
     with compiling_for(target):
         cubins = [compile_launch(product(d)).asm["cubin"] for d in (torch.float16, torch.float32)]
-    together = triton_code.disassemble(cubins, target)
+    together = sass.disassemble(cubins, target.name)
     for cubin, listing in zip(cubins, together, strict=True):
-        (alone,) = triton_code.disassemble([cubin], target)
+        (alone,) = sass.disassemble([cubin], target.name)
         assert [one.opcode for one in listing] == [one.opcode for one in alone]
         assert "EXIT" in [one.opcode for one in alone]
 
@@ -118,7 +118,7 @@ def test_the_mock_driver_is_taken_away_again() -> None:
 
 
 def test_the_loop_that_multiplies_most_counts() -> None:
-    I = triton_code.Instruction  # noqa: E741
+    I = sass.Instruction  # noqa: E741
     code = [
         I(0, "MOV"),
         I(16, "HMMA.16816.F32"),  # the inner loop: 2048 in 2 instructions
@@ -127,9 +127,9 @@ def test_the_loop_that_multiplies_most_counts() -> None:
         I(64, "BRA", 0),
         I(80, "EXIT"),
     ]
-    assert triton_code.products_per_issue(code) == 1024
-    assert triton_code.products_per_issue([I(0, "HGMMA.64x64x16.F32"), I(16, "EXIT")]) == 8192
-    assert triton_code.products_per_issue([I(0, "MOV"), I(16, "BRA", 16)]) == 0
+    assert sass.products_per_issue(code) == 1024
+    assert sass.products_per_issue([I(0, "HGMMA.64x64x16.F32"), I(16, "EXIT")]) == 8192
+    assert sass.products_per_issue([I(0, "MOV"), I(16, "BRA", 16)]) == 0
 
 
 @pytest.mark.parametrize(

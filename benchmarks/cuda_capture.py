@@ -1,0 +1,110 @@
+"""The launches that the cuda backend makes at the paper's size, without making them.
+
+The host code runs on fake tensors, and the entries of `csrc/cuda` in the emulator's dry form, which
+notes each launch: grid, threads, dynamic shared memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT / "tests") not in sys.path:  # the emulator's Python face
+    sys.path.append(str(ROOT / "tests"))
+
+from emulator.launcher import module_of  # noqa: E402
+
+from benchmarks.budgets import short_name  # noqa: E402
+from benchmarks.triton_capture import DTYPES, FAKE, LAYOUTS, Call, arguments, calls  # noqa: E402
+from fused.backends import cuda  # noqa: E402
+from fused.backends.cuda.launch import Launch, intercept  # noqa: E402
+
+BATCHES = (1, 8)
+_ALIGNED = 4096  # as the GPU's allocator aligns
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One kernel that an entry starts.
+
+    Attributes:
+        entry: of `csrc/cuda`, with the dtype.
+        kernel: as `budgets.short_name` gives it.
+        grid: blocks along x, y and z.
+        threads: of a block.
+        dynamic_shared_bytes: of a block.
+    """
+
+    entry: str
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    dynamic_shared_bytes: int
+
+
+def entries(call: Call, dtype: torch.dtype) -> list[Launch]:
+    """The entries that one call starts, in order; its tensors are fake."""
+    found: list[Launch] = []
+    with FAKE, intercept(found.append), torch.no_grad():
+        cuda.KERNELS[call.op](*arguments(call, dtype))
+    return found
+
+
+def dry(launches: Iterable[Launch]) -> list[KernelLaunch]:
+    """The kernels that these entries start."""
+    raw: list[tuple[Launch, str, str, tuple[int, int, int], tuple[int, int, int], int]] = []
+    for launch in launches:
+        module = module_of(launch)
+        pointers = {name: _ALIGNED * (i + 1) for i, name in enumerate(launch.buffers)}
+        made = module.launch_dry(launch.entry, pointers, launch.integers, launch.reals)
+        file = module.__file__ or ""
+        raw += [(launch, file, place, grid, block, size) for _, place, grid, block, size in made]
+    names = _kernel_names({(file, place) for _, file, place, *_ in raw})
+    return [
+        KernelLaunch(
+            launch.entry, names[file, place], grid, block[0] * block[1] * block[2], dynamic
+        )
+        for launch, file, place, grid, block, dynamic in raw
+    ]
+
+
+def _kernel_names(places: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """(library, "@0x1f3a") → the kernel whose code is there."""
+    names: dict[tuple[str, str], str] = {}
+    for library in {library for library, _ in places}:
+        offsets = sorted(place for file, place in places if file == library)
+        command = ["addr2line", "-f", "-e", library, *(offset[1:] for offset in offsets)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        symbols = told.splitlines()[::2]
+        names |= {
+            (library, offset): short_name(symbol)
+            for offset, symbol in zip(offsets, symbols, strict=True)
+        }
+    return names
+
+
+def all_launches(batches: Iterable[int] = BATCHES) -> list[KernelLaunch]:
+    """Every kernel that an op starts at the paper's size, in all modes, dtypes and layouts."""
+    found = []
+    for batch in batches:
+        for call in calls(cuda.KERNELS, LAYOUTS):
+            one = Call(call.op, call.training, call.bn_statistics, call.layout, batch)
+            for dtype in DTYPES.values():
+                found += dry(entries(one, dtype))
+    return found
+
+
+def dynamic_shared_bytes(launches: Iterable[KernelLaunch]) -> Mapping[str, int]:
+    """Kernel → the most dynamic shared memory that a block of it is given."""
+    most: dict[str, int] = {}
+    for launch in launches:
+        kernel = re.sub(r"\s+", " ", launch.kernel)
+        most[kernel] = max(most.get(kernel, 0), launch.dynamic_shared_bytes)
+    return most
