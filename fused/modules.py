@@ -15,6 +15,7 @@ from .backends.reference.published import (
     PublishedMSFF,
 )
 from .batchnorm import update_running_statistics
+from .spatial_gate import spatial_gate
 
 DEFAULT_FACTOR = 32
 # Mean, maximum and the maximum's first position of every channel of a map, (B, C) each.
@@ -216,24 +217,26 @@ class FusedCIEMA(_FusedBlock, PublishedCIEMA):
         return e
 
     def _cross(self, e: torch.Tensor, *, update: bool) -> torch.Tensor:
-        vectors = ops.coordinate_attention(
-            *(e, self.conv1x1.weight, self.conv1x1.bias, self.groups, self.gn.eps),
-            backend=self.backend,
-        )
         net = self.cross_spatial_learning
         attention: Any = net.spatial_attention[1]
         reduce: Any = net.ms_reduce[1]
         training: bool = attention.training
-        w, _, _, *statistics = ops.cross_spatial(
-            *(e, *vectors, self.gn.weight, self.gn.bias),
+        weight, bias = self.conv1x1.weight, self.conv1x1.bias
+        parameters = (
+            *(self.gn.weight, self.gn.bias),
             *(self.conv3x3.weight, self.conv3x3.bias, net.spatial_conv1.weight),
             *(net.spatial_conv3.weight, net.spatial_conv5.weight),
             *(net.spatial_attention[0].weight, *_statistics(attention, training)),
             *(net.ms_reduce[0].weight, *_statistics(reduce, training)),
             *(net.channel_feat.weight, net.alpha, self.groups, training, self.bn_statistics),
             *(attention.eps, reduce.eps),
-            backend=self.backend,
         )
+        if not training and not self._needs_gradient(e):
+            return spatial_gate(e, weight, bias, self.gn.eps, *parameters, backend=self.backend)
+        vectors = ops.coordinate_attention(
+            e, weight, bias, self.groups, self.gn.eps, backend=self.backend
+        )
+        w, _, _, *statistics = ops.cross_spatial(e, *vectors, *parameters, backend=self.backend)
         if training and update:
             count = e.shape[0] * e.shape[2] * e.shape[3]
             if self.bn_statistics == "pooled":

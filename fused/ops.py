@@ -77,7 +77,7 @@ coordinate_attention = StageOp(
 
 # ---------------------------------------------------------------------------------- cross_spatial
 
-_CROSS_PARAMETERS = (
+CROSS_PARAMETERS = (
     "Tensor gn_weight, Tensor gn_bias, Tensor conv3x3_weight, Tensor conv3x3_bias,"
     " Tensor spatial_conv1_weight, Tensor spatial_conv3_weight, Tensor spatial_conv5_weight,"
     " Tensor attention_weight, Tensor attention_bn_weight, Tensor attention_bn_bias,"
@@ -99,8 +99,8 @@ _CROSS_GRADIENTS = (
 )
 cross_spatial = StageOp(
     name="cross_spatial",
-    forward=f"(Tensor e, {_VECTORS}, {_CROSS_PARAMETERS}, {_BACKEND}) -> ({_CROSS_STATISTICS})",
-    backward=f"(Tensor grad_w, Tensor e, {_VECTORS}, {_CROSS_STATISTICS}, {_CROSS_PARAMETERS},"
+    forward=f"(Tensor e, {_VECTORS}, {CROSS_PARAMETERS}, {_BACKEND}) -> ({_CROSS_STATISTICS})",
+    backward=f"(Tensor grad_w, Tensor e, {_VECTORS}, {_CROSS_STATISTICS}, {CROSS_PARAMETERS},"
     f" {_BACKEND}) -> (Tensor grad_e, {_GRAD_VECTORS}, "
     + ", ".join(f"Tensor grad_{name}" for name in _CROSS_GRADIENTS)
     + ")",
