@@ -323,3 +323,11 @@ def test_the_last_block_may_read_what_was_written_before_arriving(
 def test_wrong_arrivals_are_found(planted: ModuleType, bug: str, kind: str, order: str) -> None:
     report = last_block(planted, bug, order)[2]
     assert kind in report.kinds, report.findings
+
+
+def test_findings_name_the_line_of_the_kernel(planted: ModuleType) -> None:
+    (finding,) = run(planted, "misaligned_row_bug", "forward").findings
+    source = (Path(__file__).parent / "emulator" / "planted_instructions.cpp").read_text()
+    lines = source[: source.index("matrix_in_global_memory")].splitlines()
+    line = max(i for i, text in enumerate(lines, 1) if "::load_a(a, tile, kPitch)" in text)
+    assert f"is not aligned, at planted_instructions.cpp:{line} (thread " in finding

@@ -15,7 +15,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 // Code that works for the emulator, not for the kernel: its memory accesses are not checked.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))

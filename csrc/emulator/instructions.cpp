@@ -67,7 +67,9 @@ int biased_exponent(double value) {
   return static_cast<int>(std::bit_cast<uint64_t>(value) >> 52 & 0x7FF);
 }
 
-double power_of_two(int biased) { return std::bit_cast<double>(static_cast<uint64_t>(biased) << 52); }
+double power_of_two(int biased) {
+  return std::bit_cast<double>(static_cast<uint64_t>(biased) << 52);
+}
 
 float truncate_to_float(double value) {
   const auto nearest = static_cast<float>(value);
@@ -107,8 +109,8 @@ const char* name_of(Operand operand) {
 
 }  // namespace
 
-void copy_async(void* shared, const void* global, bool inside, const Where& where) {
-  const Site site = Site::at(where);
+void copy_async(void* shared, const void* global, bool inside) {
+  const Site site = Site::at_return_address(__builtin_return_address(0));
   const auto source = reinterpret_cast<uintptr_t>(global);
   const auto destination = reinterpret_cast<uintptr_t>(shared);
   std::array<unsigned char, Copies::kBytes> data{};
@@ -129,12 +131,13 @@ void copy_async_commit() { machine().copies().commit(); }
 void copy_async_wait(unsigned pending) { machine().copies().wait(pending); }
 
 void load_matrices(uint32_t* registers, const void* row, bool transposed, const Where& where) {
-  const Site site = Site::at(where);
+  const Site site = Site::at_return_address(__builtin_return_address(0));
   const auto address = reinterpret_cast<uintptr_t>(row);
   memory().check_space(address, true, "row of ldmatrix", site);
   memory().access(address, kRowBytes, Kind::kRead, site, true);
   const Exchange& all =
-      exchange_whole_warp(transposed ? "ldmatrix.trans" : "ldmatrix", row, kRowBytes, site);
+      exchange_whole_warp(transposed ? "ldmatrix.trans" : "ldmatrix", row, kRowBytes,
+                          Site::at(where));
   const unsigned lane = machine().current().lane;
   const unsigned g = lane / 4, q = lane % 4;
   for (unsigned i = 0; i < 4; ++i) {
