@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -144,16 +145,21 @@ def _source_lines(library: str, texts: list[str], sites: list[dict[str, Any]]) -
     command = ["addr2line", "-a", "-i", "-e", library, *offsets]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names: dict[str, str] = {}
+    inner: dict[str, str] = {}
     offset = ""
     for line in output.splitlines():
         if line.startswith("0x"):
             offset = f"@{int(line, 16):#x}"
             continue
         file, _, number = line.partition(":")
-        # The first frame that is not the emulator's own: inlined callees come before callers.
-        if not re.search(r"csrc/emulator/[^/]+$", file) and not file.startswith("/usr"):
-            names.setdefault(offset, f"{file.rpartition('/')[2]}:{number.split(' ')[0]}")
-    return names
+        file = os.path.normpath(file)
+        # Inlined callees come before callers. Not the emulator's own frames, and those of the
+        # instructions only if there is no other.
+        if re.search(r"csrc/emulator/[^/]+$|^/usr", file):
+            continue
+        known = inner if re.search(r"csrc/cuda/(fragments|ptx)\.cuh$", file) else names
+        known.setdefault(offset, f"{file.rpartition('/')[2]}:{number.split(' ')[0]}")
+    return inner | names
 
 
 def _named(text: str, names: dict[str, str]) -> str:
