@@ -242,3 +242,15 @@ def test_bad_calls_name_the_argument(planted: ModuleType) -> None:
 def test_a_session_after_an_abandoned_launch_is_clean(planted: ModuleType) -> None:
     assert run(planted, "null_pointer_bug").findings != []
     assert run(planted, "null_pointer_correct").findings == []
+
+
+def test_touched_bytes_count_once_a_launch(planted: ModuleType) -> None:
+    x, out = torch.randn(512), torch.zeros(64)
+    session = Session(planted)
+    address = {"x": session.input("x", x), "out": session.output("out", out)}
+    for _ in range(2):
+        session.launch("strided_loads_correct", **address, n=64, blocks=1)
+    report = session.finish()
+    assert report.touched == {"x": (2 * 64 * 4, 0), "out": (0, 2 * 64 * 4)}
+    twice = run(planted, "missing_barrier_correct")
+    assert twice.touched["x"] == (64 * 4, 0)

@@ -60,6 +60,7 @@ void Machine::launch(const std::string& kernel, Dim3 grid, Dim3 block, size_t dy
     dynamic_shared_ = nullptr;
     if (abandoned_) return;
   }
+  memory().count_touched();
   check_counters();
 }
 

@@ -110,6 +110,16 @@ void Memory::forget_accesses() {
   }
 }
 
+void Memory::count_touched() {
+  for (Region& region : regions_) {
+    for (Cell& cell : region.cells) {
+      region.touched_read += cell.was_read ? region.element_bytes : 0;
+      region.touched_written += cell.was_written ? region.element_bytes : 0;
+      cell.was_read = cell.was_written = false;
+    }
+  }
+}
+
 void Memory::check_outputs() {
   for (const Region& region : regions_) {
     if (region.role != Role::kOutput) continue;
@@ -208,6 +218,8 @@ void Memory::check_cell(Region& region, size_t index, Kind kind, const Access& n
                        site.text() + machine().where());
     return;
   }
+  cell.was_read |= kind != Kind::kWrite;
+  cell.was_written |= kind != Kind::kRead;
   if (cell.copy_under_way != 0) {
     const Site& copy = sites_[cell.copy_under_way];
     findings().add("unwaited", region.name, copy, site,

@@ -36,6 +36,8 @@ struct Cell {
   Access other_read;   // a read by another block, else another warp, else another lane
   uint32_t copy_under_way = 0;  // the site of its copy_async; 0: none
   bool initialised = false;
+  bool was_read = false;  // in this launch
+  bool was_written = false;
   bool inside = true;  // false: storage between the elements of a strided tensor
 };
 
@@ -45,6 +47,8 @@ struct Region {
   std::string name;
   Role role = Role::kInput;
   size_t element_bytes = 1;  // one cell to an element
+  size_t touched_read = 0;   // bytes that launches read, each counted once a launch
+  size_t touched_written = 0;
   std::vector<Cell> cells;
   std::unique_ptr<unsigned char[]> storage;  // with red zones on both sides
 };
@@ -64,6 +68,7 @@ class Memory {
   void release_shared();
   // A new launch comes after all earlier accesses; what is initialised stays so.
   void forget_accesses();
+  void count_touched();  // at the end of a launch
   // Reports the elements of outputs that no launch has written.
   void check_outputs();
 

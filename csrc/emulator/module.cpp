@@ -109,6 +109,17 @@ py::list all_findings() {
   return result;
 }
 
+// Buffer → (bytes read, bytes written), each byte once a launch: what passes between the device's
+// memory and a cache that holds all of it.
+py::dict touched() {
+  py::dict result;
+  for (const Region& region : memory().regions()) {
+    if (region.role == Role::kShared) continue;
+    result[py::str(region.name)] = py::make_tuple(region.touched_read, region.touched_written);
+  }
+  return result;
+}
+
 py::list site_traffic() {
   static const char* kinds[] = {"read", "write", "atomic"};
   py::list result;
@@ -157,5 +168,6 @@ PYBIND11_MODULE(_emulator, module) {
              py::arg("integers"), py::arg("reals"));
   module.def("findings", &emulator::all_findings);
   module.def("totals", [] { return emulator::traffic().totals(); });
+  module.def("touched", &emulator::touched);
   module.def("sites", &emulator::site_traffic);
 }

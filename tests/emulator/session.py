@@ -27,11 +27,14 @@ class Report:
             what the same bytes need at best), ``launches``, ``barriers``, ``warp_operations``;
             events that did not occur have no entry.
         sites: the same counters for each place in the kernel.
+        touched: buffer → (bytes read, bytes written), each byte once a launch: what passes between
+            the device's memory and a cache that holds all of it.
     """
 
     findings: list[str]
     totals: dict[str, int]
     sites: list[dict[str, Any]]
+    touched: dict[str, tuple[int, int]]
 
     @property
     def kinds(self) -> set[str]:
@@ -99,9 +102,9 @@ class Session:
             for kind, text, count in raw
         ]
         sites = [{**site, "site": _named(site["site"], names)} for site in sites]
-        totals = dict(self._module.totals())
+        totals, touched = dict(self._module.totals()), dict(self._module.touched())
         self._module.configure("forward", 0)
-        return Report(findings, totals, sites)
+        return Report(findings, totals, sites, touched)
 
     def _allocate(self, name: str, data: torch.Tensor | np.ndarray, role: str) -> int:
         tensor = torch.from_numpy(data) if isinstance(data, np.ndarray) else data

@@ -1,0 +1,70 @@
+"""Bytes that the CUDA kernels move and launches they make, as the emulator counts them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulator import Report, emulated, missing_tool
+from stage_cases import OPS, Sizes, arguments, convert, differentiable, require_grad
+
+from fused.backends import BACKENDS
+from fused.backends.cuda.launch import Launch
+from fused.contract import LAUNCHES, Problem, cost
+
+if missing_tool() is not None:
+    pytest.skip(f"the emulator can't be built: {missing_tool()}", allow_module_level=True)
+
+SIZES = Sizes(2, 64, 12, 12, 2)
+STAGES = ("channel_interaction", "coordinate_attention", "cross_spatial", "gated_fusion")
+# What the entries call maps; parameters, vectors and partial sums are no part of the model.
+MAPS = {"x", "e", "out", "w", "hidden", "logits", "grad_e", "grad_out", "grad_x", "grad_w"}
+Log = list[tuple[Launch, Report]]
+
+
+def moved(log: Log) -> int:
+    """Bytes of the op's maps, each once a launch."""
+    return sum(
+        sum(report.touched[name])
+        for launch, report in log
+        for name in launch.buffers
+        if name in MAPS and name not in launch.scratch
+    )
+
+
+def kernels(log: Log) -> int:
+    """Kernels that were launched; an entry may launch more than one."""
+    return sum(report.totals["launches"] for _, report in log)
+
+
+@pytest.mark.parametrize(("training", "layout"), [(False, "channels_last"), (True, "contiguous")])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bytes_and_launches_are_those_of_the_contract(
+    stage: str, training: bool, layout: str
+) -> None:
+    named = arguments(stage, SIZES, training)
+    if "save" in named:
+        named["save"] = training
+    args = convert(stage, named, torch.float16, layout)
+    problem = Problem(*(SIZES.batch, SIZES.channels, SIZES.height, SIZES.width), SIZES.groups)
+    leaves = require_grad(stage, args) if training else []
+    log: Log = []
+
+    def note(launch: Launch, report: Report) -> None:
+        assert report.findings == [], launch.entry
+        log.append((launch, report))
+
+    with emulated(note):
+        reason = BACKENDS["cuda"].why_not(stage, args[0], SIZES.groups)
+        assert reason is None
+        outputs = OPS[stage](*args, backend="cuda")
+        forward = list(log)
+        if training:
+            results = differentiable(stage, outputs)
+            torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results])
+    passes = [("forward", forward), ("backward", log[len(forward) :])][: 2 if training else 1]
+    for direction, part in passes:
+        want = cost(stage, problem, dtype=torch.float16, direction=direction, training=training)
+        column = 2 if direction == "backward" else int(training)
+        assert kernels(part) <= LAUNCHES[stage][column], direction
+        if direction == "forward":
+            assert moved(part) == pytest.approx(want.bytes, rel=0.1), direction
