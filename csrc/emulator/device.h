@@ -1,12 +1,9 @@
 // The CUDA C++ that kernel files may use, for g++: what csrc/common/device.cuh includes when
 // CIEMA_EMULATOR is defined. Everything that waits or touches memory goes to the machine and the
 // shadow; a name that is not here does not compile, so that nothing runs unchecked.
-//
-// cp.async, ldmatrix and mma.sync belong into a header beside this one, as the emulated twins of
-// csrc/cuda/ptx.cuh: ldmatrix and mma are one emulator::exchange each, cp.async is an access now
-// and a copy at its wait.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -26,6 +23,23 @@
 using std::isfinite;
 using std::isinf;
 using std::isnan;
+
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+inline float rsqrtf(float value) { return static_cast<float>(1.0 / std::sqrt(double{value})); }
+// Of integers of one type; of floats, fminf and fmaxf.
+template <class T>
+  requires std::is_integral_v<T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+  requires std::is_integral_v<T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 struct uint3 {
   unsigned x, y, z;

@@ -104,6 +104,7 @@ void Machine::start_threads() {
 void Machine::thread_entry() {
   Machine& gpu = machine();
   gpu.body_(gpu.closure_);
+  gpu.current_->copies.end_thread();
   gpu.current_->state = State::kDone;
   gpu.current_->fiber->suspend();
   __builtin_unreachable();

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "copies.h"
 #include "fiber.h"
 #include "site.h"
 
@@ -46,6 +47,7 @@ struct Thread {
   Site waits_at;
   // What this lane knows of the other lanes' progress: a vector clock, joined by __syncwarp.
   std::array<uint32_t, kLanes> clock{};
+  Copies copies;
   Fiber* fiber = nullptr;
 };
 
@@ -66,6 +68,7 @@ class Machine {
 
   bool running() const { return current_ != nullptr; }
   const Thread& current() const { return *current_; }
+  Copies& copies() { return current_->copies; }  // of the running thread
   int32_t block_linear() const { return block_linear_; }
   uint32_t epoch() const { return epoch_; }
   Dim3 block_index() const { return block_index_; }

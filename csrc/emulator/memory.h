@@ -33,6 +33,7 @@ struct Cell {
   Access other_write;  // before an atomic by one thread: the latest atomic by another
   Access read;         // the latest
   Access other_read;   // a read by another block, else another warp, else another lane
+  uint32_t copy_under_way = 0;  // the site of its copy_async; 0: none
   bool initialised = false;
   bool inside = true;  // false: storage between the elements of a strided tensor
 };
@@ -69,9 +70,19 @@ class Memory {
   // `bytes`, as one machine access does; block copies of the compiler don't.
   void access(uintptr_t address, size_t bytes, Kind kind, const Site& site, bool vector);
 
+  // The address must be in shared memory, or must not be.
+  void check_space(uintptr_t address, bool shared, const char* what, const Site& site);
+  // An asynchronous copy: from start to landing its destination is nobody's. The landing is a write
+  // by the running thread.
+  void start_copy(uintptr_t address, size_t bytes, const Site& site);
+  void land_copy(uintptr_t address, size_t bytes, const Site& site);
+
  private:
   uint32_t intern(const Site& site);
+  Access access_now(Kind kind, const Site& site);
   bool is_host_constant(uintptr_t address) const;
+  template <class Function>
+  void for_cells(uintptr_t address, size_t bytes, Function function);
   void outside(uintptr_t address, size_t bytes, Kind kind, const Site& site);
   void check_cell(Region& region, size_t index, Kind kind, const Access& now, const Site& site);
   void report_race(const Region& region, size_t index, const Access& earlier, const char* what,
