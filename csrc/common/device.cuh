@@ -44,6 +44,9 @@ __device__ __forceinline__ void store_vector(void* address, const V& value) {
   *static_cast<uint4*>(address) = bits;
 }
 
+// a·b rounded, never fused with an addition.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 }  // namespace ciema
 
 #endif  // CIEMA_EMULATOR
