@@ -103,7 +103,8 @@ def test_shared_memory_fits_every_gpu(layout: str) -> None:
     assert coordinate_attention._tables(e, 1, 3) is None
     e = lay_out(torch.zeros(1, 64, 60, 60), layout)
     tables = coordinate_attention._tables(e, 1, 3)
-    assert tables is not None and tables.shape[1] > limit
+    assert tables is not None
+    assert tables.shape[1] > limit
 
 
 @pytest.mark.parametrize("value", [0.3, -1.7])

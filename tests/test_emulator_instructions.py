@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from emulator import ORDERS, Session, build, missing_tool
+from emulator import ORDERS, Report, Session, build, missing_tool
 
 if missing_tool() is not None:
     pytest.skip(f"the emulator can't be built: {missing_tool()}", allow_module_level=True)
@@ -148,3 +148,113 @@ def test_chained_product(kernels: ModuleType, name: str) -> None:
     assert session.finish().findings == []
     exact = a.double() @ b.double().T @ c.double().T
     assert error(out, exact) < CHAINED_ERROR[name]
+
+
+# ---- planted bugs -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted() -> ModuleType:
+    return build(Path(__file__).parent / "emulator" / "planted_instructions.cpp")
+
+
+def run(
+    module: ModuleType, entry: str, order: str, n: int = 64, x: int = 256, out: int = 64
+) -> Report:
+    session = Session(module, order, seed=3)
+    session.launch(
+        entry,
+        x=session.input("x", torch.arange(float(x))),
+        out=session.output("out", torch.zeros(out)),
+        n=n,
+        threads=64 if out > 32 else 32,
+    )
+    return session.finish()
+
+
+# name of the kernel, kind of finding that its bug must give, arguments of run()
+PLANTED: list[tuple[str, str, dict[str, int]]] = [
+    ("copy_not_waited_for", "unwaited", {}),
+    ("copy_not_committed", "unwaited", {}),
+    ("copy_under_way_at_the_end", "unwaited", {}),
+    ("waits_for_too_few_groups", "unwaited", {}),
+    ("no_barrier_after_wait", "race", {}),
+    ("refilled_too_early", "race", {}),
+    ("overwritten_under_way", "unwaited", {}),
+    ("copy_past_end", "out-of-bounds", {"n": 252, "x": 252}),
+    ("copy_from_misaligned", "misaligned", {"x": 260}),
+    ("copy_to_global", "wrong-space", {"out": 256}),
+    ("misaligned_row", "misaligned", {}),
+    ("matrix_in_global_memory", "wrong-space", {}),
+    ("matrix_without_barrier", "race", {}),
+    ("matrix_not_filled", "uninitialised", {}),
+    ("product_in_branch", "divergence", {"n": 40}),
+    ("products_in_branches", "divergence", {"n": 16}),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("kernel", "kind", "arguments"), PLANTED, ids=[p[0] for p in PLANTED])
+def test_planted_bug_is_found_and_twin_is_silent(
+    planted: ModuleType, kernel: str, kind: str, arguments: dict[str, int], order: str
+) -> None:
+    bug = run(planted, f"{kernel}_bug", order, **arguments)
+    assert kind in bug.kinds, bug.findings
+    assert run(planted, f"{kernel}_correct", order, **arguments).findings == []
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_product_needs_a_whole_warp(planted: ModuleType, order: str) -> None:
+    session = Session(planted, order)
+    session.launch(
+        "product_in_branch_correct",
+        x=session.input("x", torch.zeros(24)),
+        out=session.output("out", torch.zeros(24)),
+        n=0,
+        threads=24,
+    )
+    assert session.finish().kinds == {"divergence"}
+
+
+def last_block(
+    module: ModuleType, kind: str, order: str, launches: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, Report]:
+    blocks = 5
+    out, counter = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    session = Session(module, order, seed=3)
+    session.launch(
+        f"last_block_{kind}",
+        x=session.input("x", torch.arange(64.0 * blocks)),
+        out=session.output("out", out),
+        partial=session.scratch("partial", torch.zeros(blocks + 1)),
+        counter=session.inout("counter", counter),
+        blocks=blocks,
+        launches=launches,
+    )
+    return out, counter, session.finish()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_last_block_may_read_what_was_written_before_arriving(
+    planted: ModuleType, order: str
+) -> None:
+    out, counter, report = last_block(planted, "correct", order, launches=2)
+    assert report.findings == []
+    assert out.item() == sum(range(5 * 64))
+    assert counter.item() == 0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("bug", "kind"),
+    [
+        ("nobody_waits", "race"),
+        ("before_writing", "race"),
+        ("plain_counter", "race"),
+        ("too_many", "arrival"),
+        ("by_one_warp", "divergence"),
+    ],
+)
+def test_wrong_arrivals_are_found(planted: ModuleType, bug: str, kind: str, order: str) -> None:
+    report = last_block(planted, bug, order)[2]
+    assert kind in report.kinds, report.findings

@@ -1,7 +1,8 @@
 // Coordinate attention's kernels (spec.md 2.2), both directions; one block of 256 threads a slab.
 //
 //   forward   αh, αw = σ(K [mean_W e; mean_H e] + b);  mean, rstd of u = e·αw·αh over H×W
-//   backward  g_u = (u − mean)·slope + offset, slope = −grad_rstd·rstd³/(HW), offset = grad_mean/(HW)
+//   backward  g_u = (u − mean)·slope + offset,
+//             slope = −grad_rstd·rstd³/(HW), offset = grad_mean/(HW)
 //             g_logit = (grad_α + Σ g_u·e·α_other)·α(1−α)   along rows and columns
 //             grad_K = Σ g_logit pᵀ, grad_b = Σ g_logit, g_p = Kᵀ g_logit
 //             grad_e = g_u·αw·αh + g_p(row)/W + g_p(column)/H
@@ -114,6 +115,7 @@ template <class S>
 __device__ void load_gates(const S& slab, const Table<S::kChannelsLast>& gates,
                            const float* alpha_h, const float* alpha_w) {
   const int positions = slab.height + slab.width;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < slab.channels * positions;
        i += static_cast<int>(blockDim.x)) {
     const int channel = i / positions, position = i % positions;
@@ -173,12 +175,14 @@ template <class S>
 __device__ void kernel_gradient(const S& slab, const Table<S::kChannelsLast>& pooled,
                                 const Table<S::kChannelsLast>& logits, float* partials) {
   const int c = slab.channels, positions = slab.height + slab.width;
+#pragma unroll 1
   for (int item = static_cast<int>(threadIdx.x); item < c * c;
        item += static_cast<int>(blockDim.x)) {
     const int output = item / c, input = item % c;
     float sum = 0.0f;
     int position = 0;
     if constexpr (!S::kChannelsLast) {
+#pragma unroll 2
       for (; position + 4 <= positions; position += 4) {
         float g[4], value[4];
         load_floats<4>(logits.at(output, position), g);
@@ -187,11 +191,13 @@ __device__ void kernel_gradient(const S& slab, const Table<S::kChannelsLast>& po
         for (int e = 0; e < 4; ++e) sum = fmaf(g[e], value[e], sum);
       }
     }
+#pragma unroll 2
     for (; position < positions; ++position) {
       sum = fmaf(*logits.at(output, position), *pooled.at(input, position), sum);
     }
     partials[item] = sum;
   }
+#pragma unroll 1
   for (int output = static_cast<int>(threadIdx.x); output < c;
        output += static_cast<int>(blockDim.x)) {
     float sum = 0.0f;
@@ -206,7 +212,7 @@ __device__ void map_gradient(const S& slab, const D& target, const Table<S::kCha
                              T) {
   const int of_row = S::kChannelsLast ? slab.channel_packs() : slab.column_packs();
   const int items = slab.channel_packs() * slab.height * slab.column_packs();
-#pragma unroll 2
+#pragma unroll 1
   for (int item = static_cast<int>(threadIdx.x); item < items;
        item += static_cast<int>(blockDim.x)) {
     const int inner = item % of_row, outer = item / of_row;
@@ -264,7 +270,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(CoordinateAttenti
   __syncthreads();
   logit_gradients(p, slab, pooled, gates, logits, coefficients);
   __syncthreads();
-  kernel_gradient(slab, pooled, logits, p.partials + static_cast<int64_t>(blockIdx.x) * c * (c + 1));
+  kernel_gradient(slab, pooled, logits,
+                  p.partials + static_cast<int64_t>(blockIdx.x) * c * (c + 1));
   __syncthreads();  // the pools give way to their gradients
   apply_kernel(slab, logits, workspace, [&](int channel, int position, float grad) {
     const int count = position < p.width ? p.height : p.width;

@@ -64,6 +64,7 @@ unsigned ballot(unsigned mask, bool predicate, const char* operation, const Wher
 // value: in this lane's, out that of lane `source`.
 void shuffle(unsigned mask, void* value, size_t bytes, int source, const char* operation,
              const Where& where);
+bool arrive_last(int* counter, int expected, const Where& where);
 void record_read(const void* address, size_t bytes, const Where& where);
 void record_write(const void* address, size_t bytes, const Where& where);
 void record_atomic(const void* address, size_t bytes, const Where& where);
@@ -196,6 +197,17 @@ EMULATOR_UNCHECKED T atomicCAS(T* address, std::type_identity_t<T> expected,
   return emulator::atomic_update(address, where,
                                  [=](T old) { return old == expected ? value : old; });
 }
+
+// ---- the last block of a launch ---------------------------------------------------------------
+
+namespace ciema {
+
+// See csrc/common/device.cuh.
+EMULATOR_UNCHECKED inline bool arrive_last(int* counter, int expected, EMULATOR_WHERE) {
+  return emulator::arrive_last(counter, expected, where);
+}
+
+}  // namespace ciema
 
 // ---- vector accesses --------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ bool ordered(const Access& earlier) {
   if (earlier.thread < 0) return true;
   const Machine& gpu = machine();
   const Thread& now = gpu.current();
-  if (earlier.block != gpu.block_linear()) return false;
+  if (earlier.block != gpu.block_linear()) return gpu.knows(earlier.block, earlier.epoch);
   if (earlier.thread == static_cast<int32_t>(now.linear) || earlier.epoch != gpu.epoch())
     return true;
   const auto lane = static_cast<unsigned>(earlier.thread) % kLanes;
@@ -299,7 +299,8 @@ void Memory::access(uintptr_t address, size_t bytes, Kind kind, const Site& site
 
 void Memory::check_space(uintptr_t address, bool shared, const char* what, const Site& site) {
   const Region* region = find(address);
-  if (region == nullptr || (region->role == Role::kShared) == shared) return;  // null: access says so
+  if (region == nullptr) return;  // which access() reports
+  if ((region->role == Role::kShared) == shared) return;
   findings().add("wrong-space", region->name, site, {},
                  std::string(what) + " at " + site.text() + " is in " + region->name + ", not in " +
                      (shared ? "shared" : "global") + " memory" + machine().where());

@@ -1,8 +1,9 @@
 // Buffers and shared arrays with their shadow: for every element who touched it last, and when.
 //
 // Order between two accesses exists when the same thread made both, when a block barrier lies
-// between them, or when __syncwarp does; shuffles and votes order no memory, and nothing orders two
-// blocks of one launch. Atomics race with plain accesses, not with each other.
+// between them, or when __syncwarp does; shuffles and votes order no memory. Of two blocks of one
+// launch only ciema::arrive_last orders anything: what was done before arriving comes before what
+// the last block does afterwards. Atomics race with plain accesses, not with each other.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,7 @@
 
 namespace emulator {
 
-enum class Role { kInput, kOutput, kInOut, kShared };
+enum class Role { kInput, kOutput, kInOut, kScratch, kShared };
 enum class Kind { kRead, kWrite, kAtomic };
 
 struct Access {
