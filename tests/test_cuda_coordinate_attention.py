@@ -158,7 +158,7 @@ def test_a_slab_is_read_three_times_and_once_from_device_memory(layout: str) -> 
     assert slab <= 1 << 20, "a slab fits the second-level cache"
     for _, report in launches[:2]:
         assert report.findings == []
-        read, sectors = of_map(report, "read", ("coordinate_attention",))
+        read, sectors = of_map(report, "read", ("coordinate_slab",))
         assert read == 3 * once
         assert sectors <= 1.3 * read
     written, sectors = of_map(launches[1][1], "write", ("coordinate_attention",))
