@@ -236,4 +236,7 @@ EMULATOR_UNCHECKED void store_vector(void* address, const V& value, EMULATOR_WHE
   std::memcpy(address, &value, sizeof(V));
 }
 
+// a·b rounded, never fused with an addition: kernels are built with -ffp-contract=off.
+inline float rounded_product(float a, float b) { return a * b; }
+
 }  // namespace ciema
