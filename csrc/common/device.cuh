@@ -51,6 +51,9 @@ __device__ __forceinline__ void store_vector(void* address, const V& value) {
   *static_cast<Bits*>(address) = bits;
 }
 
+// a·b rounded, never fused with an addition.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 // Called by all threads of a block: true in the last of `expected` blocks to call it, which may
 // then read what the others wrote before their calls (through pointers that are not
 // const __restrict__: such loads may be stale). Nobody waits. The counter, in global memory, must

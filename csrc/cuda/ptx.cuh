@@ -99,6 +99,10 @@ __device__ __forceinline__ uint32_t round_to_tf32(float value) {
   return bits;
 }
 
+// Makes a value unknown to the compiler, which then neither keeps in registers nor moves out of a
+// loop what is computed from it.
+__device__ __forceinline__ void hide(float& value) { asm volatile("" : "+f"(value)); }
+
 }  // namespace ciema::ptx
 
 #endif  // CIEMA_EMULATOR

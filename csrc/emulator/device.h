@@ -29,6 +29,9 @@ inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline float rsqrtf(float value) { return static_cast<float>(1.0 / std::sqrt(double{value})); }
+inline float __expf(float value) { return std::exp(value); }
+// As the hardware: 0 where the reciprocal of the divisor would be subnormal.
+inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.0f : a / b; }
 // Of integers of one type; of floats, fminf and fmaxf.
 template <class T>
   requires std::is_integral_v<T>
@@ -43,6 +46,9 @@ constexpr T max(T a, T b) {
 
 struct uint3 {
   unsigned x, y, z;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -232,5 +238,8 @@ EMULATOR_UNCHECKED void store_vector(void* address, const V& value, EMULATOR_WHE
   emulator::record_write(address, sizeof(V), where);
   std::memcpy(address, &value, sizeof(V));
 }
+
+// a·b rounded, never fused with an addition: kernels are built with -ffp-contract=off.
+inline float rounded_product(float a, float b) { return a * b; }
 
 }  // namespace ciema
