@@ -2,6 +2,7 @@
 
 FUSED_BUILD=auto|cpu|cuda|none says what to build; auto (the default) builds what can be built here
 and says in the plan what it left out and why. TORCH_CUDA_ARCH_LIST names the CUDA architectures.
+FUSED_SANITIZE=address,undefined builds the CPU library with GCC's sanitizers, for tests.
 Nothing is downloaded and no GPU is asked. Linux is tested; the Windows and macOS flags are not.
 """
 
@@ -213,7 +214,14 @@ def compiler_flags() -> list[str]:
     """
     if sys.platform == "win32":
         return ["/O2", "/std:c++20", *STABLE_ABI]
-    return ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", *STABLE_ABI]
+    flags = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", *STABLE_ABI]
+    return [*flags, *(["-O1", "-g1", *sanitizer_flags()] if sanitizer_flags() else [])]
+
+
+def sanitizer_flags() -> list[str]:
+    """For FUSED_SANITIZE=address,undefined: what the tests build to find errors of memory."""
+    wanted = os.environ.get("FUSED_SANITIZE")
+    return [f"-fsanitize={wanted}", "-fno-sanitize-recover=undefined"] if wanted else []
 
 
 def extensions(plan: Plan) -> list[Extension]:
@@ -224,7 +232,8 @@ def extensions(plan: Plan) -> list[Extension]:
 
     cxx = compiler_flags()
     common: dict[str, Any] = {"py_limited_api": True, "depends": HEADERS}
-    out = [CppExtension("fused._cpu", CPU_SOURCES, extra_compile_args={"cxx": cxx}, **common)]
+    cpu = {"extra_compile_args": {"cxx": cxx}, "extra_link_args": sanitizer_flags()}
+    out = [CppExtension("fused._cpu", CPU_SOURCES, **cpu, **common)]
     if plan.cuda:
         nvcc = ["-O3", "-std=c++20", "--threads=2", "-DUSE_CUDA", *STABLE_ABI]
         flags = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}

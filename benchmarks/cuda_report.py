@@ -25,10 +25,11 @@ FILE = ROOT / "benchmarks" / "CUDA_REPORT.md"
 CHANNELS, SIZES = 32, (14, 56)
 HEAD = """# The CUDA kernels of one group of CIEMA, emulated
 
-Written by `python -m benchmarks.cuda_report`: evaluation, C = 32, one group, batch 1, float16, NCHW. Every launch ran
-under the emulator with all checks and nothing was found. Bytes are those of the kernels' requests; *once* counts a byte
-once a launch, as device memory sees it through a cache that holds the maps. Sectors (32 bytes) and wavefronts are given
-over the fewest that the same requests could need: 1.00 is fully coalesced, or free of bank conflicts.
+Written by `python -m benchmarks.cuda_report`: evaluation, C = 32, one group, batch 1, float16,
+NCHW. Every launch ran under the emulator with all its checks. Bytes are those of the kernels'
+requests; *once* counts a byte once a launch, as device memory sees it through a cache that holds
+the maps. Sectors (32 bytes) and wavefronts are given over the fewest that the same requests could
+need: 1.00 is fully coalesced, or free of bank conflicts.
 """
 COLUMNS = (
     *("kernel", "grid", "threads", "shared bytes", "read", "written", "once", "sectors"),
