@@ -24,8 +24,9 @@ class Report:
         findings: ``"kind: text"`` for each kind and place, with the number of occurrences.
         totals: counters: ``{global,shared}_{read,write,atomic}_{bytes,requests,units,ideal_units}``
             (a unit is a 32-byte sector of global memory or a wavefront of shared memory, ideal is
-            what the same bytes need at best), ``launches``, ``barriers``, ``warp_operations``;
-            events that did not occur have no entry.
+            what the same bytes need at best), ``launches``, ``barriers``, ``warp_operations``,
+            a warp's ``mma_{float16,bfloat16,tf32}`` and ``ldmatrix``, a thread's ``copy_async``,
+            ``copy_async_bytes``; events that did not occur have no entry.
         sites: the same counters for each place in the kernel.
     """
 
