@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -331,3 +334,16 @@ def test_findings_name_the_line_of_the_kernel(planted: ModuleType) -> None:
     lines = source[: source.index("matrix_in_global_memory")].splitlines()
     line = max(i for i, text in enumerate(lines, 1) if "::load_a(a, tile, kPitch)" in text)
     assert f"is not aligned, at planted_instructions.cpp:{line} (thread " in finding
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_120"])
+@pytest.mark.parametrize("source", ["instruction_kernels", "planted_instructions"])
+def test_nvcc_compiles_the_same_kernels(source: str, architecture: str, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++20", "-O3", f"-arch={architecture}", "-x", "cu", "-cubin"]
+    command += ["-Werror", "all-warnings", "-Xptxas", "-v", "-o", str(tmp_path / "kernels.cubin")]
+    command.append(str(KERNELS.with_stem(source)))
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spills = {int(n) for n in re.findall(r"(\d+) bytes spill", result.stderr)}
+    assert spills == {0}
