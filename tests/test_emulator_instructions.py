@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -77,25 +80,25 @@ def test_registers_follow_the_published_layouts(
     a = torch.arange(16 * depth).view(depth, 16).T.to(dtype)
     b = torch.cat([torch.arange(8 * depth).view(depth, 8).T] * 2).to(dtype)
     order = (lambda x: x.T.contiguous()) if memory == "first" else (lambda x: x.contiguous())
-    outputs = {
-        "a_out": torch.zeros(32, 4, dtype=torch.int32),
-        "b_out": torch.zeros(2, 32, 2, dtype=torch.int32),
-        "d_out": torch.zeros(32, 4),
-    }
+    a_out = torch.zeros(32, 4, dtype=torch.int32)
+    b_out = torch.zeros(2, 32, 2, dtype=torch.int32)
+    d_out = torch.zeros(32, 4)
     session = Session(kernels, "shuffled", seed=2)
     session.launch(
         f"registers_{name}_{memory}",
         a=session.input("a", order(a)),
         b=session.input("b", order(b)),
-        **{key: session.output(key, out) for key, out in outputs.items()},
+        a_out=session.output("a_out", a_out),
+        b_out=session.output("b_out", b_out),
+        d_out=session.output("d_out", d_out),
     )
     assert session.finish().findings == []
     layout_a, layout_b = LAYOUTS_16 if depth == 16 else LAYOUTS_TF32
-    assert torch.equal(outputs["a_out"].view(dtype).long(), layout_a)
-    for tile in outputs["b_out"]:
+    assert torch.equal(a_out.view(dtype).long(), layout_a)
+    for tile in b_out:
         assert torch.equal(tile.view(dtype).long(), layout_b)
     exact = a.double() @ b[:8].double().T
-    assert torch.equal(outputs["d_out"], exact.T.flatten()[LAYOUT_D].float())
+    assert torch.equal(d_out, exact.T.flatten()[LAYOUT_D].float())
 
 
 # ---- products -----------------------------------------------------------------------------------
@@ -331,3 +334,16 @@ def test_findings_name_the_line_of_the_kernel(planted: ModuleType) -> None:
     lines = source[: source.index("matrix_in_global_memory")].splitlines()
     line = max(i for i, text in enumerate(lines, 1) if "::load_a(a, tile, kPitch)" in text)
     assert f"is not aligned, at planted_instructions.cpp:{line} (thread " in finding
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_120"])
+@pytest.mark.parametrize("source", ["instruction_kernels", "planted_instructions"])
+def test_nvcc_compiles_the_same_kernels(source: str, architecture: str, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++20", "-O3", f"-arch={architecture}", "-x", "cu", "-cubin"]
+    command += ["-Werror", "all-warnings", "-Xptxas", "-v", "-o", str(tmp_path / "kernels.cubin")]
+    command.append(str(KERNELS.with_stem(source)))
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spills = {int(n) for n in re.findall(r"(\d+) bytes spill", result.stderr)}
+    assert spills == {0}

@@ -52,13 +52,24 @@ class Traffic {
   struct Group {  // one warp at one place: its lanes' requests in order of execution
     std::vector<Request> requests;
     std::array<uint32_t, 32> executed{};
+    SiteTraffic* total = nullptr;
   };
   using Place = std::pair<uint32_t, uint32_t>;  // site index; bytes, kind and space packed
-  using Key = std::pair<Place, uint32_t>;       // and the warp
+  struct Key {
+    Place place;
+    uint32_t warp = 0;
+    bool operator==(const Key&) const = default;
+  };
+  struct KeyHash {
+    size_t operator()(const Key& key) const {
+      const uint64_t site = key.place.first, rest = key.place.second;
+      return (site << 40 ^ rest << 20 ^ key.warp) * 0x9E3779B97F4A7C15u >> 8;
+    }
+  };
 
-  void complete(SiteTraffic& total, const Request& request) const;
+  static void complete(SiteTraffic& total, const Request& request);
 
-  std::map<Key, Group> open_;
+  std::unordered_map<Key, Group, KeyHash> open_;
   std::map<Place, SiteTraffic> by_place_;
   std::map<std::string, int64_t, std::less<>> events_;
 };
