@@ -35,7 +35,7 @@ def run(
     session = Session(module, order, seed=3)
     x = torch.arange(n, dtype=torch.float32) if x is None else x
     out = torch.zeros(n) if out is None else out
-    address = session.output("out", out) if out_role == "output" else session.inout("out", out)
+    address = getattr(session, out_role)("out", out)
     session.launch(entry, x=session.input("x", x), out=address, n=n, blocks=blocks)
     return session.finish()
 
@@ -120,6 +120,17 @@ def test_outputs_start_poisoned_and_come_back(planted: ModuleType) -> None:
     run(planted, "unwritten_tail_bug", n=61, out=out)
     assert torch.equal(out[:60], torch.arange(60.0))
     assert out[60].isnan()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_scratch_may_stay_unwritten_but_not_be_read_so(planted: ModuleType, order: str) -> None:
+    scratch = torch.zeros(61)
+    report = run(planted, "unwritten_tail_bug", n=61, out=scratch, out_role="scratch", order=order)
+    assert report.findings == []
+    assert torch.equal(scratch[:60], torch.arange(60.0))
+    assert scratch[60].isnan()
+    report = run(planted, "uninitialised_output_bug", out_role="scratch", order=order)
+    assert report.kinds == {"uninitialised"}
 
 
 def test_strided_output_leaves_its_gaps_alone(planted: ModuleType) -> None:

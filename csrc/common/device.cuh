@@ -44,6 +44,23 @@ __device__ __forceinline__ void store_vector(void* address, const V& value) {
   *static_cast<uint4*>(address) = bits;
 }
 
+// Called by all threads of a block: true in the last of `expected` blocks to call it, which may
+// then read what the others wrote before their calls (through pointers that are not
+// const __restrict__: such loads may be stale). Nobody waits. The counter, in global memory, must
+// be zero at first and is zero again afterwards.
+__device__ __forceinline__ bool arrive_last(int* counter, int expected) {
+  CIEMA_SHARED(bool, is_last, [1]);
+  __syncthreads();
+  if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
+    __threadfence();  // after the barrier it covers the writes of the whole block
+    const auto last = static_cast<unsigned>(expected - 1);
+    is_last[0] = atomicInc(reinterpret_cast<unsigned*>(counter), last) == last;
+    __threadfence();
+  }
+  __syncthreads();
+  return is_last[0];
+}
+
 }  // namespace ciema
 
 #endif  // CIEMA_EMULATOR

@@ -3,8 +3,8 @@
 //   D (16×8, float32) += A (16×kDepth) B (kDepth×8)          kDepth: 16 values of 16 bits, or 8 floats
 //
 // Tiles lie in shared memory with a pitch in elements; every row must start at a multiple of 16
-// bytes. Without bank conflicts: a pitch of bytes ≡ 16 (mod 128), for load_b_columns of floats of
-// 8 floats (mod 32).
+// bytes. Without bank conflicts: a pitch of bytes ≡ 16 (mod 128), for load_a_columns and
+// load_b_columns of floats of 8 floats (mod 16).
 //
 // float32 (Precision): kSplit writes each operand as a sum of two tf32 numbers and takes three
 // products, which keeps float32's accuracy (the dropped term is 2^-22 of a product); kTf32 rounds

@@ -1,12 +1,9 @@
 // The CUDA C++ that kernel files may use, for g++: what csrc/common/device.cuh includes when
 // CIEMA_EMULATOR is defined. Everything that waits or touches memory goes to the machine and the
 // shadow; a name that is not here does not compile, so that nothing runs unchecked.
-//
-// cp.async, ldmatrix and mma.sync belong into a header beside this one, as the emulated twins of
-// csrc/cuda/ptx.cuh: ldmatrix and mma are one emulator::exchange each, cp.async is an access now
-// and a copy at its wait.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -26,6 +23,23 @@
 using std::isfinite;
 using std::isinf;
 using std::isnan;
+
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+inline float rsqrtf(float value) { return static_cast<float>(1.0 / std::sqrt(double{value})); }
+// Of integers of one type; of floats, fminf and fmaxf.
+template <class T>
+  requires std::is_integral_v<T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+  requires std::is_integral_v<T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 struct uint3 {
   unsigned x, y, z;
@@ -50,6 +64,7 @@ unsigned ballot(unsigned mask, bool predicate, const char* operation, const Wher
 // value: in this lane's, out that of lane `source`.
 void shuffle(unsigned mask, void* value, size_t bytes, int source, const char* operation,
              const Where& where);
+bool arrive_last(int* counter, int expected, const Where& where);
 void record_read(const void* address, size_t bytes, const Where& where);
 void record_write(const void* address, size_t bytes, const Where& where);
 void record_atomic(const void* address, size_t bytes, const Where& where);
@@ -182,6 +197,17 @@ EMULATOR_UNCHECKED T atomicCAS(T* address, std::type_identity_t<T> expected,
   return emulator::atomic_update(address, where,
                                  [=](T old) { return old == expected ? value : old; });
 }
+
+// ---- the last block of a launch ---------------------------------------------------------------
+
+namespace ciema {
+
+// See csrc/common/device.cuh.
+EMULATOR_UNCHECKED inline bool arrive_last(int* counter, int expected, EMULATOR_WHERE) {
+  return emulator::arrive_last(counter, expected, where);
+}
+
+}  // namespace ciema
 
 // ---- vector accesses --------------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ void Machine::launch(const std::string& kernel, Dim3 grid, Dim3 block, size_t dy
   body_ = body;
   closure_ = closure;
   abandoned_ = false;
+  counters_.clear();
   memory().forget_accesses();
   traffic().count("launches");
   for (const size_t linear : block_order()) {
@@ -57,8 +58,9 @@ void Machine::launch(const std::string& kernel, Dim3 grid, Dim3 block, size_t dy
     memory().release_shared();
     shared_arrays_.clear();
     dynamic_shared_ = nullptr;
-    if (abandoned_) break;
+    if (abandoned_) return;
   }
+  check_counters();
 }
 
 std::vector<size_t> Machine::block_order() {
@@ -104,6 +106,7 @@ void Machine::start_threads() {
 void Machine::thread_entry() {
   Machine& gpu = machine();
   gpu.body_(gpu.closure_);
+  gpu.current_->copies.end_thread();
   gpu.current_->state = State::kDone;
   gpu.current_->fiber->suspend();
   __builtin_unreachable();
@@ -112,6 +115,7 @@ void Machine::thread_entry() {
 void Machine::run_block() {
   epoch_ = 0;
   meetings_.clear();
+  known_.clear();
   start_threads();
   std::vector<unsigned> order = thread_order();
   size_t live = threads_.size();

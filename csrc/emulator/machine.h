@@ -11,9 +11,11 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "copies.h"
 #include "fiber.h"
 #include "site.h"
 
@@ -46,6 +48,7 @@ struct Thread {
   Site waits_at;
   // What this lane knows of the other lanes' progress: a vector clock, joined by __syncwarp.
   std::array<uint32_t, kLanes> clock{};
+  Copies copies;
   Fiber* fiber = nullptr;
 };
 
@@ -66,11 +69,14 @@ class Machine {
 
   bool running() const { return current_ != nullptr; }
   const Thread& current() const { return *current_; }
+  Copies& copies() { return current_->copies; }  // of the running thread
   int32_t block_linear() const { return block_linear_; }
   uint32_t epoch() const { return epoch_; }
   Dim3 block_index() const { return block_index_; }
   Dim3 block_dim() const { return block_dim_; }
   Dim3 grid_dim() const { return grid_dim_; }
+  // Whether that block was in that epoch before something the running block has waited for.
+  bool knows(int32_t block, uint32_t epoch) const;
   bool is_any_stack(uintptr_t address) const;
   std::string where() const;  // " (thread 3 of block 0, kernel scale)"
 
@@ -81,6 +87,8 @@ class Machine {
   const Exchange& exchange(uint32_t mask, const char* operation, const void* value, size_t bytes,
                            const Site& site);
   void sync_warp(uint32_t mask, const Site& site);
+  // ciema::arrive_last: the whole block arrives at a counter in global memory.
+  bool arrive_last(int* counter, int expected, const Site& site);
   void* shared_array(const std::string& name, size_t bytes, const Site& site);
   void* dynamic_shared();
   [[noreturn]] void abandon_launch();  // after an error that can't be survived
@@ -93,6 +101,9 @@ class Machine {
     unsigned turn = 0;
     std::array<Exchange, 2> exchanges;  // a lane may enter the next before all have read this one
   };
+  // For blocks that arrived at a counter, the epoch before which all is done: what is known to
+  // whoever comes last.
+  using Arrivals = std::unordered_map<int32_t, uint32_t>;
   using MeetingKey = std::pair<unsigned, uint32_t>;  // warp, mask
 
   void run_block();
@@ -102,6 +113,7 @@ class Machine {
   bool open_barrier();    // when all live threads have come; false: they haven't
   bool release_exited();  // completes warp operations whose missing lanes have ended
   void report_deadlock();
+  void check_counters();
   void complete(const MeetingKey& key, Meeting& meeting);
   uint32_t existing_lanes(unsigned warp) const;
   static void thread_entry();
@@ -117,6 +129,9 @@ class Machine {
   const void* closure_ = nullptr;
   bool abandoned_ = false;
   Thread* current_ = nullptr;
+  std::map<int*, Arrivals> counters_;  // of this launch, not complete
+  Arrivals known_;                     // to the running block
+  bool is_last_ = false;               // the running block's latest arrive_last
   std::vector<Thread> threads_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::map<MeetingKey, Meeting> meetings_;

@@ -31,7 +31,7 @@ bool ordered(const Access& earlier) {
   if (earlier.thread < 0) return true;
   const Machine& gpu = machine();
   const Thread& now = gpu.current();
-  if (earlier.block != gpu.block_linear()) return false;
+  if (earlier.block != gpu.block_linear()) return gpu.knows(earlier.block, earlier.epoch);
   if (earlier.thread == static_cast<int32_t>(now.linear) || earlier.epoch != gpu.epoch())
     return true;
   const auto lane = static_cast<unsigned>(earlier.thread) % kLanes;
@@ -208,6 +208,14 @@ void Memory::check_cell(Region& region, size_t index, Kind kind, const Access& n
                        site.text() + machine().where());
     return;
   }
+  if (cell.copy_under_way != 0) {
+    const Site& copy = sites_[cell.copy_under_way];
+    findings().add("unwaited", region.name, copy, site,
+                   std::string(kind_text(kind)) + " of " + element_text(region, index) + " at " +
+                       site.text() + ", where the copy_async of " + copy.text() +
+                       " has not been waited for" + machine().where());
+    cell.copy_under_way = 0;  // said once for each element
+  }
   if (kind != Kind::kWrite && !cell.initialised) {
     findings().add("uninitialised", region.name, site, {},
                    "read of uninitialised " + element_text(region, index) + " at " + site.text() +
@@ -241,6 +249,18 @@ void Memory::check_cell(Region& region, size_t index, Kind kind, const Access& n
   cell.initialised = true;
 }
 
+Access Memory::access_now(Kind kind, const Site& site) {
+  const Thread& thread = machine().current();
+  Access now;
+  now.thread = static_cast<int32_t>(thread.linear);
+  now.block = machine().block_linear();
+  now.epoch = machine().epoch();
+  now.warp_clock = thread.clock[thread.lane];
+  now.atomic = kind == Kind::kAtomic;
+  now.site = intern(site);
+  return now;
+}
+
 void Memory::access(uintptr_t address, size_t bytes, Kind kind, const Site& site, bool vector) {
   const Thread& thread = machine().current();
   if (thread.fiber->owns(address)) return;  // the thread's own registers and local memory
@@ -271,16 +291,42 @@ void Memory::access(uintptr_t address, size_t bytes, Kind kind, const Site& site
                        ": the shadow of shared memory has cells of 2 bytes");
   }
   traffic().record(address, bytes, kind, region->role == Role::kShared, site, intern(site));
-  Access now;
-  now.thread = static_cast<int32_t>(thread.linear);
-  now.block = machine().block_linear();
-  now.epoch = machine().epoch();
-  now.warp_clock = thread.clock[thread.lane];
-  now.atomic = kind == Kind::kAtomic;
-  now.site = intern(site);
+  const Access now = access_now(kind, site);
   const size_t first = (address - region->begin) / region->element_bytes;
   const size_t last = (address + bytes - 1 - region->begin) / region->element_bytes;
   for (size_t index = first; index <= last; ++index) check_cell(*region, index, kind, now, site);
+}
+
+void Memory::check_space(uintptr_t address, bool shared, const char* what, const Site& site) {
+  const Region* region = find(address);
+  if (region == nullptr) return;  // which access() reports
+  if ((region->role == Role::kShared) == shared) return;
+  findings().add("wrong-space", region->name, site, {},
+                 std::string(what) + " at " + site.text() + " is in " + region->name + ", not in " +
+                     (shared ? "shared" : "global") + " memory" + machine().where());
+}
+
+// Calls function(cell) for what lies inside a buffer.
+template <class Function>
+void Memory::for_cells(uintptr_t address, size_t bytes, Function function) {
+  Region* region = find(address);
+  if (region == nullptr) return;
+  const size_t first = (address - region->begin) / region->element_bytes;
+  const size_t last = (address + bytes - 1 - region->begin) / region->element_bytes;
+  for (size_t i = first; i <= last && i < region->cells.size(); ++i) function(region->cells[i]);
+}
+
+void Memory::start_copy(uintptr_t address, size_t bytes, const Site& site) {
+  for_cells(address, bytes, [&](Cell& cell) { cell.copy_under_way = intern(site); });
+}
+
+void Memory::land_copy(uintptr_t address, size_t bytes, const Site& site) {
+  const Access now = access_now(Kind::kWrite, site);
+  for_cells(address, bytes, [&](Cell& cell) {
+    cell.copy_under_way = 0;
+    cell.write = now;
+    cell.other_write = cell.read = cell.other_read = Access{};
+  });
 }
 
 Memory& memory() {

@@ -1,8 +1,9 @@
 // Buffers and shared arrays with their shadow: for every element who touched it last, and when.
 //
 // Order between two accesses exists when the same thread made both, when a block barrier lies
-// between them, or when __syncwarp does; shuffles and votes order no memory, and nothing orders two
-// blocks of one launch. Atomics race with plain accesses, not with each other.
+// between them, or when __syncwarp does; shuffles and votes order no memory. Of two blocks of one
+// launch only ciema::arrive_last orders anything: what was done before arriving comes before what
+// the last block does afterwards. Atomics race with plain accesses, not with each other.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,7 @@
 
 namespace emulator {
 
-enum class Role { kInput, kOutput, kInOut, kShared };
+enum class Role { kInput, kOutput, kInOut, kScratch, kShared };
 enum class Kind { kRead, kWrite, kAtomic };
 
 struct Access {
@@ -33,6 +34,7 @@ struct Cell {
   Access other_write;  // before an atomic by one thread: the latest atomic by another
   Access read;         // the latest
   Access other_read;   // a read by another block, else another warp, else another lane
+  uint32_t copy_under_way = 0;  // the site of its copy_async; 0: none
   bool initialised = false;
   bool inside = true;  // false: storage between the elements of a strided tensor
 };
@@ -69,9 +71,19 @@ class Memory {
   // `bytes`, as one machine access does; block copies of the compiler don't.
   void access(uintptr_t address, size_t bytes, Kind kind, const Site& site, bool vector);
 
+  // The address must be in shared memory, or must not be.
+  void check_space(uintptr_t address, bool shared, const char* what, const Site& site);
+  // An asynchronous copy: from start to landing its destination is nobody's. The landing is a write
+  // by the running thread.
+  void start_copy(uintptr_t address, size_t bytes, const Site& site);
+  void land_copy(uintptr_t address, size_t bytes, const Site& site);
+
  private:
   uint32_t intern(const Site& site);
+  Access access_now(Kind kind, const Site& site);
   bool is_host_constant(uintptr_t address) const;
+  template <class Function>
+  void for_cells(uintptr_t address, size_t bytes, Function function);
   void outside(uintptr_t address, size_t bytes, Kind kind, const Site& site);
   void check_cell(Region& region, size_t index, Kind kind, const Access& now, const Site& site);
   void report_race(const Region& region, size_t index, const Access& earlier, const char* what,

@@ -43,7 +43,10 @@ void configure(const std::string& order, uint32_t seed) {
 uintptr_t allocate(const std::string& name, const py::bytes& storage, const py::bytes& inside,
                    size_t element_bytes, const std::string& role, size_t address_modulo_256) {
   static const std::map<std::string, Role> roles{
-      {"input", Role::kInput}, {"output", Role::kOutput}, {"inout", Role::kInOut}};
+      {"input", Role::kInput},
+      {"output", Role::kOutput},
+      {"inout", Role::kInOut},
+      {"scratch", Role::kScratch}};
   const std::string data = storage;
   const std::string mask = inside;
   if (element_bytes == 0 || data.size() != mask.size() * element_bytes) {

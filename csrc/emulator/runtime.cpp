@@ -55,6 +55,10 @@ void shuffle(unsigned mask, void* value, size_t bytes, int source, const char* o
   std::memcpy(value, all.slot[from].data(), bytes);
 }
 
+bool arrive_last(int* counter, int expected, const Where& where) {
+  return machine().arrive_last(counter, expected, Site::at(where));
+}
+
 void record_read(const void* address, size_t bytes, const Where& where) {
   record(address, bytes, Kind::kRead, Site::at(where), true);
 }

@@ -6,6 +6,7 @@
 
 #include "findings.h"
 #include "machine.h"
+#include "memory.h"
 #include "traffic.h"
 
 namespace emulator {
@@ -143,6 +144,39 @@ bool Machine::release_exited() {
     return true;
   }
   return false;
+}
+
+bool Machine::arrive_last(int* counter, int expected, const Site& site) {
+  block_barrier(site);
+  if (current_->linear == 0) {
+    memory().access(reinterpret_cast<uintptr_t>(counter), sizeof *counter, Kind::kAtomic, site,
+                    true);
+    Arrivals& arrivals = counters_[counter];
+    arrivals.insert(known_.begin(), known_.end());
+    arrivals[block_linear_] = epoch_;
+    is_last_ = *counter == expected - 1;
+    *counter = is_last_ ? 0 : *counter + 1;
+    if (is_last_) {
+      known_ = std::move(arrivals);
+      counters_.erase(counter);
+    }
+  }
+  block_barrier(site);
+  return is_last_;
+}
+
+bool Machine::knows(int32_t block, uint32_t epoch) const {
+  const auto arrival = known_.find(block);
+  return arrival != known_.end() && epoch < arrival->second;
+}
+
+void Machine::check_counters() {
+  for (const auto& [counter, arrivals] : counters_) {
+    findings().add("arrival", "arrive_last", {}, {},
+                   std::to_string(arrivals.size()) +
+                       " blocks arrived at a counter of arrive_last that then stood at " +
+                       std::to_string(*counter) + ", not 0 for the next launch" + where());
+  }
 }
 
 void Machine::report_deadlock() {

@@ -65,6 +65,10 @@ class Session:
         """The address of a copy of ``data``, copied back by ``finish``."""
         return self._allocate(name, data, "inout")
 
+    def scratch(self, name: str, data: torch.Tensor | np.ndarray) -> int:
+        """As ``output``, but kernels need not write all of it."""
+        return self._allocate(name, data, "scratch")
+
     def launch(
         self, entry: str, *, reals: Mapping[str, float] | None = None, **numbers: int
     ) -> None:
@@ -108,7 +112,7 @@ class Session:
         content = span.clone().view(torch.uint8).numpy().tobytes()
         address = self._module.allocate(
             name,
-            b"\xff" * len(content) if role == "output" else content,
+            content if role in ("input", "inout") else b"\xff" * len(content),
             inside.to(torch.uint8).numpy().tobytes(),
             tensor.element_size(),
             role,
