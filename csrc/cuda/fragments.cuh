@@ -189,11 +189,14 @@ struct Fragments<float, kPrecision> {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float value = __uint_as_float(bits[i]);
-      terms[0][i] = ptx::round_to_tf32(value);
-      if constexpr (kTerms == 2) {
+      if constexpr (kTerms == 1) {
+        terms[0][i] = ptx::round_to_tf32(value);
+      } else {
+        // An infinity is a second term beside 0: only the other's first term, of its sign, meets it.
+        const bool finite = isfinite(value);
+        terms[0][i] = finite ? ptx::round_to_tf32(value) : 0u;
         const float rest = value - __uint_as_float(terms[0][i]);
-        // An infinity's rest, inf − inf, would be NaN where the product of the first terms is inf.
-        terms[1][i] = isfinite(value) ? ptx::round_to_tf32(rest) : 0u;
+        terms[1][i] = ptx::round_to_tf32(rest);
       }
     }
   }

@@ -315,7 +315,7 @@ struct Tiles {
                                                     T* stages, Accumulators& acc) {
     const int count = steps(p);
     const int scaled = Loading::kScaled ? steps_of(p.operand[0]) : 0;
-    OwnScales scales;
+    OwnScales scales{};
     const bool fits =
         Loading::kScaled && OwnScales::fits(p.scale, p.scale_width, p.pixels - corner.pixel);
 #pragma unroll
