@@ -1,4 +1,4 @@
-"""What every launch of the shared product (csrc/cuda/product.cuh) is told, and which tile it takes."""
+"""Arguments of the shared product (csrc/cuda/product.cuh), and which of its tiles is taken."""
 
 from __future__ import annotations
 
@@ -49,11 +49,10 @@ def numbers(
     }
 
 
-def weight_rows(name: str, weight: torch.Tensor, like: torch.Tensor) -> dict[str, int]:
-    """The stride of W's rows, as `<name>_stride`; W is (rows, channels, …) of `like`'s dtype or
-    float32, its columns neighbours."""
-    assert weight.dtype in (like.dtype, torch.float32)
-    return {f"{name}_stride": weight.stride(0)}
+def rows_of(weight: torch.Tensor) -> torch.Tensor:
+    """A 1×1 convolution's weight as (rows, channels), of which the channels are neighbours."""
+    matrix = weight.flatten(1)
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 def in_layout_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
