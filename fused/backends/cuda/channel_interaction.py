@@ -62,7 +62,8 @@ def forward(
     if x_mean is None or x_maximum is None or x_argmax is None:
         mean, maximum, argmax = channel_statistics.forward(x)
     else:  # an op's outputs may not be its inputs
-        mean, maximum, argmax = (v.contiguous().clone() for v in (x_mean, x_maximum, x_argmax))
+        mean, maximum = floats(x_mean).clone(), floats(x_maximum).clone()
+        argmax = x_argmax.contiguous().clone()
     gate = _gate(mean, maximum, squeeze_weight, excite_weight, x.dtype)
     batch, channels, height, width = x.shape
     shape = (batch, channels, height * width)
