@@ -27,15 +27,19 @@ __device__ __forceinline__ T* address_of(const Map& map, const Run& run) {
          run.pixel * map.stride_s;
 }
 
-// As floats; 0 past the end. One access where kRun elements are 16 bytes and the map is aligned.
+// As floats; 0 past the end. 16 bytes at a time where the whole run is real and the map aligned.
 template <class T, int kRun>
 __device__ __forceinline__ void load_run(const Map& map, const Run& run, float (&value)[kRun]) {
+  constexpr int kElements = Vector<T>::kElements;
   const T* from = address_of<const T>(map, run);
-  if constexpr (kRun == Vector<T>::kElements) {
+  if constexpr (kRun % kElements == 0) {
     if (map.aligned && run.count >= kRun) {
-      const Vector<T> loaded = load_vector<Vector<T>>(from);
 #pragma unroll
-      for (int e = 0; e < kRun; ++e) value[e] = to_float(loaded.element[e]);
+      for (int part = 0; part < kRun; part += kElements) {
+        const auto loaded = load_vector<Vector<T>>(from + part);
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) value[part + e] = to_float(loaded.element[e]);
+      }
       return;
     }
   }
@@ -47,13 +51,17 @@ __device__ __forceinline__ void load_run(const Map& map, const Run& run, float (
 template <class T, int kRun>
 __device__ __forceinline__ void store_run(const Map& map, const Run& run,
                                           const float (&value)[kRun]) {
+  constexpr int kElements = Vector<T>::kElements;
   T* to = address_of<T>(map, run);
-  if constexpr (kRun == Vector<T>::kElements) {
+  if constexpr (kRun % kElements == 0) {
     if (map.aligned && run.count >= kRun) {
-      Vector<T> rounded;
 #pragma unroll
-      for (int e = 0; e < kRun; ++e) rounded.element[e] = from_float<T>(value[e]);
-      store_vector(to, rounded);
+      for (int part = 0; part < kRun; part += kElements) {
+        Vector<T> rounded;
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) rounded.element[e] = from_float<T>(value[part + e]);
+        store_vector(to + part, rounded);
+      }
       return;
     }
   }

@@ -22,6 +22,7 @@
 //             formula), of the float32 results, for each channel, always in the same order.
 #pragma once
 
+#include "moments.cuh"
 #include "product_loop.cuh"
 
 namespace ciema::product {
@@ -30,8 +31,8 @@ namespace ciema::product {
 //
 //   struct Example {
 //     using Output = T;                                  // what out holds
-//     static constexpr bool kStores = true;              // whether there is an out
-//     static constexpr Reduction kReduction = Reduction::kNone;
+//     static constexpr bool kStores = true;              // whether there is an out, if not null
+//     static constexpr Reduction kReduction = Reduction::kNone;  // into partials, if not null
 //     static constexpr int kVectors = 2;                 // numbers that belong to a channel
 //     // The tile computes them once for each of its channels.
 //     __device__ void vectors(int64_t b, int channel, float (&value)[kVectors]) const;
@@ -71,20 +72,6 @@ __device__ __forceinline__ void write_floats(float* to, int turn, const float (&
   if constexpr (kRun == 8) store_vector(to + (turn ^ 1) * 4, second);
 }
 
-// Count, mean and sum of squared deviations of one channel's results, joined by Chan's formula.
-struct Moments {
-  float count, mean, m2;
-
-  __device__ __forceinline__ void join(float other_count, float other_mean, float other_m2) {
-    const float total = count + other_count;
-    if (total == 0.0f) return;
-    const float delta = other_mean - mean, share = other_count / total;
-    mean += delta * share;
-    m2 += other_m2 + delta * delta * count * share;
-    count = total;
-  }
-};
-
 // A part of the tile in shared memory, [line][length]: for rows 16 channels of every row of warps
 // and all pixels, for channels_last 16 pixels of every column of warps and all channels.
 template <class T, Precision kPrecision, Layout kLayout, class Shape, class Loading, class Epilogue>
@@ -122,13 +109,14 @@ struct Results {
                vectors, part);
       }
       if constexpr (!kRows && kReduction != Reduction::kNone) {
+        if (p.partials == nullptr) continue;
         __syncthreads();
         reduce_pixels(p, corner, index, part, sums);
       }
     }
     if constexpr (!kRows && kReduction != Reduction::kNone) {
       const int channel = corner.channel + static_cast<int>(threadIdx.x);
-      if (static_cast<int>(threadIdx.x) < Shape::kM && channel < p.rows) {
+      if (p.partials != nullptr && static_cast<int>(threadIdx.x) < Shape::kM && channel < p.rows) {
         write_reduction(p, corner, channel, sums.mean, sums.m2);
       }
     }
@@ -220,9 +208,10 @@ struct Results {
         }
       }
       epilogue.template apply<kLayout>(run, numbers, value);
-      if constexpr (Epilogue::kStores) store_run<Output>(p.out, run, value);
+      if (Epilogue::kStores && p.out.data != nullptr) store_run<Output>(p.out, run, value);
     }
     if constexpr (kReduction != Reduction::kNone) {
+      if (p.partials == nullptr) return;  // no lane of the launch reduces
       if constexpr (kRows) {
         reduce_run(p, corner, run, value);
       } else {
@@ -284,7 +273,7 @@ struct Results {
         const float deviation = own[line * kPitch] - mean;
         m2 += deviation * deviation;
       }
-      sums.join(count, mean, m2);
+      sums.join({count, mean, m2});
     }
   }
 
