@@ -23,6 +23,8 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "channel_statistics_backward": ("channel_statistics", "backward"),
     "coordinate_attention": ("coordinate_attention", "forward"),
     "coordinate_attention_backward": ("coordinate_attention", "backward"),
+    "msff": ("msff", "forward"),
+    "msff_backward": ("msff", "backward"),
     "channel_interaction": ("channel_interaction", "forward"),
     "channel_interaction_backward": ("channel_interaction", "backward"),
 }

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from ..maps import is_channels_last, readable
-from .launch import takes_tf32
+from .launch import launch, takes_tf32
 
 # Channels and pixels of the tiles 0, 1 and 2 of csrc/cuda/product_launch.cuh.
 TILES = (32, 64, 128)
@@ -62,3 +62,25 @@ def in_layout_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return x
     last = is_channels_last(like)
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def join_moments(
+    partials: torch.Tensor, pixels: int, tile: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance (rows,) from the moments (parts, 2, rows) of a product's tiles.
+
+    Args:
+        partials: as the product's launch left them.
+        pixels: of a sample.
+        tile: the tile of that launch.
+    """
+    count, _, rows = partials.shape
+    mean, var = partials.new_empty(rows), partials.new_empty(rows)
+    sizes = {"parts": count, "rows": rows, "pixels": pixels, "tile_pixels": TILES[tile]}
+    launch(
+        *("product_moments", torch.float32),
+        reads={"partials": partials},
+        writes={"mean": mean, "var": var},
+        numbers=sizes,
+    )
+    return mean, var
