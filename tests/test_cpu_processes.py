@@ -80,11 +80,13 @@ def test_a_forked_child_computes_the_same_bits(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", OPS)
-def test_subnormal_maps(name: str, training: bool) -> None:
-    """Maps around 2⁻¹²⁶, half of them below: nothing is flushed to zero, nothing overflows."""
-    named = arguments(name, SIZES, training)
+def test_subnormal_maps(name: str) -> None:
+    """Maps around 2⁻¹²⁶, half of them below: nothing is flushed to zero, nothing overflows.
+
+    In evaluation: batch statistics of such maps are zero in float32, whoever computes them.
+    """
+    named = arguments(name, SIZES)
 
     def tiny(value: object) -> object:
         if isinstance(value, list):
