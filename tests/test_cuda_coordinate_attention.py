@@ -151,7 +151,7 @@ def test_a_slab_is_read_three_times_and_once_from_device_memory(layout: str) -> 
     launches: list[tuple[Launch, Report]] = []
     with emulated(lambda launch, report: launches.append((launch, report))):
         compare(sizes, dtype, "contiguous" if layout == "contiguous" else layout)
-    assert len(launches) == LAUNCHES[OP][0] + LAUNCHES[OP][2]
+    assert len(launches) == LAUNCHES["cuda"][OP][0] + LAUNCHES["cuda"][OP][2]
     problem = Problem(sizes.batch, sizes.channels, sizes.height, sizes.width, sizes.groups)
     once = cost(OP, problem, dtype=dtype).bytes
     slab = once // (sizes.batch * sizes.groups)

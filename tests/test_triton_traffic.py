@@ -59,7 +59,7 @@ def test_bytes_and_launches_are_those_of_the_contract(
         if want.scratch > 0:  # else there is none of the size of a map
             assert moved(launches, SCRATCH, True) == pytest.approx(want.scratch, rel=0.1), direction
         column = 2 if direction == "backward" else int(training)
-        assert len(launches) == LAUNCHES[stage][column], direction
+        assert len(launches) == LAUNCHES["triton"][stage][column], direction
 
 
 def test_evaluation_of_ciema_makes_eight_passes() -> None:
@@ -90,4 +90,4 @@ def test_statistics_from_msff_spare_a_pass() -> None:
     want = cost("channel_interaction", problem, dtype=torch.float16)
     assert want.bytes == 2 * 2 * SIZES.channels * problem.pixels
     assert moved(log[first:], MAPS, False) == pytest.approx(want.bytes, rel=0.1)
-    assert first == LAUNCHES["msff"][0]  # two maps: a product less than for three, the parts more
+    assert first == LAUNCHES["triton"]["msff"][0]  # two maps: a product less than for three, the parts more

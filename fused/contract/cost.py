@@ -142,14 +142,24 @@ _PASSES: dict[tuple[str, str], Passes] = {
     ("gated_fusion", "backward"): Passes(12.0, gates=5, scratch=11.75),
 }
 
-# Launches of one call on a GPU, at most: evaluation, training, backward. Those of MSFF are for
-# three maps of which one has the target size; its channel statistics take one more.
-LAUNCHES: dict[str, tuple[int, int, int]] = {
-    "msff": (3, 5, 14),
-    "channel_interaction": (2, 2, 3),
-    "coordinate_attention": (1, 1, 2),
-    "cross_spatial": (2, 5, 10),
-    "gated_fusion": (2, 6, 10),
+# Launches of one call on a GPU, at most, by backend and stage: evaluation, training, backward. Those
+# of MSFF are for three maps of which one has the target size; its channel statistics take one more.
+# What the library's products launch is not counted.
+LAUNCHES: dict[str, dict[str, tuple[int, int, int]]] = {
+    "triton": {
+        "msff": (3, 5, 14),
+        "channel_interaction": (2, 2, 3),
+        "coordinate_attention": (1, 1, 2),
+        "cross_spatial": (2, 5, 10),
+        "gated_fusion": (2, 6, 10),
+    },
+    "cuda": {
+        "msff": (3, 5, 14),
+        "channel_interaction": (3, 3, 1),
+        "coordinate_attention": (1, 1, 2),
+        "cross_spatial": (2, 5, 10),
+        "gated_fusion": (2, 7, 10),
+    },
 }
 
 
