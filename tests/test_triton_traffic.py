@@ -90,4 +90,5 @@ def test_statistics_from_msff_spare_a_pass() -> None:
     want = cost("channel_interaction", problem, dtype=torch.float16)
     assert want.bytes == 2 * 2 * SIZES.channels * problem.pixels
     assert moved(log[first:], MAPS, False) == pytest.approx(want.bytes, rel=0.1)
-    assert first == LAUNCHES["triton"]["msff"][0]  # two maps: a product less than for three, the parts more
+    # Two maps: a product less than for three, the parts more.
+    assert first == LAUNCHES["triton"]["msff"][0]

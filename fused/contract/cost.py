@@ -142,9 +142,9 @@ _PASSES: dict[tuple[str, str], Passes] = {
     ("gated_fusion", "backward"): Passes(12.0, gates=5, scratch=11.75),
 }
 
-# Launches of one call on a GPU, at most, by backend and stage: evaluation, training, backward. Those
-# of MSFF are for three maps of which one has the target size; its channel statistics take one more.
-# What the library's products launch is not counted.
+# Launches of one call on a GPU, at most, by backend and stage: evaluation, training, backward.
+# Those of MSFF are for three maps of which one has the target size; its channel statistics take one
+# more. What the library's products launch is not counted.
 LAUNCHES: dict[str, dict[str, tuple[int, int, int]]] = {
     "triton": {
         "msff": (3, 5, 14),
