@@ -169,6 +169,6 @@ def test_planted_bug_is_found(plant: int) -> None:
 
     for order in ORDERS:
         kinds.clear()
-        with emulated(note, order, (f"PLANT={plant}",)):
+        with emulated(note, order, plant):
             outputs(SIZES[3], torch.float32, "contiguous")
         assert PLANTS[plant] in kinds

@@ -180,7 +180,7 @@ def test_planted_bug_is_found(plant: int) -> None:
     args = convert(OP, arguments(OP, Sizes(1, 6, 9, 5, 1)), torch.float32, layout)
     for order in ORDERS:
         reports: list[Report] = []
-        with emulated(lambda _, r: reports.append(r), order, (f"PLANT={plant}",)):  # noqa: B023
+        with emulated(lambda _, r: reports.append(r), order, plant):  # noqa: B023
             OPS[OP](*args, backend="cuda")
         assert kind in reports[0].kinds, reports[0].findings
 

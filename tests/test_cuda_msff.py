@@ -205,6 +205,6 @@ def test_planted_bug_is_found(plant: int) -> None:
     args = convert(OP, arguments(1, True), torch.float32, "contiguous")
     for order in ORDERS:
         kinds.clear()
-        with emulated(note, order, (f"PLANT={plant}",)):
+        with emulated(note, order, plant):
             OPS[OP](*args, backend="cuda")
         assert PLANTS[plant] in kinds

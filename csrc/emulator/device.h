@@ -17,6 +17,8 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+// Which of its planted bugs a kernel file is to have, for tests: set for each session, 0 for none.
+#define PLANT (::emulator::planted())
 // Code that works for the emulator, not for the kernel: its memory accesses are not checked.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))
 
@@ -63,6 +65,7 @@ using Where = std::source_location;
 [[gnu::const]] uint3 block_index();
 [[gnu::const]] dim3 block_dim();
 [[gnu::const]] dim3 grid_dim();
+[[gnu::const]] int planted();  // the same throughout a launch
 unsigned lane();
 void block_barrier(const Where& where);
 void sync_warp(unsigned mask, const Where& where);

@@ -15,7 +15,8 @@ namespace {
 constexpr size_t kMaxDynamicShared = 227 * 1024;  // of sm_90, the largest we compile for
 }  // namespace
 
-void Machine::configure(Order order, uint32_t seed) {
+void Machine::configure(Order order, uint32_t seed, int planted) {
+  planted_ = planted;
   order_ = order;
   random_.seed(seed);
 }

@@ -64,7 +64,8 @@ class Machine {
  public:
   using Body = void (*)(const void* closure);
 
-  void configure(Order order, uint32_t seed);
+  void configure(Order order, uint32_t seed, int planted);
+  int planted() const { return planted_; }
   void launch(const std::string& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes,
               Body body, const void* closure);
 
@@ -120,6 +121,7 @@ class Machine {
   static void thread_entry();
 
   Order order_ = Order::kForward;
+  int planted_ = 0;
   std::mt19937 random_;
   std::string kernel_;
   Dim3 grid_dim_, block_dim_, block_index_;

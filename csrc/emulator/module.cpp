@@ -31,12 +31,12 @@ Value by_name(const std::map<std::string, Value>& values, const std::string& nam
   throw std::invalid_argument("no " + what + " named " + name + "; there are: " + known);
 }
 
-void configure(const std::string& order, uint32_t seed) {
+void configure(const std::string& order, uint32_t seed, int planted) {
   static const std::map<std::string, Order> orders{{"forward", Order::kForward},
                                                    {"reverse", Order::kReverse},
                                                    {"shuffled", Order::kShuffled},
                                                    {"interleaved", Order::kInterleaved}};
-  machine().configure(by_name(orders, order, "thread order"), seed);
+  machine().configure(by_name(orders, order, "thread order"), seed, planted);
   findings().clear();
   traffic().clear();
   memory().release_all();
@@ -157,7 +157,8 @@ void launch_body(const char* name, const void* kernel, dim3 grid, dim3 block,
 
 PYBIND11_MODULE(_emulator, module) {
   module.doc() = "CUDA kernels on the CPU, with checks; only tests build this.";
-  module.def("configure", &emulator::configure, py::arg("order"), py::arg("seed"));
+  module.def("configure", &emulator::configure, py::arg("order"), py::arg("seed"),
+             py::arg("planted"));
   module.def("allocate", &emulator::allocate, py::arg("name"), py::arg("storage"),
              py::arg("inside"), py::arg("element_bytes"), py::arg("role"),
              py::arg("address_modulo_256"));

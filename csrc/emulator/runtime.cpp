@@ -28,6 +28,7 @@ uint3 thread_index() { return to_uint3(machine().current().index); }
 uint3 block_index() { return to_uint3(machine().block_index()); }
 dim3 block_dim() { return to_dim3(machine().block_dim()); }
 dim3 grid_dim() { return to_dim3(machine().grid_dim()); }
+int planted() { return machine().planted(); }
 unsigned lane() { return machine().current().lane; }
 void block_barrier(const Where& where) { machine().block_barrier(Site::at(where)); }
 void sync_warp(unsigned mask, const Where& where) { machine().sync_warp(mask, Site::at(where)); }

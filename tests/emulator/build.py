@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -43,12 +43,11 @@ def missing_tool() -> str | None:
     return None
 
 
-def build(kernel: Path, defines: Sequence[str] = ()) -> ModuleType:
+def build(kernel: Path) -> ModuleType:
     """The emulator's module with the entries of one kernel file.
 
     Args:
         kernel: a CUDA or C++ file that registers ``ciema::Entry`` objects.
-        defines: preprocessor definitions for it, as ``("PLANT=1",)``.
 
     Returns:
         The loaded extension module; ``Session`` drives it.
@@ -57,13 +56,12 @@ def build(kernel: Path, defines: Sequence[str] = ()) -> ModuleType:
         RuntimeError: a compiler's message, if it does not compile.
     """
     runtime = _objects()
-    flags = (*_KERNEL, *(f"-D{define}" for define in defines))
     headers = sorted((*CSRC.glob("common/*"), *CSRC.glob("cuda/*.cuh"), *_EMULATOR.glob("*")))
-    library = _cache() / f"{_digest([kernel, *headers], flags)}.so"
+    library = _cache() / f"{_digest([kernel, *headers], _KERNEL)}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=_cache()) as folder:
             compiled = Path(folder) / "kernel.o"
-            _run(["g++", *flags, "-x", "c++", "-c", str(kernel), "-o", str(compiled)])
+            _run(["g++", *_KERNEL, "-x", "c++", "-c", str(kernel), "-o", str(compiled)])
             linked = Path(folder) / library.name
             _run(["g++", "-shared", str(compiled), *map(str, runtime), "-ldl", "-o", str(linked)])
             os.replace(linked, library)

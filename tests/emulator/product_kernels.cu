@@ -27,7 +27,6 @@ Norm norm_of(const Arguments& a) {
           a.pointer<const float>("mean"), a.pointer<const float>("var"), a.real("eps")};
 }
 
-#if PLANT == 0
 // out = W x, float32 whatever T
 template <class T, Layout kLayout>
 void plain(const Arguments& a) {
@@ -46,7 +45,6 @@ void scaled_relu(const Arguments& a) {
   launch_product<T, kLayout, ScaledLoader>(a, "scaled_relu", p, epilogue);
 }
 
-#endif
 
 // out = φ x + (1 − φ) s, s = x w, φ = σ(norm(W [s; r])), with the sums of its tiles
 template <class T, Layout kLayout>
@@ -69,12 +67,10 @@ void entry(const Arguments& a) {
   {#function "_" #name, entry<function<type, Layout::kRows>, function<type, Layout::kChannelsLast>>}
 
 const Entry kEntries[] = {
-#if PLANT == 0  // a planted bug needs no more than one loader
     CIEMA_ENTRY(plain, float32, float), CIEMA_ENTRY(plain, float16, __half),
     CIEMA_ENTRY(plain, bfloat16, __nv_bfloat16), CIEMA_ENTRY(scaled_relu, float16, __half),
     CIEMA_ENTRY(scaled_relu, float32, float), CIEMA_ENTRY(fusion, float32, float),
     CIEMA_ENTRY(fusion, bfloat16, __nv_bfloat16),
-#endif
     CIEMA_ENTRY(fusion, float16, __half)};
 
 }  // namespace

@@ -50,13 +50,16 @@ class Session:
         module: from ``build``.
         order: in which threads and blocks run, one of ``ORDERS``.
         seed: of the order ``shuffled``.
+        plant: which of its planted bugs the kernel file is to have (``PLANT``), 0 for none.
     """
 
-    def __init__(self, module: ModuleType, order: str = "forward", seed: int = 0) -> None:
+    def __init__(
+        self, module: ModuleType, order: str = "forward", seed: int = 0, plant: int = 0
+    ) -> None:
         self._module = module
         self._results: list[tuple[int, torch.Tensor]] = []
         self._addresses: set[int] = set()
-        module.configure(order, seed)
+        module.configure(order, seed, plant)
 
     def input(self, name: str, data: torch.Tensor | np.ndarray) -> int:
         """The device address of a read-only copy of ``data``."""
@@ -104,7 +107,7 @@ class Session:
         ]
         sites = [{**site, "site": _named(site["site"], names)} for site in sites]
         totals, touched = dict(self._module.totals()), dict(self._module.touched())
-        self._module.configure("forward", 0)
+        self._module.configure("forward", 0, 0)
         return Report(findings, totals, sites, touched)
 
     def _allocate(self, name: str, data: torch.Tensor | np.ndarray, role: str) -> int:
