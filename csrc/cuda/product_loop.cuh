@@ -44,7 +44,7 @@ struct Operand {
   Map x;
   const void* weight;     // its columns of W
   int64_t weight_stride;  // from row to row
-  bool weight_aligned;
+  int weight_alignment;
   int channels;
 };
 
@@ -95,10 +95,11 @@ struct Copies {
     }
   }
 
-  // From `from`, whose lines are `stride` apart; zeros past `lines` and `length`.
+  // From `from`, whose lines are `stride` apart and begin at multiples of `alignment` bytes; zeros
+  // past `lines` and `length`.
   __device__ __forceinline__ static void start(T* tile, const T* from, int64_t stride, int lines,
-                                               int length, bool aligned) {
-    if (aligned && lines >= kLines && length >= kLength) {
+                                               int length, int alignment) {
+    if (alignment == 16 && lines >= kLines && length >= kLength) {
 #pragma unroll
       for (int n = 0; n < kOwn; ++n) {
         int line, at;
@@ -112,11 +113,15 @@ struct Copies {
       int line, at;
       place(n, line, at);
       T* to = tile + line * kPitch + at;
-      const T* run = from + line * stride + at;
-      const int count = line < lines ? length - at : 0;
-      if (count <= 0 || (aligned && count >= kRun)) {
-        ptx::copy_async(to, count > 0 ? run : from, count > 0);
-      } else {
+      const int count = line < lines && at < length ? length - at : 0;
+      const T* run = count > 0 ? from + line * stride + at : from;
+      if (alignment == 16) {
+        start_parts<16>(to, run, count);
+      } else if (alignment == 8) {
+        start_parts<8>(to, run, count);
+      } else if (alignment == 4) {
+        start_parts<4>(to, run, count);
+      } else {  // odd lines of 16-bit values
         Vector<T> values;
 #pragma unroll
         for (int e = 0; e < kRun; ++e) {
@@ -129,16 +134,16 @@ struct Copies {
 
   // The same from float32, rounded.
   __device__ __forceinline__ static void convert(T* tile, const float* from, int64_t stride,
-                                                 int lines, int length, bool aligned) {
+                                                 int lines, int length, int alignment) {
     constexpr int kFloats = Vector<float>::kElements;
-#pragma unroll 1
+#pragma unroll
     for (int n = 0; n < kOwn; ++n) {
       int line, at;
       place(n, line, at);
       const float* run = from + line * stride + at;
       const int count = line < lines ? length - at : 0;
       Vector<T> values;
-      if (aligned && count >= kRun) {
+      if (alignment == 16 && count >= kRun) {
 #pragma unroll
         for (int part = 0; part < kRun / kFloats; ++part) {
           const auto loaded = load_vector<Vector<float>>(run + part * kFloats);
@@ -156,6 +161,19 @@ struct Copies {
       store_vector(tile + line * kPitch + at, values);
     }
   }
+
+ private:
+  // One run of which `count` elements are real, in copies of kBytes.
+  template <int kBytes>
+  __device__ __forceinline__ static void start_parts(T* to, const T* run, int count) {
+    constexpr int kSize = static_cast<int>(sizeof(T)), kPart = kBytes / kSize;
+#pragma unroll
+    for (int part = 0; part < kRun; part += kPart) {
+      const int left = count - part;
+      const int valid = left <= 0 ? 0 : left < kPart ? left : kPart;
+      ptx::copy_async_part<kBytes>(to + part, valid > 0 ? run + part : run, valid * kSize);
+    }
+  }
 };
 
 // w (B, G, S) beside a thread's copies of X, in which a run belongs to one group of channels.
@@ -168,7 +186,7 @@ struct Scales<T, Layout::kRows, Values> {
   Vector<T> own[Values::kOwn];
 
   __device__ __forceinline__ static bool fits(const Map& w, int, int pixels_left) {
-    return w.aligned && w.stride_s == 1 && pixels_left >= Values::kRun * Values::kRuns;
+    return w.alignment == 16 && w.stride_s == 1 && pixels_left >= Values::kRun * Values::kRuns;
   }
   // `left`: channels from `channel` on; `pixels_left`: pixels of the tile's.
   __device__ __forceinline__ void load(const Map& w, int width, const T* from, int channel,
@@ -363,21 +381,21 @@ struct Tiles {
       converted = p.weight_is_float;
       if (converted) {
         Weights::convert(stage, static_cast<const float*>(operand.weight) + weight,
-                         operand.weight_stride, rows, depth, operand.weight_aligned);
+                         operand.weight_stride, rows, depth, operand.weight_alignment);
       }
     }
     if (!converted) {
       Weights::start(stage, static_cast<const T*>(operand.weight) + weight, operand.weight_stride,
-                     rows, depth, operand.weight_aligned);
+                     rows, depth, operand.weight_alignment);
     }
     const T* x = address_of<const T>(operand.x, {corner.b, channel, corner.pixel, 0});
     const int pixels = p.pixels - corner.pixel;
     if constexpr (kRows) {
       Values::start(stage + kWeightElements, x, operand.x.stride_c, depth, pixels,
-                    operand.x.aligned);
+                    operand.x.alignment);
     } else {
       Values::start(stage + kWeightElements, x, operand.x.stride_s, pixels, depth,
-                    operand.x.aligned);
+                    operand.x.alignment);
     }
   }
 };
