@@ -136,7 +136,7 @@ struct Copies {
   __device__ __forceinline__ static void convert(T* tile, const float* from, int64_t stride,
                                                  int lines, int length, int alignment) {
     constexpr int kFloats = Vector<float>::kElements;
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < kOwn; ++n) {
       int line, at;
       place(n, line, at);
@@ -254,17 +254,6 @@ struct Tiles {
     return steps_of(p.operand[0]) + (Loading::kOperands == 2 ? steps_of(p.operand[1]) : 0);
   }
 
-  // Starts the copies of one step.
-  __device__ __forceinline__ static void load(const ProductParams& p, const Corner& corner,
-                                              int step, T* stage) {
-    const int first_steps = steps_of(p.operand[0]);
-    if (Loading::kOperands == 1 || step < first_steps) {
-      load(p, p.operand[0], corner, step * kStep, stage);
-    } else {
-      load(p, p.operand[1], corner, (step - first_steps) * kStep, stage);
-    }
-  }
-
   // Multiplies this thread's copies, which it alone can see yet, by w.
   __device__ __forceinline__ static void scale(T* stage, const OwnScales& scales) {
 #pragma unroll
@@ -336,26 +325,26 @@ struct Tiles {
     OwnScales scales{};
     const bool fits =
         Loading::kScaled && OwnScales::fits(p.scale, p.scale_width, p.pixels - corner.pixel);
-#pragma unroll
-    for (int step = 0; step < kStages - 1; ++step) {
-      if (step < count) load(p, corner, step, stages + step * kStageElements);
-      ptx::copy_async_commit();
-    }
     if (fits && scaled > 0) load_scales(p, corner, 0, scales);
-    for (int step = 0; step < count; ++step) {
-      T* stage = stages + step % kStages * kStageElements;
-      if (PLANT != 2) ptx::copy_async_wait<kStages - 2>();
-      if (step < scaled) {
-        if (fits) {
-          scale(stage, scales);
-        } else {
-          scale_slowly(p, corner, step * kStep, stage);
+    // The first turns only start copies: one place that does so keeps the code small.
+#pragma unroll 1
+    for (int step = 1 - kStages; step < count; ++step) {
+      T* stage = stages + (step + kStages) % kStages * kStageElements;
+      if (step >= 0) {
+        if (PLANT != 2) ptx::copy_async_wait<kStages - 2>();
+        if (step < scaled) {
+          if (fits) {
+            scale(stage, scales);
+          } else {
+            scale_slowly(p, corner, step * kStep, stage);
+          }
         }
+        if (PLANT != 1) __syncthreads();  // the step is whole, and the stage before it is free
       }
-      if (PLANT != 1) __syncthreads();  // the step is whole, and the stage before it is free
       const int next = step + kStages - 1;
       if (next < count) load(p, corner, next, stages + next % kStages * kStageElements);
       ptx::copy_async_commit();
+      if (step < 0) continue;
       if (fits && step + 1 < scaled) load_scales(p, corner, step + 1, scales);
       multiply(stage, acc);
     }
@@ -372,8 +361,18 @@ struct Tiles {
                 p.pixels - corner.pixel);
   }
 
-  __device__ __forceinline__ static void load(const ProductParams& p, const Operand& operand,
-                                              const Corner& corner, int channel, T* stage) {
+  // Starts the copies of one step.
+  __device__ __forceinline__ static void load(const ProductParams& p, const Corner& corner,
+                                              int step, T* stage) {
+    Operand operand = p.operand[0];
+    int channel = step * kStep;
+    if constexpr (Loading::kOperands == 2) {
+      const int first_steps = steps_of(p.operand[0]);
+      if (step >= first_steps) {
+        operand = p.operand[1];
+        channel -= first_steps * kStep;
+      }
+    }
     const int rows = p.rows - corner.channel, depth = operand.channels - channel;
     const int64_t weight = corner.channel * operand.weight_stride + channel;
     bool converted = false;
