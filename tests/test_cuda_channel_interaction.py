@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import ORDERS, Report, emulated, missing_tool
+from emulator import ORDERS, Report, emulate, emulated, missing_tool
 from stage_cases import OPS, Sizes, arguments, convert, error, layout_of, require_grad, tolerance
 
 from fused.backends.cuda import product
@@ -156,19 +156,15 @@ def test_bytes_are_those_of_one_pass(layout: str) -> None:
         assert totals[f"shared_{kind}_units"] == totals[f"shared_{kind}_ideal_units"]
 
 
-# PLANT=n of channel_interaction.cuh: what must be found
+# PLANT=n of channel_interaction_gate.cuh: what must be found
 PLANTS = {11: "race", 12: "out-of-bounds"}
 
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_planted_bug_is_found(plant: int) -> None:
-    kinds: set[str] = set()
-
-    def note(_: Launch, report: Report) -> None:
-        kinds.update(report.kinds)
-
+    launches: dict[str, Launch] = {}
+    with emulated(lambda launch, _: launches.update({launch.entry: launch})):
+        outputs(SIZES[3], torch.float32, "contiguous")
+    gate = launches["channel_interaction_gate_float32"]
     for order in ORDERS:
-        kinds.clear()
-        with emulated(note, order, plant):
-            outputs(SIZES[3], torch.float32, "contiguous")
-        assert PLANTS[plant] in kinds
+        assert PLANTS[plant] in emulate(gate, order, plant).kinds

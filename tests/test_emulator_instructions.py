@@ -250,6 +250,8 @@ PLANTED: list[tuple[str, str, dict[str, int]]] = [
     ("refilled_too_early", "race", {}),
     ("overwritten_under_way", "unwaited", {}),
     ("copy_past_end", "out-of-bounds", {"n": 252, "x": 252}),
+    ("part_past_end", "out-of-bounds", {"n": 127, "x": 127}),
+    ("part_from_misaligned", "misaligned", {}),
     ("copy_from_misaligned", "misaligned", {"x": 260}),
     ("copy_to_global", "wrong-space", {"out": 256}),
     ("misaligned_row", "misaligned", {}),

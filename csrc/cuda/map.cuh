@@ -12,7 +12,7 @@ enum class Layout { kRows, kChannelsLast };
 struct Map {
   void* data;
   int64_t stride_b, stride_c, stride_s;  // in elements; stride_s from pixel to pixel
-  bool aligned;  // a run that starts at a multiple of 16 bytes' elements can be one access
+  int alignment;  // 16, 8, 4 or 2 bytes: every line begins at a multiple of it
 };
 
 // Neighbours from (b, channel, pixel) on; `count` of them exist, 0 and less: none.
@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_run(const Map& map, const Run& run, float (
   constexpr int kElements = Vector<T>::kElements;
   const T* from = address_of<const T>(map, run);
   if constexpr (kRun % kElements == 0) {
-    if (map.aligned && run.count >= kRun) {
+    if (map.alignment == 16 && run.count >= kRun) {
 #pragma unroll
       for (int part = 0; part < kRun; part += kElements) {
         const auto loaded = load_vector<Vector<T>>(from + part);
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_run(const Map& map, const Run& run,
   constexpr int kElements = Vector<T>::kElements;
   T* to = address_of<T>(map, run);
   if constexpr (kRun % kElements == 0) {
-    if (map.aligned && run.count >= kRun) {
+    if (map.alignment == 16 && run.count >= kRun) {
 #pragma unroll
       for (int part = 0; part < kRun; part += kElements) {
         Vector<T> rounded;

@@ -9,9 +9,10 @@
 // Grid        one block for kM channels × kN pixels of one sample; tiles of channels are neighbours,
 //             so that the pixels they share come from the second-level cache.
 // Loop        steps of 64 bytes of depth; kStages tiles of W and X in shared memory, filled by
-//             cp.async two steps ahead where a run of 16 bytes is whole and aligned, by single
-//             loads elsewhere (zeros past the ends). A thread scales its own copies by w, of which
-//             it holds the next step's in registers, before the barrier that publishes them.
+//             cp.async two steps ahead, 16, 8 or 4 bytes at a time as lines are aligned; by single
+//             loads for odd lines of 16-bit values and for W of another dtype. A thread scales its
+//             own copies by w, of which it holds the next step's in registers, before the barrier
+//             that publishes them.
 // Results     through shared memory, a part of the tile at a time, so that the epilogue gets runs of
 //             16 bytes of the output's layout, and loads and stores as wide.
 // Bytes       x once for every kM channels and W once for every kN pixels, from the second-level

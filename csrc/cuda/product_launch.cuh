@@ -17,6 +17,14 @@ struct Name {
   }
 };
 
+// The most of 16, 8, 4 and 2 bytes of which an address and all steps from it are multiples.
+template <class T>
+int alignment_of(const T* data, int64_t step, int64_t other_step = 0) {
+  const auto bytes = reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(step * sizeof(T)) |
+                     static_cast<uint64_t>(other_step * sizeof(T)) | 16u;
+  return static_cast<int>(bytes & (~bytes + 1));
+}
+
 // The map `name` of T and its `<name>_stride_b`, `…_c`, `…_s`; no data when it was not given.
 template <class T>
 Map map_of(const Arguments& a, const char* name, Layout layout) {
@@ -28,7 +36,7 @@ Map map_of(const Arguments& a, const char* name, Layout layout) {
   map.stride_c = a.integer(Name(name, "_stride_c").text);
   map.stride_s = a.integer(Name(name, "_stride_s").text);
   const int64_t across = layout == Layout::kRows ? map.stride_c : map.stride_s;
-  map.aligned = is_aligned(data, map.stride_b) && is_aligned(data, across);
+  map.alignment = alignment_of(data, map.stride_b, across);
   return map;
 }
 
@@ -43,10 +51,10 @@ Operand operand_of(const Arguments& a, const char* x, const char* weight, const 
   operand.x = map_of<T>(a, x, layout);
   operand.weight = a.pointer<const void>(weight);
   operand.weight_stride = a.integer(Name(weight, "_stride").text);
-  operand.weight_aligned =
+  operand.weight_alignment =
       a.integer("weight_is_float") != 0
-          ? is_aligned(static_cast<const float*>(operand.weight), operand.weight_stride)
-          : is_aligned(static_cast<const T*>(operand.weight), operand.weight_stride);
+          ? alignment_of(static_cast<const float*>(operand.weight), operand.weight_stride)
+          : alignment_of(static_cast<const T*>(operand.weight), operand.weight_stride);
   return operand;
 }
 

@@ -44,7 +44,7 @@ struct Operand {
   Map x;
   const void* weight;     // its columns of W
   int64_t weight_stride;  // from row to row
-  bool weight_aligned;
+  int weight_alignment;
   int channels;
 };
 
@@ -95,10 +95,11 @@ struct Copies {
     }
   }
 
-  // From `from`, whose lines are `stride` apart; zeros past `lines` and `length`.
+  // From `from`, whose lines are `stride` apart and begin at multiples of `alignment` bytes; zeros
+  // past `lines` and `length`.
   __device__ __forceinline__ static void start(T* tile, const T* from, int64_t stride, int lines,
-                                               int length, bool aligned) {
-    if (aligned && lines >= kLines && length >= kLength) {
+                                               int length, int alignment) {
+    if (alignment == 16 && lines >= kLines && length >= kLength) {
 #pragma unroll
       for (int n = 0; n < kOwn; ++n) {
         int line, at;
@@ -112,11 +113,15 @@ struct Copies {
       int line, at;
       place(n, line, at);
       T* to = tile + line * kPitch + at;
-      const T* run = from + line * stride + at;
-      const int count = line < lines ? length - at : 0;
-      if (count <= 0 || (aligned && count >= kRun)) {
-        ptx::copy_async(to, count > 0 ? run : from, count > 0);
-      } else {
+      const int count = line < lines && at < length ? length - at : 0;
+      const T* run = count > 0 ? from + line * stride + at : from;
+      if (alignment == 16) {
+        start_parts<16>(to, run, count);
+      } else if (alignment == 8) {
+        start_parts<8>(to, run, count);
+      } else if (alignment == 4) {
+        start_parts<4>(to, run, count);
+      } else {  // odd lines of 16-bit values
         Vector<T> values;
 #pragma unroll
         for (int e = 0; e < kRun; ++e) {
@@ -129,7 +134,7 @@ struct Copies {
 
   // The same from float32, rounded.
   __device__ __forceinline__ static void convert(T* tile, const float* from, int64_t stride,
-                                                 int lines, int length, bool aligned) {
+                                                 int lines, int length, int alignment) {
     constexpr int kFloats = Vector<float>::kElements;
 #pragma unroll 1
     for (int n = 0; n < kOwn; ++n) {
@@ -138,7 +143,7 @@ struct Copies {
       const float* run = from + line * stride + at;
       const int count = line < lines ? length - at : 0;
       Vector<T> values;
-      if (aligned && count >= kRun) {
+      if (alignment == 16 && count >= kRun) {
 #pragma unroll
         for (int part = 0; part < kRun / kFloats; ++part) {
           const auto loaded = load_vector<Vector<float>>(run + part * kFloats);
@@ -156,6 +161,19 @@ struct Copies {
       store_vector(tile + line * kPitch + at, values);
     }
   }
+
+ private:
+  // One run of which `count` elements are real, in copies of kBytes.
+  template <int kBytes>
+  __device__ __forceinline__ static void start_parts(T* to, const T* run, int count) {
+    constexpr int kSize = static_cast<int>(sizeof(T)), kPart = kBytes / kSize;
+#pragma unroll
+    for (int part = 0; part < kRun; part += kPart) {
+      const int left = count - part;
+      const int valid = left <= 0 ? 0 : left < kPart ? left : kPart;
+      ptx::copy_async_part<kBytes>(to + part, valid > 0 ? run + part : run, valid * kSize);
+    }
+  }
 };
 
 // w (B, G, S) beside a thread's copies of X, in which a run belongs to one group of channels.
@@ -168,7 +186,7 @@ struct Scales<T, Layout::kRows, Values> {
   Vector<T> own[Values::kOwn];
 
   __device__ __forceinline__ static bool fits(const Map& w, int, int pixels_left) {
-    return w.aligned && w.stride_s == 1 && pixels_left >= Values::kRun * Values::kRuns;
+    return w.alignment == 16 && w.stride_s == 1 && pixels_left >= Values::kRun * Values::kRuns;
   }
   // `left`: channels from `channel` on; `pixels_left`: pixels of the tile's.
   __device__ __forceinline__ void load(const Map& w, int width, const T* from, int channel,
@@ -234,17 +252,6 @@ struct Tiles {
   }
   __device__ __forceinline__ static int steps(const ProductParams& p) {
     return steps_of(p.operand[0]) + (Loading::kOperands == 2 ? steps_of(p.operand[1]) : 0);
-  }
-
-  // Starts the copies of one step.
-  __device__ __forceinline__ static void load(const ProductParams& p, const Corner& corner,
-                                              int step, T* stage) {
-    const int first_steps = steps_of(p.operand[0]);
-    if (Loading::kOperands == 1 || step < first_steps) {
-      load(p, p.operand[0], corner, step * kStep, stage);
-    } else {
-      load(p, p.operand[1], corner, (step - first_steps) * kStep, stage);
-    }
   }
 
   // Multiplies this thread's copies, which it alone can see yet, by w.
@@ -318,26 +325,26 @@ struct Tiles {
     OwnScales scales{};
     const bool fits =
         Loading::kScaled && OwnScales::fits(p.scale, p.scale_width, p.pixels - corner.pixel);
-#pragma unroll
-    for (int step = 0; step < kStages - 1; ++step) {
-      if (step < count) load(p, corner, step, stages + step * kStageElements);
-      ptx::copy_async_commit();
-    }
     if (fits && scaled > 0) load_scales(p, corner, 0, scales);
-    for (int step = 0; step < count; ++step) {
-      T* stage = stages + step % kStages * kStageElements;
-      if (PLANT != 2) ptx::copy_async_wait<kStages - 2>();
-      if (step < scaled) {
-        if (fits) {
-          scale(stage, scales);
-        } else {
-          scale_slowly(p, corner, step * kStep, stage);
+    // The first turns only start copies: one place that does so keeps the code small.
+#pragma unroll 1
+    for (int step = 1 - kStages; step < count; ++step) {
+      T* stage = stages + (step + kStages) % kStages * kStageElements;
+      if (step >= 0) {
+        if (PLANT != 2) ptx::copy_async_wait<kStages - 2>();
+        if (step < scaled) {
+          if (fits) {
+            scale(stage, scales);
+          } else {
+            scale_slowly(p, corner, step * kStep, stage);
+          }
         }
+        if (PLANT != 1) __syncthreads();  // the step is whole, and the stage before it is free
       }
-      if (PLANT != 1) __syncthreads();  // the step is whole, and the stage before it is free
       const int next = step + kStages - 1;
       if (next < count) load(p, corner, next, stages + next % kStages * kStageElements);
       ptx::copy_async_commit();
+      if (step < 0) continue;
       if (fits && step + 1 < scaled) load_scales(p, corner, step + 1, scales);
       multiply(stage, acc);
     }
@@ -354,8 +361,18 @@ struct Tiles {
                 p.pixels - corner.pixel);
   }
 
-  __device__ __forceinline__ static void load(const ProductParams& p, const Operand& operand,
-                                              const Corner& corner, int channel, T* stage) {
+  // Starts the copies of one step.
+  __device__ __forceinline__ static void load(const ProductParams& p, const Corner& corner,
+                                              int step, T* stage) {
+    Operand operand = p.operand[0];
+    int channel = step * kStep;
+    if constexpr (Loading::kOperands == 2) {
+      const int first_steps = steps_of(p.operand[0]);
+      if (step >= first_steps) {
+        operand = p.operand[1];
+        channel -= first_steps * kStep;
+      }
+    }
     const int rows = p.rows - corner.channel, depth = operand.channels - channel;
     const int64_t weight = corner.channel * operand.weight_stride + channel;
     bool converted = false;
@@ -363,21 +380,21 @@ struct Tiles {
       converted = p.weight_is_float;
       if (converted) {
         Weights::convert(stage, static_cast<const float*>(operand.weight) + weight,
-                         operand.weight_stride, rows, depth, operand.weight_aligned);
+                         operand.weight_stride, rows, depth, operand.weight_alignment);
       }
     }
     if (!converted) {
       Weights::start(stage, static_cast<const T*>(operand.weight) + weight, operand.weight_stride,
-                     rows, depth, operand.weight_aligned);
+                     rows, depth, operand.weight_alignment);
     }
     const T* x = address_of<const T>(operand.x, {corner.b, channel, corner.pixel, 0});
     const int pixels = p.pixels - corner.pixel;
     if constexpr (kRows) {
       Values::start(stage + kWeightElements, x, operand.x.stride_c, depth, pixels,
-                    operand.x.aligned);
+                    operand.x.alignment);
     } else {
       Values::start(stage + kWeightElements, x, operand.x.stride_s, pixels, depth,
-                    operand.x.aligned);
+                    operand.x.alignment);
     }
   }
 };

@@ -33,6 +33,16 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
+// kBytes (4, 8 or 16), of which the first `valid`, 0…kBytes, come from global memory; zeros follow.
+// Both addresses are multiples of kBytes.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_part(void* shared, const void* global, int valid) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(shared)),
+               "l"(global), "n"(kBytes), "r"(valid)
+               : "memory");
+}
+
 // Closes the group of the copies since the last commit.
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

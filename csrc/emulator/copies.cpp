@@ -9,11 +9,11 @@
 
 namespace emulator {
 
-void Copies::start(uintptr_t destination, const std::array<unsigned char, kBytes>& data,
-                   const Site& site) {
-  std::memset(reinterpret_cast<void*>(destination), 0xFF, kBytes);
-  memory().start_copy(destination, kBytes, site);
-  under_way_.push_back({destination, data, groups_, site});
+void Copies::start(uintptr_t destination, const std::array<unsigned char, kMostBytes>& data,
+                   size_t bytes, const Site& site) {
+  std::memset(reinterpret_cast<void*>(destination), 0xFF, bytes);
+  memory().start_copy(destination, bytes, site);
+  under_way_.push_back({destination, data, bytes, groups_, site});
 }
 
 void Copies::wait(unsigned pending_groups) {
@@ -21,8 +21,8 @@ void Copies::wait(unsigned pending_groups) {
       under_way_.begin(), under_way_.end(),
       [&](const Copy& copy) { return copy.group + pending_groups >= groups_; });
   for (auto copy = under_way_.begin(); copy != first_pending; ++copy) {
-    std::memcpy(reinterpret_cast<void*>(copy->destination), copy->data.data(), kBytes);
-    memory().land_copy(copy->destination, kBytes, copy->site);
+    std::memcpy(reinterpret_cast<void*>(copy->destination), copy->data.data(), copy->bytes);
+    memory().land_copy(copy->destination, copy->bytes, copy->site);
   }
   under_way_.erase(under_way_.begin(), first_pending);
 }

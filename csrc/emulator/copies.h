@@ -12,11 +12,11 @@ namespace emulator {
 
 class Copies {
  public:
-  static constexpr size_t kBytes = 16;
+  static constexpr size_t kMostBytes = 16;
 
-  // Poisons the destination; `data` lands there when its group has been waited for.
-  void start(uintptr_t destination, const std::array<unsigned char, kBytes>& data,
-             const Site& site);
+  // Poisons the destination; `bytes` of data land there when their group has been waited for.
+  void start(uintptr_t destination, const std::array<unsigned char, kMostBytes>& data,
+             size_t bytes, const Site& site);
   void commit() { ++groups_; }
   void wait(unsigned pending_groups);
   void end_thread() const;  // reports copies that were never waited for
@@ -24,7 +24,8 @@ class Copies {
  private:
   struct Copy {
     uintptr_t destination;
-    std::array<unsigned char, kBytes> data;
+    std::array<unsigned char, kMostBytes> data;
+    size_t bytes;
     uint32_t group;
     Site site;
   };

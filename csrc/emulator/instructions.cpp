@@ -109,20 +109,25 @@ const char* name_of(Operand operand) {
 
 }  // namespace
 
-void copy_async(void* shared, const void* global, bool inside) {
+void copy_async(void* shared, const void* global, size_t bytes, size_t valid) {
   const Site site = Site::at_return_address(__builtin_return_address(0));
   const auto source = reinterpret_cast<uintptr_t>(global);
   const auto destination = reinterpret_cast<uintptr_t>(shared);
-  std::array<unsigned char, Copies::kBytes> data{};
-  if (inside) {
+  std::array<unsigned char, Copies::kMostBytes> data{};
+  if (valid > 0) {
     memory().check_space(source, false, "source of copy_async", site);
-    memory().access(source, kRowBytes, Kind::kRead, site, true);
-    std::memcpy(data.data(), global, data.size());
-    traffic().count("copy_async_bytes", Copies::kBytes);
+    memory().access(source, valid, Kind::kRead, site, valid == bytes);
+    if (valid < bytes && source % bytes != 0) {
+      findings().add("misaligned", "copy_async", site, {},
+                     "source of a copy of " + std::to_string(bytes) +
+                         " bytes is not aligned, at " + site.text() + machine().where());
+    }
+    std::memcpy(data.data(), global, valid);
+    traffic().count("copy_async_bytes", static_cast<int64_t>(valid));
   }
   memory().check_space(destination, true, "destination of copy_async", site);
-  memory().access(destination, kRowBytes, Kind::kWrite, site, true);
-  machine().copies().start(destination, data, site);
+  memory().access(destination, bytes, Kind::kWrite, site, true);
+  machine().copies().start(destination, data, bytes, site);
   traffic().count("copy_async");
 }
 

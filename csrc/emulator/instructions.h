@@ -13,7 +13,7 @@ enum class Operand { kFloat16, kBfloat16, kTf32 };
 
 // Defined in instructions.cpp, outside the instrumented code. Accesses are known by the return
 // address, which leads from csrc/cuda/fragments.cuh, inlined, to the kernel's own line.
-void copy_async(void* shared, const void* global, bool inside);
+void copy_async(void* shared, const void* global, size_t bytes, size_t valid);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
 void load_matrices(uint32_t* registers, const void* row, bool transposed, const Where& where);
@@ -26,7 +26,14 @@ namespace ciema::ptx {
 
 EMULATOR_UNCHECKED __forceinline__ void copy_async(void* shared, const void* global,
                                                    bool inside = true) {
-  emulator::copy_async(shared, global, inside);
+  emulator::copy_async(shared, global, 16, inside ? 16 : 0);
+}
+
+template <int kBytes>
+EMULATOR_UNCHECKED __forceinline__ void copy_async_part(void* shared, const void* global,
+                                                        int valid) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  emulator::copy_async(shared, global, kBytes, static_cast<size_t>(valid));
 }
 
 EMULATOR_UNCHECKED __forceinline__ void copy_async_commit() { emulator::copy_async_commit(); }

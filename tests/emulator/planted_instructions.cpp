@@ -118,6 +118,27 @@ __global__ void copy_past_end(const float* x, float* out, int n) {
   out[thread()] = tile[at + 3];
 }
 
+// x has n elements: the last copy of two takes the last one, and zero for what lies beyond.
+template <bool kBug>
+__global__ void part_past_end(const float* x, float* out, int n) {
+  CIEMA_SHARED(float, tile, [kThreads * 2]);
+  const int at = thread() * 2, left = n - at;
+  ptx::copy_async_part<8>(tile + at, x + at, 4 * (kBug || left >= 2 ? 2 : left));
+  ptx::copy_async_commit();
+  ptx::copy_async_wait<0>();
+  out[thread()] = tile[at + 1];
+}
+
+template <bool kBug>
+__global__ void part_from_misaligned(const float* x, float* out, int) {
+  CIEMA_SHARED(float, tile, [kThreads * 2]);
+  const int at = thread() * 2;
+  ptx::copy_async_part<8>(tile + at, x + at + (kBug ? 1 : 0), 4);
+  ptx::copy_async_commit();
+  ptx::copy_async_wait<0>();
+  out[thread()] = tile[at];
+}
+
 template <bool kBug>
 __global__ void copy_from_misaligned(const float* x, float* out, int) {
   CIEMA_SHARED(float, tile, [kThreads * kFloats]);
@@ -290,6 +311,8 @@ PLANTED(no_barrier_after_wait);
 PLANTED(refilled_too_early);
 PLANTED(overwritten_under_way);
 PLANTED(copy_past_end);
+PLANTED(part_past_end);
+PLANTED(part_from_misaligned);
 PLANTED(copy_from_misaligned);
 PLANTED(copy_to_global);
 PLANTED(misaligned_row);
