@@ -1,8 +1,8 @@
 // The emulated twins of csrc/cuda/ptx.cuh, under the same signatures; what they do is said there.
 //
-// A product of matrices is exact in double and rounded to float once an instruction (the hardware
-// truncates more; see README.md). An asynchronous copy reads global memory at once; its destination
-// is poison and may be neither read nor written until the thread's copy_async_wait.
+// Sums of products are cut off as the tensor cores of the A100 do it, not rounded (instructions.cpp).
+// An asynchronous copy reads global memory at once; its destination is poison and may be neither
+// read nor written until the thread's copy_async_wait.
 #pragma once
 
 #include "device.h"

@@ -87,7 +87,7 @@ void Traffic::clear() {
 }
 
 std::map<std::string, int64_t> Traffic::totals() const {
-  std::map<std::string, int64_t> result = events_;
+  std::map<std::string, int64_t> result(events_.begin(), events_.end());
   for (const char* name : {"global_read", "global_write", "global_atomic", "shared_read",
                            "shared_write", "shared_atomic"}) {
     for (const char* what : {"_bytes", "_requests", "_units", "_ideal_units"}) {

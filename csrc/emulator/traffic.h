@@ -8,8 +8,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -37,7 +39,10 @@ class Traffic {
   void clear();
   std::map<std::string, int64_t> totals() const;
   std::vector<SiteTraffic> sites() const;
-  void count(const std::string& event) { ++events_[event]; }
+  void count(std::string_view event, int64_t times = 1) {
+    const auto known = events_.find(event);
+    (known != events_.end() ? known->second : events_[std::string(event)]) += times;
+  }
 
  private:
   struct Request {
@@ -55,7 +60,7 @@ class Traffic {
 
   std::map<Key, Group> open_;
   std::map<Place, SiteTraffic> by_place_;
-  std::map<std::string, int64_t> events_;
+  std::map<std::string, int64_t, std::less<>> events_;
 };
 
 Traffic& traffic();
