@@ -314,7 +314,8 @@ struct Tiles {
   __device__ __forceinline__ static void accumulate(const ProductParams& p, const Corner& corner,
                                                     T* stages, Accumulators& acc) {
     const int count = steps(p);
-    const int scaled = Loading::kScaled ? steps_of(p.operand[0]) : 0;
+    const int scaled =
+        Loading::kScaled && p.scale.data != nullptr ? steps_of(p.operand[0]) : 0;
     OwnScales scales;
     const bool fits =
         Loading::kScaled && OwnScales::fits(p.scale, p.scale_width, p.pixels - corner.pixel);
