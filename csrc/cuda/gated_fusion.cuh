@@ -5,8 +5,8 @@
 //   scale and shift of BN3, with Wf_m·shift2 in the latter    `fold`, a warp for a channel
 //   out = e ⊙ (w + φ (1 − w)), φ = σ(scale ⊙ (Wf_s∗s + combined∗r) + shift)
 //
-// out may stay unwritten, with the sums of its tiles instead (identity 5.6), which
-// gated_fusion_out.cuh adds up.
+// out may stay unwritten, with the moments of its tiles instead (identity 5.6), whose means
+// gated_fusion_out.cuh merges.
 // The forward that keeps its maps folds likewise, but for BN3, because the logits come before it:
 // logits = Wf_s∗s + combined∗r + Wf_m·shift2, and M is never formed.
 // Layouts, grid of the products, bytes: product.cuh; e comes twice, r goes out and in.
@@ -88,100 +88,72 @@ __device__ __forceinline__ void fold(const FoldParams& p, int block, T* shared) 
   }
 }
 
-// What becomes of a product's results; out may be absent.
+// What becomes of a product's results, which are scale ⊙ acc + shift first.
 enum class Finish : int {
   kPlain,
-  kBias,  // + shift[channel]
-  kRelu,  // relu(norm(acc))
-  kGate,  // e ⊙ (w + φ (1 − w)), φ = σ(scale[channel] · acc + shift[channel])
-  kMask,  // acc (+ shift[channel], if there is one) where other > 0, else 0
+  kRelu,  // max(·, 0)
+  kGate,  // e ⊙ (w + φ (1 − w)), φ = σ(·)
+  kMask,  // 0 where other is not > 0
 };
 
-// A vector (C,) at the channels of a run.
-template <Layout kLayout, int kRun>
-__device__ __forceinline__ void load_channels(const float* vector, const Run& run,
-                                              float (&value)[kRun]) {
-  if constexpr (kLayout == Layout::kRows) {
-    const float all = vector[run.channel];
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) value[e] = all;
-  } else {
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) value[e] = vector[product::channel_of<kLayout>(run, e)];
-  }
-}
-
 // One epilogue for all products of this stage, so that they share kernels: the choice costs a branch
-// a run, the kernels would cost minutes of compilation.
+// a run, kernels of their own would cost minutes of compilation. out may be absent.
 template <class T, product::Reduction kReduce>
 struct Epilogue {
   using Output = T;
   static constexpr bool kStores = false;  // by itself
   static constexpr product::Reduction kReduction = kReduce;
+  static constexpr int kVectors = 2;
   Finish finish;
-  Norm norm;
-  const float* scale;
-  const float* shift;
-  Map out, other, w;  // kGate: other is e
+  Norm norm;           // scale and shift, if it has a weight,
+  const float* scale;  // else these; null: 1
+  const float* shift;  // null: 0
+  Map out, other, w;   // kGate: other is e
   int group_channels;
 
+  __device__ __forceinline__ void vectors(int64_t, int channel, float (&value)[2]) const {
+    if (norm.weight != nullptr) {
+      value[0] = norm.scale(channel);
+      value[1] = norm.shift(channel);
+    } else {
+      value[0] = scale != nullptr ? scale[channel] : 1.0f;
+      value[1] = shift != nullptr ? shift[channel] : 0.0f;
+    }
+  }
+
   template <Layout kLayout, int kRun>
-  __device__ __forceinline__ void apply(const Run& run, float (&value)[kRun]) const {
-    if (finish == Finish::kGate) {
-      gate<kLayout>(run, value);
-    } else if (finish == Finish::kRelu) {
+  __device__ __forceinline__ void apply(const Run& run, const float (&vectors)[2][kRun],
+                                        float (&value)[kRun]) const {
 #pragma unroll
-      for (int e = 0; e < kRun; ++e) {
-        const int channel = product::channel_of<kLayout>(run, e);
-        value[e] = relu((value[e] - norm.mean[channel]) * norm.scale(channel) +
-                        norm.bias[channel]);
-      }
+    for (int i = 0; i < kRun; ++i) value[i] = value[i] * vectors[0][i] + vectors[1][i];
+    if (finish == Finish::kRelu) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) value[i] = relu(value[i]);
     } else if (finish != Finish::kPlain) {
-      float addend[kRun];
-      if (shift != nullptr) {
-        load_channels<kLayout>(shift, run, addend);
+      float own[kRun], gate[kRun] = {};
+      load_run<T>(other, run, own);
+      if (finish == Finish::kGate) load_gates<T, kLayout>(w, run, group_channels, gate);
 #pragma unroll
-        for (int e = 0; e < kRun; ++e) value[e] += addend[e];
-      }
-      if (finish == Finish::kMask) {
-        load_run<T>(other, run, addend);
-#pragma unroll
-        for (int e = 0; e < kRun; ++e) value[e] = addend[e] > 0.0f ? value[e] : 0.0f;
+      for (int i = 0; i < kRun; ++i) {
+        if (finish == Finish::kGate) {
+          value[i] = own[i] * (gate[i] + sigmoid(value[i]) * (1.0f - gate[i]));
+        } else {
+          value[i] = own[i] > 0.0f ? value[i] : 0.0f;
+        }
       }
     }
     if (out.data != nullptr) store_run<T>(out, run, value);
   }
-
-  template <Layout kLayout, int kRun>
-  __device__ __forceinline__ void gate(const Run& run, float (&value)[kRun]) const {
-    float own[kRun];
-    load_channels<kLayout>(scale, run, own);
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) value[e] *= own[e];
-    load_channels<kLayout>(shift, run, own);
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) value[e] = sigmoid(value[e] + own[e]);
-    if constexpr (kLayout == Layout::kRows) {
-      load_run<T>(w, {run.b, run.channel / group_channels, run.pixel, run.count}, own);
-    } else {
-      const T* from = product::address_of<T>(w, {run.b, 0, run.pixel, 0});
-#pragma unroll
-      for (int e = 0; e < kRun; ++e) {
-        const int channel = product::channel_of<kLayout>(run, e);
-        own[e] = to_float(from[channel / group_channels * w.stride_c]);
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) value[e] = own[e] + value[e] * (1.0f - own[e]);
-    load_run<T>(other, run, own);
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) value[e] *= own[e];
-  }
 };
 
+// Results of a block. Those of split float32 take three times the operands' registers: half the
+// channels. The pixels are the same, and with them the moments' parts.
+template <class T>
+using Shape = product::Tile<sizeof(T) == 2 ? 128 : 64, 128, 2, 4>;
+
 // A product in the first `product_blocks` blocks, and folding in the others, if there are any.
-template <class T, Precision kPrecision, Layout kLayout, class Shape, product::Reduction kReduce>
-__global__ void __launch_bounds__(Shape::kThreads, sizeof(T) == 2 ? 2 : 1)
+template <class T, Precision kPrecision, Layout kLayout, product::Reduction kReduce>
+__global__ void __launch_bounds__(Shape<T>::kThreads, sizeof(T) == 2 ? 2 : 1)
     product_kernel(product::ProductParams p, Epilogue<T, kReduce> epilogue, int product_blocks,
                    FoldParams folding) {
   using Loading = product::ScaledThenPlainLoader;  // w and the second operand may be absent
@@ -189,15 +161,15 @@ __global__ void __launch_bounds__(Shape::kThreads, sizeof(T) == 2 ? 2 : 1)
   if constexpr (kReduce == product::Reduction::kNone) {
     const int block = static_cast<int>(blockIdx.x);
     if (block >= product_blocks) {
-      fold<T, kPrecision, Shape::kThreads>(folding, block - product_blocks, shared);
+      fold<T, kPrecision, Shape<T>::kThreads>(folding, block - product_blocks, shared);
       return;
     }
   }
-  using Main = product::Tiles<T, kPrecision, kLayout, Shape, Loading>;
-  const product::Corner corner = product::corner_of(p, Shape::kM, Shape::kN);
+  using Main = product::Tiles<T, kPrecision, kLayout, Shape<T>, Loading>;
+  const product::Corner corner = product::corner_of(p, Shape<T>::kM, Shape<T>::kN);
   typename Main::Accumulators acc = {};
   Main::accumulate(p, corner, shared, acc);
-  product::Results<T, kPrecision, kLayout, Shape, Loading, Epilogue<T, kReduce>>::store(
+  product::Results<T, kPrecision, kLayout, Shape<T>, Loading, Epilogue<T, kReduce>>::store(
       p, corner, epilogue, acc, reinterpret_cast<float*>(shared));
 }
 

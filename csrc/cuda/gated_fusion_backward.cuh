@@ -153,7 +153,7 @@ __device__ __forceinline__ bool multiply_matrices(const MatricesParams& p, int& 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMatrixThreads) matrices_kernel(MatricesParams p) {
+__global__ void __launch_bounds__(kMatrixThreads, 2) matrices_kernel(MatricesParams p) {
   CIEMA_SHARED(float, shared, [kMatrixShared / sizeof(float)]);
   const int c = p.channels, q = p.squeezed;
   const int64_t both = c + q;
@@ -333,8 +333,7 @@ __global__ void __launch_bounds__(kInputThreads) input_kernel(InputParams p) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       if (i >= run.count) continue;
-      const int own = product::channel_of<kLayout>(run, i);
-      const int n = kRows ? i : 0;
+      const int own = kRows ? channel : channel + i, n = kRows ? i : 0;
       const float f = sigmoid(phi[i] * p.norm3.scale(own) + p.norm3.shift(own));
       sum[n] += e[i] * (grad[i] * (1.0f - f) + of_s[i]);
       grad[i] = grad[i] * (gate[n] + f * (1.0f - gate[n])) + of_s[i] * gate[n];

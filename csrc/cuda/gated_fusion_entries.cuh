@@ -133,7 +133,7 @@ inline TileMoments moments_of(const Arguments& a) {
   moments.data = a.pointer<const float>("moments");
   if (moments.data == nullptr) return moments;
   moments.pixels = number(a, "pixels");
-  moments.tile_pixels = product::WideTile::kN;
+  moments.tile_pixels = Shape<float>::kN;
   moments.tiles = static_cast<int>(blocks(moments.pixels, moments.tile_pixels));
   moments.parts = number(a, "batch") * moments.tiles;
   return moments;
@@ -141,7 +141,7 @@ inline TileMoments moments_of(const Arguments& a) {
 
 template <class T, Precision kPrecision, Layout kLayout, product::Reduction kReduce>
 void launch_product(const Arguments& a, const char* name, const FoldParams& folding) {
-  using Shape = product::WideTile;
+  using Tile = Shape<T>;
   using Kernel = Epilogue<T, kReduce>;
   product::ProductParams p{};
   Kernel epilogue{};
@@ -149,17 +149,17 @@ void launch_product(const Arguments& a, const char* name, const FoldParams& fold
     p = product_of<T>(a, kLayout);
     epilogue = epilogue_of<T, kReduce>(a, kLayout);
   }
-  p.row_tiles = static_cast<int>(blocks(p.rows, Shape::kM));
-  p.pixel_tiles = static_cast<int>(blocks(p.pixels, Shape::kN));
+  p.row_tiles = static_cast<int>(blocks(p.rows, Tile::kM));
+  p.pixel_tiles = static_cast<int>(blocks(p.pixels, Tile::kN));
   const int64_t product_blocks =
       has(a, "x0") ? a.integer("batch") * p.row_tiles * p.pixel_tiles : 0;
-  const int64_t fold_blocks = folding.combined == nullptr ? 0 : folding.blocks(Shape::kThreads);
-  constexpr int kOfProduct = product::shared_bytes<T, kPrecision, kLayout, Shape,
+  const int64_t fold_blocks = folding.combined == nullptr ? 0 : folding.blocks(Tile::kThreads);
+  constexpr int kOfProduct = product::shared_bytes<T, kPrecision, kLayout, Tile,
                                                    product::ScaledThenPlainLoader, Kernel>();
-  constexpr int kOfFold = FoldProduct<T, kPrecision, Shape::kThreads>::kBytes;
-  launch(a, name, dim3(grid_size(product_blocks + fold_blocks)), dim3(Shape::kThreads),
+  constexpr int kOfFold = FoldProduct<T, kPrecision, Tile::kThreads>::kBytes;
+  launch(a, name, dim3(grid_size(product_blocks + fold_blocks)), dim3(Tile::kThreads),
          kOfProduct > kOfFold ? kOfProduct : kOfFold,
-         product_kernel<T, kPrecision, kLayout, Shape, kReduce>, p, epilogue,
+         product_kernel<T, kPrecision, kLayout, kReduce>, p, epilogue,
          static_cast<int>(product_blocks), folding);
 }
 

@@ -12,7 +12,8 @@ using namespace gated_fusion;
 template <class T>
 GateMaps maps_of(const Arguments& a, Layout layout) {
   return {product::map_of<T>(a, "grad_out", layout), product::map_of<T>(a, "e", layout),
-          product::map_of<T>(a, "w", layout), product::map_of<T>(a, "logits", layout)};
+          product::map_of<T>(a, "w", layout), product::map_of<T>(a, "logits", layout),
+          number(a, "group_channels")};
 }
 
 // Sums of t, r and its sums
@@ -27,7 +28,6 @@ void gate_sums_entry(const Arguments& a) {
                               norm_of(a, "3"),
                               a.pointer<float>("sums"),
                               a.pointer<float>("sums_r"),
-                              number(a, "group_channels"),
                               cover_of<L>(a, "channels", "runs"),
                               cover_of<L>(a, "squeezed", "runs_r")};
     launch(a, "gated_fusion_gate_sums",
@@ -52,8 +52,7 @@ void grad_logits_entry(const Arguments& a) {
                                 a.pointer<float>("grad_bias"),
                                 count_of(a),
                                 a.integer("training") != 0,
-                                number(a, "group_channels"),
-                                cover};
+                                  cover};
     launch(a, "gated_fusion_grad_logits", dim3(grid_size(blocks_of<L>(cover))), dim3(kThreads), 0,
            grad_logits_kernel<L>, p);
   });

@@ -21,6 +21,7 @@ namespace gated_fusion {
 
 struct GateMaps {
   Map grad_out, e, w, logits;
+  int group_channels;
 };
 
 // A thread's values of t and of the logits, at one place.
@@ -28,13 +29,13 @@ template <class L>
 struct GateGradient {
   float t[L::kRun], logit[L::kRun], e[L::kRun], gate[L::kRun];
 
-  __device__ __forceinline__ GateGradient(const GateMaps& maps, const Gates<L>& gates,
+  __device__ __forceinline__ GateGradient(const GateMaps& maps,
                                           const float (&scale)[L::kOwn],
                                           const float (&shift)[L::kOwn], const Run& run) {
     load_run<typename L::T>(maps.grad_out, run, t);
     load_run<typename L::T>(maps.logits, run, logit);
     load_run<typename L::T>(maps.e, run, e);
-    gates.load(run, gate);
+    load_gates<typename L::T, L::kLayout>(maps.w, run, maps.group_channels, gate);
 #pragma unroll
     for (int i = 0; i < L::kRun; ++i) {
       const float phi = sigmoid(logit[i] * scale[L::own(i)] + shift[L::own(i)]);
@@ -63,7 +64,6 @@ struct GateSumsParams {
   Norm norm1, norm3;
   float* sums;    // (runs, 2, C): of t and t ⊙ n
   float* sums_r;  // (runs, 1, C/4)
-  int group_channels;
   Cover cover, cover_r;
 };
 
@@ -131,9 +131,8 @@ __global__ void __launch_bounds__(kThreads)
   if (channel < channels) {
     float scale[L::kOwn], shift[L::kOwn], mean[L::kOwn];
     load_norm<L>(p.norm3, channel, channels, scale, shift, mean);
-    const Gates<L> gates(p.maps.w, channel, channels, p.group_channels);
     L::for_each(p.cover, block_run, channel, [&](const Run& run) {
-      const GateGradient<L> at(p.maps, gates, scale, shift, run);
+      const GateGradient<L> at(p.maps, scale, shift, run);
 #pragma unroll
       for (int i = 0; i < L::kRun; ++i) {
         sum[0][L::own(i)] += at.t[i];
@@ -154,7 +153,6 @@ struct GradLogitsParams {
   float* grad_bias;
   float count;  // values of a channel
   bool training;
-  int group_channels;
   Cover cover;
 };
 
@@ -184,9 +182,8 @@ __global__ void __launch_bounds__(kThreads)
           Slopes(p.norm3, channel + i, total[0][own], total[1][own], p.count, p.training);
     }
   }
-  const Gates<L> gates(p.maps.w, channel, channels, p.group_channels);
   L::for_each(p.cover, block_run, channel, [&](const Run& run) {
-    GateGradient<L> at(p.maps, gates, scale, shift, run);
+    GateGradient<L> at(p.maps, scale, shift, run);
 #pragma unroll
     for (int i = 0; i < L::kRun; ++i) {
       const Slopes& own = slopes[L::own(i)];

@@ -47,9 +47,10 @@ struct Cover {
   int runs;   // blocks along the tiles
 };
 
-template <class Element, Layout kLayout>
+template <class Element, Layout kOfMaps>
 struct Lanes {
   using T = Element;
+  static constexpr Layout kLayout = kOfMaps;
   static constexpr bool kRows = kLayout == Layout::kRows;
   static constexpr int kRun = Vector<T>::kElements;
   static constexpr int kChannelLanes = 8;
@@ -91,39 +92,27 @@ struct Lanes {
   }
 };
 
-// The values of w (B, G, H·W) that belong to a thread's elements; c channels to a group.
-template <class L>
-struct Gates {
-  Map w;
-  int group[L::kOwn];  // of the thread's channels
-  bool one_group;      // all of them in one
-
-  __device__ __forceinline__ Gates(const Map& map, int channel, int channels, int group_channels)
-      : w(map) {
+// w (B, G, H·W) at the elements of a run of a map of c channels to a group.
+template <class T, Layout kLayout, int kRun>
+__device__ __forceinline__ void load_gates(const Map& w, const Run& run, int group_channels,
+                                           float (&gate)[kRun]) {
+  const int group = run.channel / group_channels;
+  if constexpr (kLayout == Layout::kRows) {
+    load_run<T>(w, {run.b, group, run.pixel, run.count}, gate);
+  } else {
+    const T* own = product::address_of<const T>(w, {run.b, group, run.pixel, 0});
+    const int left = (group + 1) * group_channels - run.channel;  // channels of the first group
+    const float first = to_float(*own);
 #pragma unroll
-    for (int i = 0; i < L::kOwn; ++i) {
-      const int known = channel + i < channels ? channel + i : channels - 1;
-      group[i] = known / group_channels;
-    }
-    one_group = group[0] == group[L::kOwn - 1];
-  }
-
-  __device__ __forceinline__ void load(const Run& run, float (&gate)[L::kRun]) const {
-    if constexpr (L::kRows) {
-      load_run<typename L::T>(w, {run.b, group[0], run.pixel, run.count}, gate);
-    } else {
-      const auto* base = product::address_of<const typename L::T>(w, {run.b, 0, run.pixel, 0});
-      if (one_group) {
-        const float value = to_float(base[group[0] * w.stride_c]);
-#pragma unroll
-        for (int i = 0; i < L::kRun; ++i) gate[i] = value;
-      } else {
-#pragma unroll
-        for (int i = 0; i < L::kRun; ++i) gate[i] = to_float(base[group[L::own(i)] * w.stride_c]);
+    for (int i = 0; i < kRun; ++i) {
+      gate[i] = first;
+      if (i >= left && i < run.count) {
+        const int other = (run.channel + i) / group_channels - group;
+        gate[i] = to_float(own[other * w.stride_c]);
       }
     }
   }
-};
+}
 
 // Sums over the pixels of a block, of kCount quantities: from every thread's part to `total`
 // [kCount][kChannels] in shared memory, in a fixed order. All threads call it and may read then.

@@ -57,14 +57,13 @@ void norm_entry(const Arguments& a) {
          dim3(kThreads), 0, norm_kernel, p);
 }
 
-// Means of out from the sums of its tiles
+// Means of out
 template <class T>
 void mean_entry(const Arguments& a) {
-  const MeanParams p = {a.pointer<const float>("partials"), a.pointer<float>("mean"),
-                        number(a, "batch"), number(a, "channels"), number(a, "pixels"),
-                        number(a, "tiles")};
-  launch(a, "gated_fusion_mean", dim3(grid_size(p.batch * blocks(p.channels, kMeanChannels))),
-         dim3(kThreads), 0, mean_kernel, p);
+  const MeanParams p = {moments_of(a), a.pointer<float>("mean"), number(a, "channels")};
+  launch(a, "gated_fusion_mean",
+         dim3(grid_size(a.integer("batch") * blocks(p.channels, kNormChannels))), dim3(kThreads), 0,
+         mean_kernel, p);
 }
 
 const Entry kEntries[] = {

@@ -2,7 +2,8 @@
 //
 //   r = relu(BN1(hidden))      out = e ⊙ (w + φ (1 − w)), φ = σ(BN3(logits))
 //
-// and what merges a product's moments (`norm`) or sums (`mean`, identity 5.6) of its tiles.
+// and what merges the moments of a product's tiles, over all samples (`norm`) or for each of them
+// (`mean`, identity 5.6).
 // Grid: (channel block) × (run of pixel tiles), see gated_fusion_maps.cuh. In training every block
 // first merges the moments of its channels (gated_fusion_norms.cuh); those of run 0 store them.
 // Bytes, in passes over e: relu 0.5; out 3 and w. Everything in float32; r and out are rounded to
@@ -95,12 +96,11 @@ __global__ void __launch_bounds__(kThreads) out_kernel(OutParams p) {
   float scale[L::kOwn], shift[L::kOwn];
   norm_of_block<L>(p.norm, first, p.cover.channels, block_run == 0, scale, shift);
   if (channel >= p.cover.channels) return;
-  const Gates<L> gates(p.w, channel, p.cover.channels, p.group_channels);
   L::for_each(p.cover, block_run, channel, [&](const Run& run) {
     float value[L::kRun], e[L::kRun], gate[L::kRun];
     load_run<typename L::T>(p.logits, run, value);
     load_run<typename L::T>(p.e, run, e);
-    gates.load(run, gate);
+    load_gates<typename L::T, L::kLayout>(p.w, run, p.group_channels, gate);
 #pragma unroll
     for (int i = 0; i < L::kRun; ++i) {
       const float phi = sigmoid(value[i] * scale[L::own(i)] + shift[L::own(i)]);
@@ -132,26 +132,26 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormParams p) {
   }
 }
 
-// Means (B, C) from the sums (B·tiles, C) of the pixel tiles; a block has 8 channels of a sample.
+// Means (B, C) of a map from the moments of its tiles; a block has kNormChannels of a sample.
 struct MeanParams {
-  const float* sums;
+  TileMoments moments;
   float* mean;
-  int batch, channels, pixels, tiles;
+  int channels;
 };
 
-constexpr int kMeanChannels = 8;
-
 __global__ void __launch_bounds__(kThreads) mean_kernel(MeanParams p) {
-  const int blocks = (p.channels + kMeanChannels - 1) / kMeanChannels;
-  const int sample = static_cast<int>(blockIdx.x) / blocks;
-  const int first = static_cast<int>(blockIdx.x) % blocks * kMeanChannels;
-  CIEMA_SHARED(float, total, [1][kMeanChannels]);
-  merge_sums(p.sums + static_cast<int64_t>(sample) * p.tiles * p.channels, p.tiles, first,
-             p.channels, total);
+  const int blocks = (p.channels + kNormChannels - 1) / kNormChannels;
+  const int64_t sample = static_cast<int>(blockIdx.x) / blocks;
+  const int first = static_cast<int>(blockIdx.x) % blocks * kNormChannels;
+  CIEMA_SHARED(float, mean, [kNormChannels]);
+  CIEMA_SHARED(float, var, [kNormChannels]);
+  TileMoments moments = p.moments;
+  moments.parts = moments.tiles;
+  moments.data += sample * moments.tiles * 2 * p.channels;
+  merge_moments(moments, first, p.channels, mean, var);
   const int lane = static_cast<int>(threadIdx.x);
-  if (lane < kMeanChannels && first + lane < p.channels) {
-    p.mean[static_cast<int64_t>(sample) * p.channels + first + lane] =
-        total[0][lane] / static_cast<float>(p.pixels);
+  if (lane < kNormChannels && first + lane < p.channels) {
+    p.mean[sample * p.channels + first + lane] = mean[lane];
   }
 }
 

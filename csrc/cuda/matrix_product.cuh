@@ -29,7 +29,10 @@ struct Matrix {
 
   template <class Element>
   __device__ __forceinline__ float at(int line, int depth) const {
-    const int64_t offset = line * stride_line + depth * stride_depth;
+    return read<Element>(line * stride_line + depth * stride_depth);
+  }
+  template <class Element>
+  __device__ __forceinline__ float read(int64_t offset) const {
     return is_float ? static_cast<const float*>(data)[offset]
                     : to_float(static_cast<const Element*>(data)[offset]);
   }
@@ -45,31 +48,43 @@ struct Side {
   static constexpr int kOwn = kTile * kStep / kThreads;
   using Values = float[kOwn];
 
-  __device__ __forceinline__ static void place(int n, int& line, int& depth) {
-    const int at = static_cast<int>(threadIdx.x) + n * kThreads;
-    line = kDeep ? at / kStep : at % kTile;
-    depth = kDeep ? at % kStep : at / kTile;
+  // A thread's elements lie on one line of the shared tile's longer axis, so many lines or depths
+  // apart.
+  static constexpr int kLineStep = kDeep ? kThreads / kStep : 0;
+  static constexpr int kDepthStep = kDeep ? 0 : kThreads / kTile;
+  static_assert(kThreads % kStep == 0 && kThreads % kTile == 0);
+
+  __device__ __forceinline__ static int line() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return kDeep ? thread / kStep : thread % kTile;
+  }
+  __device__ __forceinline__ static int depth() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return kDeep ? thread % kStep : thread / kTile;
   }
 
   // Scale(k): d[k].
   template <class Scale>
   __device__ __forceinline__ static void load(const Matrix& matrix, int first, int lines, int k,
                                               int depths, Scale scale, Values& values) {
+    const int own_line = first + line(), own_depth = k + depth();
+    const int64_t step = kLineStep * matrix.stride_line + kDepthStep * matrix.stride_depth;
+    int64_t offset = own_line * matrix.stride_line + own_depth * matrix.stride_depth;
+    const float common = kDeep && own_depth < depths ? scale(own_depth) : 0.0f;
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
-      int line, depth;
-      place(n, line, depth);
-      const bool inside = first + line < lines && k + depth < depths;
-      values[n] =
-          inside ? matrix.template at<Element>(first + line, k + depth) * scale(k + depth) : 0.0f;
+      const int at = own_depth + n * kDepthStep;
+      const bool inside = own_line + n * kLineStep < lines && at < depths;
+      values[n] = inside ? matrix.template read<Element>(offset) * (kDeep ? common : scale(at))
+                         : 0.0f;
+      offset += step;
     }
   }
   __device__ __forceinline__ static void store(T* tile, const Values& values) {
+    T* own = tile + (kDeep ? line() * kPitch + depth() : depth() * kPitch + line());
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
-      int line, depth;
-      place(n, line, depth);
-      tile[kDeep ? line * kPitch + depth : depth * kPitch + line] = from_float<T>(values[n]);
+      own[n * (kLineStep + kDepthStep) * kPitch] = from_float<T>(values[n]);
     }
   }
   __device__ __forceinline__ static void load_a(typename F::A& a, const T* tile, int line, int k) {

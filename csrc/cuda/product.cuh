@@ -32,10 +32,44 @@ namespace ciema::product {
 //     using Output = T;                                  // what out holds
 //     static constexpr bool kStores = true;              // whether there is an out
 //     static constexpr Reduction kReduction = Reduction::kNone;
-//     // Changes the results of one run, of which run.count are real, kRun at most.
+//     static constexpr int kVectors = 2;                 // numbers that belong to a channel
+//     // The tile computes them once for each of its channels.
+//     __device__ void vectors(int64_t b, int channel, float (&value)[kVectors]) const;
+//     // Changes the results of one run, of which run.count are real. (With kVectors = 0 one unused.)
 //     template <Layout kLayout, int kRun>
-//     __device__ void apply(const Run& run, float (&value)[kRun]) const;
+//     __device__ void apply(const Run& run, const float (&vectors)[kVectors][kRun],
+//                           float (&value)[kRun]) const;
 //   };
+
+// A run of floats in shared memory, 16 bytes at a time, kRun 4 or 8. With a `turn` of 1 the second
+// half is first, so that lanes 8 floats apart can keep to different banks.
+template <int kRun>
+__device__ __forceinline__ void read_floats(const float* from, int turn, float (&value)[kRun]) {
+  const auto first = load_vector<Vector<float>>(from + turn * 4);
+  if constexpr (kRun == 4) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) value[e] = first.element[e];
+  } else {
+    const auto second = load_vector<Vector<float>>(from + (turn ^ 1) * 4);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      value[e] = turn == 0 ? first.element[e] : second.element[e];
+      value[4 + e] = turn == 0 ? second.element[e] : first.element[e];
+    }
+  }
+}
+
+template <int kRun>
+__device__ __forceinline__ void write_floats(float* to, int turn, const float (&value)[kRun]) {
+  Vector<float> first, second;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    first.element[e] = turn == 0 ? value[e] : value[kRun - 4 + e];
+    second.element[e] = turn == 0 ? value[kRun - 4 + e] : value[e];
+  }
+  store_vector(to + turn * 4, first);
+  if constexpr (kRun == 8) store_vector(to + (turn ^ 1) * 4, second);
+}
 
 // Count, mean and sum of squared deviations of one channel's results, joined by Chan's formula.
 struct Moments {
@@ -65,13 +99,17 @@ struct Results {
   static constexpr int kPitch = kLength + (kRows ? 8 : 4);  // pairs and single floats, in turn
   static constexpr int kRunsPerLine = kLength / kRun;
   static constexpr Reduction kReduction = Epilogue::kReduction;
+  static constexpr int kVectors = Epilogue::kVectors > 0 ? Epilogue::kVectors : 1;
   static_assert(kLines * kRunsPerLine % Shape::kThreads == 0 && kRunsPerLine <= kWarp);
+  static_assert(Shape::kM <= Shape::kThreads);
   static constexpr int kBytes = kLines * kPitch * static_cast<int>(sizeof(float));
 
   __device__ __forceinline__ static void store(const ProductParams& p, const Corner& corner,
                                                const Epilogue& epilogue,
                                                const typename Main::Accumulators& acc,
                                                float* part) {
+    CIEMA_SHARED(float, vectors, [kVectors * Shape::kM]);
+    fill_vectors(p, corner, epilogue, vectors);
     Moments sums{};  // channels_last: of channel threadIdx.x
 #pragma unroll
     for (int index = 0; index < kParts; ++index) {
@@ -80,7 +118,8 @@ struct Results {
       __syncthreads();
       for (int i = static_cast<int>(threadIdx.x); i < kLines * kRunsPerLine;
            i += Shape::kThreads) {
-        finish(p, corner, epilogue, index, i / kRunsPerLine, i % kRunsPerLine * kRun, part);
+        finish(p, corner, epilogue, index, i / kRunsPerLine, i % kRunsPerLine * kRun,
+               vectors, part);
       }
       if constexpr (!kRows && kReduction != Reduction::kNone) {
         __syncthreads();
@@ -96,6 +135,19 @@ struct Results {
   }
 
  private:
+  // The epilogue's numbers for every channel of the tile, [number][channel].
+  __device__ __forceinline__ static void fill_vectors(const ProductParams& p, const Corner& corner,
+                                                      const Epilogue& epilogue, float* vectors) {
+    if constexpr (Epilogue::kVectors > 0) {
+      const int own = static_cast<int>(threadIdx.x);
+      if (own >= Shape::kM) return;
+      float value[kVectors] = {};
+      if (corner.channel + own < p.rows) epilogue.vectors(corner.b, corner.channel + own, value);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) vectors[v * Shape::kM + own] = value[v];
+    }
+  }
+
   // This warp's accumulators of one part.
   __device__ __forceinline__ static void write(const typename Main::Accumulators& acc, int index,
                                                float* part) {
@@ -143,7 +195,7 @@ struct Results {
   // One run: out of shared memory, through the epilogue, into out.
   __device__ __forceinline__ static void finish(const ProductParams& p, const Corner& corner,
                                                 const Epilogue& epilogue, int index, int line,
-                                                int at, float* part) {
+                                                int at, const float* vectors, float* part) {
     const int across = position(index, line);
     Run run{corner.b, corner.channel + (kRows ? across : at),
             corner.pixel + (kRows ? at : across), 0};
@@ -151,49 +203,30 @@ struct Results {
       run.count = kRows ? p.pixels - run.pixel : p.rows - run.channel;
       if (PLANT == 3 && run.count > 0) run.count += 1;
     }
+    float* own = part + line * kPitch + at;
+    const int turn = (at / 32 + (kLength == 32 && kRows ? line : 0)) % (kRun / 4);
     float value[kRun];
-    exchange<false>(part, line, at, value);
+    read_floats(own, turn, value);
     if (run.count > 0) {
-      epilogue.template apply<kLayout>(run, value);
+      float numbers[kVectors][kRun];
+#pragma unroll
+      for (int v = 0; v < Epilogue::kVectors; ++v) {
+        if constexpr (kRows) {
+          const float number = vectors[v * Shape::kM + across];
+#pragma unroll
+          for (int e = 0; e < kRun; ++e) numbers[v][e] = number;
+        } else {
+          read_floats(vectors + v * Shape::kM + at, at / 32 % (kRun / 4), numbers[v]);
+        }
+      }
+      epilogue.template apply<kLayout>(run, numbers, value);
       if constexpr (Epilogue::kStores) store_run<Output>(p.out, run, value);
     }
     if constexpr (kReduction != Reduction::kNone) {
       if constexpr (kRows) {
         reduce_run(p, corner, run, value);
       } else {
-        exchange<true>(part, line, at, value);
-      }
-    }
-  }
-
-  // A run of floats, in 16 bytes at a time. Lanes 32 floats apart begin with the other half, so that
-  // 8 lanes take 8 places in the banks.
-  template <bool kWrite>
-  __device__ __forceinline__ static void exchange(float* part, int line, int at,
-                                                  float (&value)[kRun]) {
-    constexpr int kFloats = Vector<float>::kElements;
-    float* own = part + line * kPitch + at;
-    const int turn = (at / 32 + (kLength == 32 && kRows ? line : 0)) % (kRun / kFloats);
-#pragma unroll
-    for (int n = 0; n < kRun / kFloats; ++n) {
-      const int here = (n ^ turn) * kFloats;
-      Vector<float> four;
-      if constexpr (kWrite) {
-#pragma unroll
-        for (int e = 0; e < kFloats; ++e) {
-          four.element[e] = here == 0 ? value[e] : value[kRun - kFloats + e];
-        }
-        store_vector(own + here, four);
-      } else {
-        four = load_vector<Vector<float>>(own + here);
-#pragma unroll
-        for (int e = 0; e < kFloats; ++e) {
-          if (here == 0) {
-            value[e] = four.element[e];
-          } else {
-            value[kRun - kFloats + e] = four.element[e];
-          }
-        }
+        write_floats(own, turn, value);
       }
     }
   }

@@ -11,32 +11,27 @@ __device__ __forceinline__ float sigmoid(float value) { return 1.0f / (1.0f + ex
 // max(value, 0), and NaN where value is NaN.
 __device__ __forceinline__ float relu(float value) { return value < 0.0f ? 0.0f : value; }
 
-// Channel of the e-th element of a run; the last real one past the end, so that it may be looked up.
-template <Layout kLayout>
-__device__ __forceinline__ int channel_of(const Run& run, int e) {
-  if (kLayout == Layout::kRows) return run.channel;
-  return run.channel + (e < run.count ? e : run.count - 1);
-}
-
 // out = acc
 template <class Out, Reduction kReduce = Reduction::kNone, bool kStore = true>
 struct Plain {
   using Output = Out;
   static constexpr bool kStores = kStore;
   static constexpr Reduction kReduction = kReduce;
+  static constexpr int kVectors = 0;
 
   template <Layout kLayout, int kRun>
-  __device__ __forceinline__ void apply(const Run&, float (&)[kRun]) const {}
+  __device__ __forceinline__ void apply(const Run&, const float (&)[1][kRun],
+                                        float (&)[kRun]) const {}
 };
 
-// Batch norm with known statistics, folded: scale = γ / sqrt(var + eps), shift = β − mean · scale.
+// Batch norm with known statistics as scale = γ / sqrt(var + eps) and shift = β − mean · scale.
 struct Norm {
   const float *weight, *bias, *mean, *var;
   float eps;
 
-  __device__ __forceinline__ float operator()(int channel, float value) const {
-    const float scale = weight[channel] / sqrtf(var[channel] + eps);
-    return value * scale + (bias[channel] - mean[channel] * scale);
+  __device__ __forceinline__ void vectors(int channel, float& scale, float& shift) const {
+    scale = weight[channel] / sqrtf(var[channel] + eps);
+    shift = bias[channel] - mean[channel] * scale;
   }
 };
 
@@ -46,12 +41,17 @@ struct NormRelu {
   using Output = Out;
   static constexpr bool kStores = kStore;
   static constexpr Reduction kReduction = kReduce;
+  static constexpr int kVectors = 2;
   Norm norm;
 
+  __device__ __forceinline__ void vectors(int64_t, int channel, float (&value)[2]) const {
+    norm.vectors(channel, value[0], value[1]);
+  }
   template <Layout kLayout, int kRun>
-  __device__ __forceinline__ void apply(const Run& run, float (&value)[kRun]) const {
+  __device__ __forceinline__ void apply(const Run&, const float (&vectors)[2][kRun],
+                                        float (&value)[kRun]) const {
 #pragma unroll
-    for (int e = 0; e < kRun; ++e) value[e] = relu(norm(channel_of<kLayout>(run, e), value[e]));
+    for (int e = 0; e < kRun; ++e) value[e] = relu(value[e] * vectors[0][e] + vectors[1][e]);
   }
 };
 
@@ -61,18 +61,22 @@ struct Gate {
   using Output = T;
   static constexpr bool kStores = true;
   static constexpr Reduction kReduction = Reduction::kNone;
+  static constexpr int kVectors = 1;
   const float* gate;
   Map x;
   int rows;
 
+  __device__ __forceinline__ void vectors(int64_t b, int channel, float (&value)[1]) const {
+    value[0] = gate[b * rows + channel];
+  }
   template <Layout kLayout, int kRun>
-  __device__ __forceinline__ void apply(const Run& run, float (&value)[kRun]) const {
+  __device__ __forceinline__ void apply(const Run& run, const float (&vectors)[1][kRun],
+                                        float (&value)[kRun]) const {
     float own[kRun];
     load_run<T>(x, run, own);
 #pragma unroll
     for (int e = 0; e < kRun; ++e) {
-      const float a = gate[run.b * rows + channel_of<kLayout>(run, e)];
-      value[e] = a * own[e] + (1.0f - a) * value[e];
+      value[e] = vectors[0][e] * own[e] + (1.0f - vectors[0][e]) * value[e];
     }
   }
 };
@@ -83,22 +87,43 @@ struct NormGate {
   using Output = T;
   static constexpr bool kStores = kStore;
   static constexpr Reduction kReduction = kReduce;
+  static constexpr int kVectors = 2;
   Norm norm;
   Map e, w;
   int width;  // channels to a group
 
+  __device__ __forceinline__ void vectors(int64_t, int channel, float (&value)[2]) const {
+    norm.vectors(channel, value[0], value[1]);
+  }
   template <Layout kLayout, int kRun>
-  __device__ __forceinline__ void apply(const Run& run, float (&value)[kRun]) const {
-    float own[kRun];
+  __device__ __forceinline__ void apply(const Run& run, const float (&vectors)[2][kRun],
+                                        float (&value)[kRun]) const {
+    float own[kRun], gate[kRun];
     load_run<T>(e, run, own);
-    const T* from = static_cast<const T*>(w.data) + run.b * w.stride_b + run.pixel * w.stride_s;
+    load_gate<kLayout>(run, gate);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const int channel = channel_of<kLayout>(run, i);
-      const int pixel = kLayout == Layout::kRows ? (i < run.count ? i : run.count - 1) : 0;
-      const float gate = to_float(from[channel / width * w.stride_c + pixel * w.stride_s]);
-      const float phi = sigmoid(norm(channel, value[i]));
-      value[i] = own[i] * (phi + gate * (1.0f - phi));
+      const float phi = sigmoid(value[i] * vectors[0][i] + vectors[1][i]);
+      value[i] = own[i] * (phi + gate[i] * (1.0f - phi));
+    }
+  }
+
+ private:
+  template <Layout kLayout, int kRun>
+  __device__ __forceinline__ void load_gate(const Run& run, float (&gate)[kRun]) const {
+    const Run first{run.b, run.channel / width, run.pixel, run.count};
+    if (kLayout == Layout::kRows && w.stride_s == 1) return load_run<T>(w, first, gate);
+    if (kLayout == Layout::kChannelsLast && width % kRun == 0) {
+      const float one = to_float(*address_of<const T>(w, first));
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) gate[i] = one;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const bool rows = kLayout == Layout::kRows;
+      const Run own{run.b, (run.channel + (rows ? 0 : i)) / width, run.pixel + (rows ? i : 0), 1};
+      gate[i] = i < run.count ? to_float(*address_of<const T>(w, own)) : 0.0f;
     }
   }
 };

@@ -61,26 +61,26 @@ void launch_tile(const Arguments& a, const char* name, ProductParams p, const Ep
 }
 
 // The integer `tile` names the shape (fused/backends/cuda/product.py chooses it): 0 narrow, 1
-// medium, 2 wide; `tf32` that float32 operands may be rounded so.
+// medium, 2 wide; `tf32` lets the wide one round float32 operands so.
 template <class T, Layout kLayout, class Loading, class Epilogue>
 void launch_product(const Arguments& a, const char* name, const ProductParams& p,
                     const Epilogue& epilogue) {
-  const auto with = [&]<Precision kPrecision>() {
-    switch (a.integer("tile")) {
-      case 0:
-        return launch_tile<T, kPrecision, kLayout, NarrowTile, Loading>(a, name, p, epilogue);
-      case 1:
-        return launch_tile<T, kPrecision, kLayout, MediumTile, Loading>(a, name, p, epilogue);
-      case 2:
-        return launch_tile<T, kPrecision, kLayout, WideTile, Loading>(a, name, p, epilogue);
-      default:
-        fail_launch(name, "no such tile");
-    }
-  };
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (a.integer("tf32") != 0) return with.template operator()<Precision::kTf32>();
+  constexpr Precision kExact = Precision::kSplit;
+  switch (a.integer("tile")) {
+    case 0:
+      return launch_tile<T, kExact, kLayout, NarrowTile, Loading>(a, name, p, epilogue);
+    case 1:
+      return launch_tile<T, kExact, kLayout, MediumTile, Loading>(a, name, p, epilogue);
+    case 2:
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (a.integer("tf32") != 0) {
+          return launch_tile<T, Precision::kTf32, kLayout, WideTile, Loading>(a, name, p, epilogue);
+        }
+      }
+      return launch_tile<T, kExact, kLayout, WideTile, Loading>(a, name, p, epilogue);
+    default:
+      fail_launch(name, "no such tile");
   }
-  with.template operator()<Precision::kSplit>();
 }
 
 }  // namespace ciema::product

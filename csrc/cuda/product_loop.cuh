@@ -314,9 +314,10 @@ struct Tiles {
   __device__ __forceinline__ static void accumulate(const ProductParams& p, const Corner& corner,
                                                     T* stages, Accumulators& acc) {
     const int count = steps(p);
+    // Without w there is nothing to scale by, whatever the loader.
     const int scaled =
         Loading::kScaled && p.scale.data != nullptr ? steps_of(p.operand[0]) : 0;
-    OwnScales scales;
+    OwnScales scales{};
     const bool fits =
         Loading::kScaled && OwnScales::fits(p.scale, p.scale_width, p.pixels - corner.pixel);
 #pragma unroll

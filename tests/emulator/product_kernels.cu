@@ -27,21 +27,13 @@ Norm norm_of(const Arguments& a) {
           a.pointer<const float>("mean"), a.pointer<const float>("var"), a.real("eps")};
 }
 
+#if PLANT == 0
 // out = W x, float32 whatever T
 template <class T, Layout kLayout>
 void plain(const Arguments& a) {
   ProductParams p = params_of<T>(a, kLayout);
   p.out = map_of<float>(a, "out", kLayout);
   launch_product<T, kLayout, PlainLoader>(a, "plain", p, Plain<float>{});
-}
-
-// out = a x + (1 − a) W x
-template <class T, Layout kLayout>
-void gate(const Arguments& a) {
-  ProductParams p = params_of<T>(a, kLayout);
-  p.out = map_of<T>(a, "out", kLayout);
-  const Gate<T> epilogue{a.pointer<const float>("gate"), p.operand[0].x, p.rows};
-  launch_product<T, kLayout, PlainLoader>(a, "gate", p, epilogue);
 }
 
 // out = relu(norm(W (x w))), with the moments of its tiles
@@ -53,6 +45,8 @@ void scaled_relu(const Arguments& a) {
   const NormRelu<T, Reduction::kMoments> epilogue{norm_of(a)};
   launch_product<T, kLayout, ScaledLoader>(a, "scaled_relu", p, epilogue);
 }
+
+#endif
 
 // out = φ x + (1 − φ) s, s = x w, φ = σ(norm(W [s; r])), with the sums of its tiles
 template <class T, Layout kLayout>
@@ -71,16 +65,17 @@ void entry(const Arguments& a) {
   a.integer("channels_last") != 0 ? kChannelsLast(a) : kRows(a);
 }
 
-#define CIEMA_ENTRIES(function)                                                          \
-  {#function "_float32", entry<function<float, Layout::kRows>,                           \
-                               function<float, Layout::kChannelsLast>>},                 \
-      {#function "_float16", entry<function<__half, Layout::kRows>,                      \
-                                   function<__half, Layout::kChannelsLast>>},            \
-      {#function "_bfloat16", entry<function<__nv_bfloat16, Layout::kRows>,              \
-                                    function<__nv_bfloat16, Layout::kChannelsLast>>}
+#define CIEMA_ENTRY(function, name, type) \
+  {#function "_" #name, entry<function<type, Layout::kRows>, function<type, Layout::kChannelsLast>>}
 
-const Entry kEntries[] = {CIEMA_ENTRIES(plain), CIEMA_ENTRIES(gate), CIEMA_ENTRIES(scaled_relu),
-                          CIEMA_ENTRIES(fusion)};
+const Entry kEntries[] = {
+#if PLANT == 0  // a planted bug needs no more than one loader
+    CIEMA_ENTRY(plain, float32, float), CIEMA_ENTRY(plain, float16, __half),
+    CIEMA_ENTRY(plain, bfloat16, __nv_bfloat16), CIEMA_ENTRY(scaled_relu, float16, __half),
+    CIEMA_ENTRY(scaled_relu, float32, float), CIEMA_ENTRY(fusion, float32, float),
+    CIEMA_ENTRY(fusion, bfloat16, __nv_bfloat16),
+#endif
+    CIEMA_ENTRY(fusion, float16, __half)};
 
 }  // namespace
 }  // namespace ciema::product

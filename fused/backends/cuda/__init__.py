@@ -21,6 +21,8 @@ GROUPED_STAGES = ("coordinate_attention", "cross_spatial")
 _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "channel_statistics": ("channel_statistics", "forward"),
     "channel_statistics_backward": ("channel_statistics", "backward"),
+    "channel_interaction": ("channel_interaction", "forward"),
+    "channel_interaction_backward": ("channel_interaction", "backward"),
     "gated_fusion": ("gated_fusion", "forward"),
     "gated_fusion_backward": ("gated_fusion_backward", "backward"),
 }

@@ -1,10 +1,10 @@
 """Gated fusion (spec.md 2.4) on CUDA, forward.
 
-Evaluation takes two launches (identity 5.3): `product` (r, and the folding of the weights in further
-blocks) and `product` again (out), or `sums` and `mean` for out's means (5.6). Where maps are kept,
-M is never formed either: hidden = W1∗s with moments; relu (r); the moments of W2∗r; norm (their
-statistics); folding; logits = Wf_s∗s + combined∗r + Wf_m·shift2 with moments; out: seven launches.
-Frozen norms need no moments: five.
+Evaluation takes two launches (identity 5.3): `product` (r, and the folding of the weights in more
+blocks) and `product` again (out), or `moments` and `mean` for out's means (5.6). Where maps are
+kept, M is never formed either: hidden = W1∗s with moments; relu (r); the moments of W2∗r; norm
+(their statistics); folding; logits = Wf_s∗s + combined∗r + Wf_m·shift2 with moments; out: seven
+launches. Frozen norms need no moments: five.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ def _evaluate(
         eps3=norms[2].eps,
     )
     out = None if mean else case.new_map(case.channels)
-    parts = case.batch * case.tiles
-    partials = case.new_floats(parts, case.channels) if mean else None
+    partials = case.new_moments(case.channels) if mean else None
     case.multiply(
-        "sums" if mean else "product",
+        "moments" if mean else "product",
         case.channels,
         [(case.e, weights.fusion), (r, combined)],
         finish=Finish.GATE,
@@ -69,7 +68,7 @@ def _evaluate(
     if out is not None:
         return out
     means = case.new_floats(case.batch, case.channels)
-    case.launch("mean", reads={"partials": partials}, writes={"mean": means}, tiles=case.tiles)
+    case.launch("mean", reads={"moments": partials}, writes={"mean": means})
     return means
 
 
@@ -102,14 +101,10 @@ def _forward_saving(
     case: Case, weights: Weights, norms: tuple[Norm, Norm, Norm], *, training: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Out, hidden and logits; in training the norms' mean and var are written."""
-
-    def moments(channels: int) -> torch.Tensor | None:
-        return case.new_floats(case.batch * case.tiles, 2, channels) if training else None
-
     entry = "moments" if training else "product"
     hidden, r = case.new_map(case.squeezed), case.new_map(case.squeezed)
     logits, out = case.new_map(case.channels), case.new_map(case.channels)
-    partials = moments(case.squeezed)
+    partials = case.new_moments(case.squeezed) if training else None
     case.multiply(
         entry,
         case.squeezed,
@@ -121,7 +116,7 @@ def _forward_saving(
     )
     _normalise(case, "relu", norms[0], partials, {"hidden": hidden}, {"r": r}, case.squeezed)
     if training:
-        partials = moments(case.channels)
+        partials = case.new_moments(case.channels)
         case.multiply(
             "moments",
             case.channels,
@@ -134,12 +129,12 @@ def _forward_saving(
         statistics = {"mean": norms[1].mean, "var": norms[1].var}
         case.launch("norm", reads={"moments": partials}, writes=statistics)
     combined, shift = _fold(case, weights, norms)
-    partials = moments(case.channels)
+    partials = case.new_moments(case.channels) if training else None
     case.multiply(
         entry,
         case.channels,
         [(case.e, weights.fusion), (r, combined)],
-        finish=Finish.BIAS,
+        finish=Finish.PLAIN,
         scaled=True,
         reads={"w": case.w, "shift": shift},
         writes={"out": logits, "partials": partials},

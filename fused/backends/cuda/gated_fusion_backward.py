@@ -1,14 +1,14 @@
 """Gated fusion (spec.md 2.4) on CUDA, backward; M and its gradient are never formed.
 
-Our launches: gate_sums (sums of t; r), grad_logits (z, s), matrices, rows, statistics (of frozen
-norms there are none), product (h), norm_sums, norm_backward, product (of_s), input (grad_e, grad_w).
+Our launches: gate_sums (sums of t; r), grad_logits (z, s), matrices, rows, statistics (frozen norms
+have none), product (h), norm_sums, norm_backward, product (of_s), input (grad_e, grad_w).
 The library's: z·[s; r]ᵀ, in training r·rᵀ, and BN1ᵀ(h)·sᵀ. The equations are in
 csrc/cuda/gated_fusion_gate_backward.cuh and gated_fusion_backward.cuh.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -119,7 +119,7 @@ def _through_middle(
     to_hidden = case.e.new_empty(squeezed, channels + squeezed)
     to_s = case.e.new_empty(channels, channels + squeezed)
     shift = case.new_floats(squeezed) if training else None
-    flags = {"training": int(training), "weight_is_float": weights.is_float}
+    flags: dict[str, Any] = {"training": int(training), "weight_is_float": weights.is_float}
     expand = {"expand": weights.expand, **norms[1].vectors("2")}
     fusion = {"fusion": weights.fusion, **norms[2].vectors("3")}
     case.launch(
@@ -273,12 +273,12 @@ def backward(
         case.norm(bn3_weight, bn3_bias, *statistics3, eps3),
     )
     weights = Weights.of(e, squeeze_weight, expand_weight, fusion_weight)
-    kept = (case.laid(x) for x in (grad_out, hidden, gate_logits))
-    maps, of_norm3 = _through_gate(case, *kept, norms, training=training)
-    of_norm2 = _Gradients.of(norms[1])
-    middle = _through_middle(
-        case, maps, weights, norms, (of_norm2, of_norm3), training=training
+    maps, of_norm3 = _through_gate(
+        *(case, case.laid(grad_out), case.laid(hidden), case.laid(gate_logits), norms),
+        training=training,
     )
+    of_norm2 = _Gradients.of(norms[1])
+    middle = _through_middle(case, maps, weights, norms, (of_norm2, of_norm3), training=training)
     grad_hidden, of_norm1 = _grad_hidden(case, maps, middle, norms[0], training=training)
     grad_e, grad_w = _grad_input(case, maps, grad_hidden, middle.to_s, norms[2])
     grad_squeeze = _product(case.matrix(grad_hidden), case.matrix(maps.s))

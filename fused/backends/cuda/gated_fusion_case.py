@@ -1,4 +1,4 @@
-"""Host side of gated_fusion: the sizes, layouts and scratch of one call, for all of its launches."""
+"""Host side of gated_fusion: the sizes, layouts and scratch of one call, for all its launches."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ class Finish(IntEnum):
     """What becomes of a product's results, as in csrc/cuda/gated_fusion.cuh."""
 
     PLAIN = 0
-    BIAS = 1
-    RELU = 2
-    GATE = 3
-    MASK = 4
+    RELU = 1
+    GATE = 2
+    MASK = 3
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,10 @@ class Case:
         """Empty float32 vectors or scratch."""
         return torch.empty(shape, dtype=torch.float32, device=self.e.device)
 
+    def new_moments(self, channels: int) -> torch.Tensor:
+        """Room for the moments of the tiles of a product's result."""
+        return self.new_floats(self.batch * self.tiles, 2, channels)
+
     def norm(
         self,
         weight: torch.Tensor,
@@ -177,7 +180,7 @@ class Case:
         scratch: Mapping[str, torch.Tensor | None] | None = None,
         **numbers: int | float,
     ) -> None:
-        """Start `gated_fusion_<entry>` with the sizes and the strides of all maps beside `numbers`."""
+        """Start `gated_fusion_<entry>` with the sizes and all maps' strides beside `numbers`."""
         every = {**reads, **(writes or {}), **(scratch or {})}
         steps = {
             f"{name}_stride_{axis}": step

@@ -1,0 +1,64 @@
+"""Arguments of the shared product (csrc/cuda/product.cuh), and which of its tiles is taken."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..maps import is_channels_last, readable
+from .launch import takes_tf32
+
+# Channels and pixels of the tiles 0, 1 and 2 of csrc/cuda/product_launch.cuh.
+TILES = (32, 64, 128)
+_EMULATED_MULTIPROCESSORS = 108  # an A100's
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def choose_tile(like: torch.Tensor, batch: int, rows: int, pixels: int) -> int:
+    """The largest tile of which there is one for every multiprocessor, else the smallest."""
+    wanted = _EMULATED_MULTIPROCESSORS
+    if like.is_cuda:
+        wanted = _multiprocessors(like.device.index or 0)
+    for tile in reversed(range(len(TILES))):
+        size = TILES[tile]
+        if batch * -(-rows // size) * -(-pixels // size) >= wanted:
+            return tile
+    return 0
+
+
+def parts(tile: int, batch: int, pixels: int) -> int:
+    """How many tiles of pixels there are: the first size of a product's partial sums."""
+    return batch * -(-pixels // TILES[tile])
+
+
+def numbers(
+    like: torch.Tensor, weight: torch.Tensor, shape: tuple[int, int, int], tile: int
+) -> dict[str, int]:
+    """Sizes and flags of a product with results (batch, rows, pixels) in the layout of `like`."""
+    batch, rows, pixels = shape
+    return {
+        **{"batch": batch, "rows": rows, "pixels": pixels, "tile": tile},
+        "channels_last": int(is_channels_last(like)),
+        "weight_is_float": int(weight.dtype == torch.float32),
+        "tf32": takes_tf32(),
+    }
+
+
+def rows_of(weight: torch.Tensor) -> torch.Tensor:
+    """A 1×1 convolution's weight as (rows, channels), of which the channels are neighbours."""
+    matrix = weight.flatten(1)
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def in_layout_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A `readable` map with the same axis as neighbours as `like`: x itself, or a copy of it."""
+    x = readable(x)
+    if is_channels_last(x) == is_channels_last(like):
+        return x
+    last = is_channels_last(like)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
