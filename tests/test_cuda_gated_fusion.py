@@ -229,9 +229,8 @@ def test_other_layouts_are_copied(layout: str) -> None:
 def test_gates_may_lie_otherwise_and_be_float32() -> None:
     named = case(SMALL, True, torch.float16)
     want, grad, want_gradients = exact(named)
-    args = dict(
-        zip(OP.inputs, convert("gated_fusion", named, torch.float16, "contiguous"), strict=True)
-    )
+    listed = convert("gated_fusion", named, torch.float16, "contiguous")
+    args = dict(zip(OP.inputs, listed, strict=True))
     args["w"] = args["w"].float().contiguous(memory_format=torch.channels_last)
     for name in ("e", "w"):
         args[name].requires_grad_()

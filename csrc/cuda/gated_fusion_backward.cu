@@ -88,7 +88,9 @@ void input_entry(const Arguments& a) {
                      product::map_of<T>(a, "of_s", kLayout),
                      product::map_of<T>(a, "grad_e", kLayout),
                      product::map_of<T>(a, "grad_w", kLayout),
-                     norm_of(a, "3"),
+                     a.pointer<const float>("affine"),
+                     false,
+                     number(a, "channels"),
                      number(a, "batch"),
                      number(a, "groups"),
                      number(a, "group_channels"),
@@ -96,6 +98,7 @@ void input_entry(const Arguments& a) {
     // Runs begin where groups do.
     const bool whole = kRows || p.group_channels % kRun == 0;
     for (Map* map : {&p.grad_out, &p.e, &p.logits, &p.of_s, &p.grad_e}) map->aligned &= whole;
+    p.affine_aligned = whole && is_aligned(p.affine, p.channels);
     const int64_t threads =
         int64_t{p.batch} * p.groups * blocks(p.pixels, kRows ? kRun : 1);
     launch(a, "gated_fusion_input", dim3(grid_size(blocks(threads, kInputThreads))),

@@ -299,11 +299,36 @@ __global__ void __launch_bounds__(kMatrixThreads) statistics_kernel(StatisticsPa
 
 struct InputParams {
   Map grad_out, e, w, logits, of_s, grad_e, grad_w;
-  Norm norm3;
+  const float* affine;  // (2, C): norm 3's scale and shift
+  bool affine_aligned;  // at every run
+  int channels;
   int batch, groups, group_channels, pixels;
 };
 
 constexpr int kInputThreads = 128;
+
+// A vector (C,) at the elements of a run.
+template <Layout kLayout, int kRun>
+__device__ __forceinline__ void load_channels(const float* vector, const Run& run, bool aligned,
+                                              float (&value)[kRun]) {
+  constexpr int kFloats = Vector<float>::kElements;
+  const float* own = vector + run.channel;
+  if constexpr (kLayout == Layout::kRows) {
+    const float all = *own;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) value[i] = all;
+  } else if (aligned && run.count >= kRun) {
+#pragma unroll
+    for (int part = 0; part < kRun; part += kFloats) {
+      const auto four = load_vector<Vector<float>>(own + part);
+#pragma unroll
+      for (int i = 0; i < kFloats; ++i) value[part + i] = four.element[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) value[i] = i < run.count ? own[i] : 0.0f;
+  }
+}
 
 // A thread goes through the channels of one group: rows at a run of pixels, channels_last at one.
 template <class T, Layout kLayout>
@@ -325,7 +350,9 @@ __global__ void __launch_bounds__(kInputThreads) input_kernel(InputParams p) {
   for (int k = 0; k < p.group_channels; k += kChannels) {
     const int channel = group * p.group_channels + k;
     const Run run{sample, channel, pixel, kRows ? pixels : p.group_channels - k};
-    float grad[kRun], e[kRun], phi[kRun], of_s[kRun];
+    float grad[kRun], e[kRun], phi[kRun], of_s[kRun], scale[kRun], shift[kRun];
+    load_channels<kLayout>(p.affine, run, p.affine_aligned, scale);
+    load_channels<kLayout>(p.affine + p.channels, run, p.affine_aligned, shift);
     load_run<T>(p.grad_out, run, grad);
     load_run<T>(p.e, run, e);
     load_run<T>(p.logits, run, phi);
@@ -333,8 +360,8 @@ __global__ void __launch_bounds__(kInputThreads) input_kernel(InputParams p) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       if (i >= run.count) continue;
-      const int own = kRows ? channel : channel + i, n = kRows ? i : 0;
-      const float f = sigmoid(phi[i] * p.norm3.scale(own) + p.norm3.shift(own));
+      const int n = kRows ? i : 0;
+      const float f = sigmoid(phi[i] * scale[i] + shift[i]);
       sum[n] += e[i] * (grad[i] * (1.0f - f) + of_s[i]);
       grad[i] = grad[i] * (gate[n] + f * (1.0f - gate[n])) + of_s[i] * gate[n];
     }

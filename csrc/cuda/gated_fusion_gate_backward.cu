@@ -48,6 +48,7 @@ void grad_logits_entry(const Arguments& a) {
                                 norm_of(a, "3"),
                                 a.pointer<const float>("sums"),
                                 cover.runs,
+                                a.pointer<float>("affine"),
                                 a.pointer<float>("grad_weight"),
                                 a.pointer<float>("grad_bias"),
                                 count_of(a),

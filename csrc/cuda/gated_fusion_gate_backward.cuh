@@ -149,6 +149,7 @@ struct GradLogitsParams {
   Norm norm3;
   const float* sums;  // (parts, 2, C)
   int parts;
+  float* affine;  // (2, C): norm 3's scale and shift, for `input`
   float* grad_weight;
   float* grad_bias;
   float count;  // values of a channel
@@ -169,6 +170,8 @@ __global__ void __launch_bounds__(kThreads)
   if (block_run == 0 && lane < L::kChannels && first + lane < channels) {
     p.grad_bias[first + lane] = total[0][lane];
     p.grad_weight[first + lane] = total[1][lane];
+    p.affine[first + lane] = p.norm3.scale(first + lane);
+    p.affine[channels + first + lane] = p.norm3.shift(first + lane);
   }
   if (channel >= channels) return;
   float scale[L::kOwn], shift[L::kOwn], mean[L::kOwn];

@@ -34,6 +34,7 @@ class _Maps(NamedTuple):
     r: torch.Tensor
     s_and_r: torch.Tensor
     sums_r: torch.Tensor
+    affine3: torch.Tensor
 
 
 class _Gradients(NamedTuple):
@@ -81,20 +82,21 @@ def _through_gate(
         eps1=norms[0].eps,
         eps3=norms[2].eps,
     )
-    grad_logits = case.new_matrix(case.channels)
+    grad_logits, affine3 = case.new_matrix(case.channels), case.new_floats(2, case.channels)
     gradients = _Gradients.of(norms[2])
     case.launch(
         "grad_logits",
         reads={**gate, **norms[2].vectors("3"), "sums": sums},
         writes={
-            **{"grad_logits": grad_logits, "s": s},
+            **{"grad_logits": grad_logits, "s": s, "affine": affine3},
             **{"grad_weight": gradients.weight, "grad_bias": gradients.bias},
         },
         runs=runs,
         eps3=norms[2].eps,
         training=int(training),
     )
-    return _Maps(grad_out, hidden, logits, grad_logits, s, r, s_and_r, sums_r), gradients
+    maps = _Maps(grad_out, hidden, logits, grad_logits, s, r, s_and_r, sums_r, affine3)
+    return maps, gradients
 
 
 def _through_middle(
@@ -203,7 +205,7 @@ def _grad_hidden(
 
 
 def _grad_input(
-    case: Case, maps: _Maps, grad_hidden: torch.Tensor, to_s: torch.Tensor, norm: Norm
+    case: Case, maps: _Maps, grad_hidden: torch.Tensor, to_s: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """grad_e, grad_w."""
     of_s, grad_e = case.new_map(case.channels), case.new_map(case.channels)
@@ -222,10 +224,9 @@ def _grad_input(
         "input",
         reads={
             **{"grad_out": maps.grad_out, "e": case.e, "w": case.w, "logits": maps.logits},
-            **{"of_s": of_s, **norm.vectors("3")},
+            **{"of_s": of_s, "affine": maps.affine3},
         },
         writes={"grad_e": grad_e, "grad_w": grad_w},
-        eps3=norm.eps,
     )
     return grad_e, grad_w
 
@@ -280,7 +281,7 @@ def backward(
     of_norm2 = _Gradients.of(norms[1])
     middle = _through_middle(case, maps, weights, norms, (of_norm2, of_norm3), training=training)
     grad_hidden, of_norm1 = _grad_hidden(case, maps, middle, norms[0], training=training)
-    grad_e, grad_w = _grad_input(case, maps, grad_hidden, middle.to_s, norms[2])
+    grad_e, grad_w = _grad_input(case, maps, grad_hidden, middle.to_s)
     grad_squeeze = _product(case.matrix(grad_hidden), case.matrix(maps.s))
     return (
         grad_e,
