@@ -96,8 +96,8 @@ enum class Finish : int {
   kMask,  // 0 where other is not > 0
 };
 
-// One epilogue for all products of this stage, so that they share kernels: the choice costs a branch
-// a run, kernels of their own would cost minutes of compilation. out may be absent.
+// One epilogue for all products of this stage, so that they share kernels: the choice costs a
+// branch a run, kernels of their own would cost minutes of compilation. out may be absent.
 template <class T, product::Reduction kReduce>
 struct Epilogue {
   using Output = T;

@@ -1,5 +1,5 @@
-// Entries of gated fusion's backward that go through maps one norm at a time. What they compute is in
-// gated_fusion_gate_backward.cuh.
+// Entries of gated fusion's backward that go through maps one norm at a time. What they compute is
+// in gated_fusion_gate_backward.cuh.
 #include "gated_fusion_gate_backward.cuh"
 
 #include "gated_fusion_entries.cuh"

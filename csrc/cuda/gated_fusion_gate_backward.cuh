@@ -9,9 +9,10 @@
 // Four kernels: `gate_sums` (sums of t and t ⊙ n; further blocks write r and its sums),
 // `grad_logits` (z and s), `norm_sums` and `norm_backward` (BN1ᵀ(h)). Grid: (channel block) ×
 // (run of pixel tiles), see gated_fusion_maps.cuh; every block of grad_logits and norm_backward
-// first adds up the sums of its channels, and those of run 0 store the norm's gradients.
-// Bytes, in passes over e: gate_sums 3 and half a pass of hidden and r; grad_logits 5; norm_sums 0.5;
-// norm_backward 0.75; w twice. Everything in float32; z, s, r and BN1ᵀ(h) are rounded to the map's dtype.
+// first adds up the sums of its channels, and those of run 0 store what belongs to a channel.
+// Bytes, in passes over e: gate_sums 3.5, with hidden and r; grad_logits 5; norm_sums 0.5;
+// norm_backward 0.75; w twice. Everything in float32; z, s, r and BN1ᵀ(h) are rounded to the map's
+// dtype.
 #pragma once
 
 #include "gated_fusion_norms.cuh"

@@ -1,6 +1,6 @@
 // Batch statistics of gated fusion in two stages, in a fixed order: a product leaves the moments of
 // its pixel tiles, (parts, 2, C) with mean and sum of squared deviations; here they become mean and
-// biased variance by Chan's formula. Sums for the norms' backward, (parts, 2, C), are added likewise.
+// biased variance by Chan's formula. Sums for the norms' backward, (parts, 2, C), are added alike.
 // All in float32. Bytes: the moments or sums once.
 #pragma once
 
@@ -8,21 +8,6 @@
 
 namespace ciema {
 namespace gated_fusion {
-
-// Mean, sum of squared deviations and number of some values.
-struct Moments {
-  float mean, m2, count;
-
-  __device__ __forceinline__ void merge(float other_mean, float other_m2, float other_count) {
-    if (other_count == 0.0f) return;
-    const float total = count + other_count;
-    const float delta = other_mean - mean;
-    const float share = other_count / total;
-    mean += delta * share;
-    m2 += other_m2 + delta * delta * count * share;
-    count = total;
-  }
-};
 
 // Moments of the pixel tiles of a product's result, or null.
 struct TileMoments {
@@ -44,20 +29,20 @@ __device__ __forceinline__ void merge_moments(const TileMoments& moments, int fi
   CIEMA_SHARED(float, merged, [3][kRows][kChannels]);
   const int channel = static_cast<int>(threadIdx.x) % kChannels;
   const int row = static_cast<int>(threadIdx.x) / kChannels;
-  Moments own = {0.0f, 0.0f, 0.0f};
+  product::Moments own{};
   if (first + channel < channels) {
     for (int part = row; part < moments.parts; part += kRows) {
       const float* at = moments.data + static_cast<int64_t>(part) * 2 * channels + first + channel;
-      own.merge(at[0], at[channels], moments.count(part));
+      own.join(moments.count(part), at[0], at[channels]);
     }
   }
-  merged[0][row][channel] = own.mean;
-  merged[1][row][channel] = own.m2;
-  merged[2][row][channel] = own.count;
+  merged[0][row][channel] = own.count;
+  merged[1][row][channel] = own.mean;
+  merged[2][row][channel] = own.m2;
   __syncthreads();
   if (row == 0) {
     for (int other = 1; other < kRows; ++other) {
-      own.merge(merged[0][other][channel], merged[1][other][channel], merged[2][other][channel]);
+      own.join(merged[0][other][channel], merged[1][other][channel], merged[2][other][channel]);
     }
     mean[channel] = own.mean;
     var[channel] = own.m2 / own.count;

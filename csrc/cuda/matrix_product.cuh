@@ -3,9 +3,9 @@
 //
 //   acc[i, j] = Σ_k L[i, k] · d[k] · R[k, j]        d may be absent
 //
-// L and R are of Element or float32 with any strides (one of them 1, for whole sectors), L ⊙ d and R
-// are rounded to T, the sums are float32 of the tensor cores in a fixed order. Steps of 64 bytes of
-// depth go through registers to shared memory; which index is the neighbour decides how they lie
+// L and R are of Element or float32 with any strides (one of them 1, for whole sectors), L ⊙ d and
+// R are rounded to T, the sums are float32 of the tensor cores in a fixed order. Steps of 64 bytes
+// of depth go through registers to shared memory; which index is the neighbour decides how they lie
 // there. Bytes: L once for every 64 columns, R once for every 64 rows, from the second-level cache.
 #pragma once
 
