@@ -110,6 +110,8 @@ struct Epilogue {
   const float* shift;  // null: 0
   Map out, other, w;   // kGate: other is e
   int group_channels;
+  Map partner;  // see Reduction
+  const float* partner_mean;
 
   __device__ __forceinline__ void vectors(int64_t, int channel, float (&value)[2]) const {
     if (norm.weight != nullptr) {
@@ -151,11 +153,33 @@ struct Epilogue {
 template <class T>
 using Shape = product::Tile<sizeof(T) == 2 ? 128 : 64, 128, 2, 4>;
 
+// Where the moments of a product's tiles are merged by the last block of each channel tile, if it is
+// to: the counters (row tiles,) are zero before and after.
+struct Statistics {
+  int* counters;
+  float* mean;
+  float* var;
+  TileMoments moments;
+};
+
+template <int kChannels>
+__device__ __forceinline__ void store_statistics(const Statistics& statistics, int first,
+                                                 int channels) {
+  CIEMA_SHARED(float, mean, [kChannels]);
+  CIEMA_SHARED(float, var, [kChannels]);
+  merge_moments(statistics.moments, first, channels, mean, var);
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane < kChannels && first + lane < channels) {
+    statistics.mean[first + lane] = mean[lane];
+    statistics.var[first + lane] = var[lane];
+  }
+}
+
 // A product in the first `product_blocks` blocks, and folding in the others, if there are any.
 template <class T, Precision kPrecision, Layout kLayout, product::Reduction kReduce>
 __global__ void __launch_bounds__(Shape<T>::kThreads, sizeof(T) == 2 ? 2 : 1)
     product_kernel(product::ProductParams p, Epilogue<T, kReduce> epilogue, int product_blocks,
-                   FoldParams folding) {
+                   FoldParams folding, Statistics statistics) {
   using Loading = product::ScaledThenPlainLoader;  // w and the second operand may be absent
   CIEMA_DYNAMIC_SHARED(T, shared);
   if constexpr (kReduce == product::Reduction::kNone) {
@@ -171,6 +195,13 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, sizeof(T) == 2 ? 2 : 1)
   Main::accumulate(p, corner, shared, acc);
   product::Results<T, kPrecision, kLayout, Shape<T>, Loading, Epilogue<T, kReduce>>::store(
       p, corner, epilogue, acc, reinterpret_cast<float*>(shared));
+  if constexpr (kReduce != product::Reduction::kNone) {
+    if (statistics.counters == nullptr) return;
+    int* counter = statistics.counters + corner.channel / Shape<T>::kM;
+    if (arrive_last(counter, statistics.moments.parts)) {
+      store_statistics<Shape<T>::kM>(statistics, corner.channel, p.rows);
+    }
+  }
 }
 
 }  // namespace gated_fusion

@@ -24,17 +24,14 @@ void matrices_entry(const Arguments& a) {
                             norm_of(a, "3"),
                             a.pointer<const float>("by_maps"),
                             a.pointer<const float>("squares"),
-                            a.pointer<const float>("sums_r"),
                             a.pointer<const float>("grad_bias"),
                             a.pointer<void>("grad_fusion"),
                             a.pointer<float>("of_expand"),
                             a.pointer<float>("of_squares"),
-                            a.pointer<float>("sum_r"),
                             a.pointer<void>("to_hidden"),
                             a.pointer<void>("to_s"),
                             number(a, "channels"),
                             number(a, "squeezed"),
-                            number(a, "runs_r"),
                             a.integer("training") != 0};
   launch(a, "gated_fusion_matrices", dim3(grid_size(p.blocks())), dim3(kMatrixThreads), 0,
          matrices_kernel<T>, p);

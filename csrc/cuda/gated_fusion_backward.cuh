@@ -32,23 +32,21 @@ struct MatricesParams {
   Norm norm2, norm3;
   const float* by_maps;    // (C, C + C/4): [S | N]
   const float* squares;    // Q (C/4, C/4), training
-  const float* sums_r;     // (runs, C/4)
   const float* grad_bias;  // of norm 3
   void* grad_fusion;       // (C, 2C)
   float* of_expand;        // K (C, C/4)
   float* of_squares;       // W2·Q (C, C/4), training
-  float* sum_r;            // (C/4,)
   void* to_hidden;         // (C/4, C + C/4) of T; its last C/4 columns are for `statistics`
   void* to_s;              // (C, C + C/4) of T: [Wf_sᵀ | W1ᵀ]
-  int channels, squeezed, runs;
+  int channels, squeezed;
   bool training;
 
   __host__ __device__ int wide() const { return matrix::tiles(channels); }
   __host__ __device__ int narrow() const { return matrix::tiles(squeezed); }
-  // Blocks: to_hidden, K, W2·Q, grad_Wf's right half, then to_s and its left half, Σr.
+  // Blocks: to_hidden, K, W2·Q, grad_Wf's right half, then to_s and its left half.
   __host__ __device__ int blocks() const {
     return 2 * wide() * narrow() + (training ? wide() * narrow() : 0) + wide() * wide() +
-           2 * wide() * wide() + wide() * narrow() + 1;
+           2 * wide() * wide() + wide() * narrow();
   }
 };
 
@@ -180,16 +178,8 @@ __global__ void __launch_bounds__(kMatrixThreads, 2) matrices_kernel(MatricesPar
     return;
   }
   block -= square;
-  if (block < p.wide() * p.narrow()) {
-    transpose<T>({p.squeeze, c, 1, p.is_float}, block, q, c, shared,
-                 [&](int row, int column, float value) { to_s(row, c + column, value); });
-    return;
-  }
-  for (int j = static_cast<int>(threadIdx.x); j < q; j += kMatrixThreads) {
-    float sum = 0.0f;
-    for (int run = 0; run < p.runs; ++run) sum += p.sums_r[static_cast<int64_t>(run) * q + j];
-    p.sum_r[j] = sum;
-  }
+  transpose<T>({p.squeeze, c, 1, p.is_float}, block, q, c, shared,
+               [&](int row, int column, float value) { to_s(row, c + column, value); });
 }
 
 struct RowsParams {

@@ -71,6 +71,8 @@ Epilogue<T, kReduce> epilogue_of(const Arguments& a, Layout layout) {
   epilogue.other = product::map_of<T>(a, has(a, "other") ? "other" : "x0", layout);
   epilogue.w = product::map_of<T>(a, "w", layout);
   epilogue.group_channels = number(a, "group_channels");
+  epilogue.partner = product::map_of<T>(a, "partner", layout);
+  epilogue.partner_mean = a.pointer<const float>("partner_mean");
   return epilogue;
 }
 
@@ -128,9 +130,9 @@ int64_t blocks_of(const Cover& cover) {
 }
 
 // Moments of the tiles of a product's result of this many pixels.
-inline TileMoments moments_of(const Arguments& a) {
+inline TileMoments moments_of(const Arguments& a, const char* name) {
   TileMoments moments{};
-  moments.data = a.pointer<const float>("moments");
+  moments.data = a.pointer<const float>(name);
   if (moments.data == nullptr) return moments;
   moments.pixels = number(a, "pixels");
   moments.tile_pixels = Shape<float>::kN;
@@ -160,7 +162,9 @@ void launch_product(const Arguments& a, const char* name, const FoldParams& fold
   launch(a, name, dim3(grid_size(product_blocks + fold_blocks)), dim3(Tile::kThreads),
          kOfProduct > kOfFold ? kOfProduct : kOfFold,
          product_kernel<T, kPrecision, kLayout, kReduce>, p, epilogue,
-         static_cast<int>(product_blocks), folding);
+         static_cast<int>(product_blocks), folding,
+         Statistics{a.pointer<int>("counters"), a.pointer<float>("mean_of_out"),
+                    a.pointer<float>("var_of_out"), moments_of(a, "partials")});
 }
 
 template <class T, product::Reduction kReduce>

@@ -49,40 +49,18 @@ void grad_logits_entry(const Arguments& a) {
                                 a.pointer<const float>("sums"),
                                 cover.runs,
                                 a.pointer<float>("affine"),
+                                a.pointer<const float>("sums_r"),
+                                a.pointer<float>("sum_r"),
+                                number(a, "runs_r"),
+                                number(a, "squeezed"),
                                 a.pointer<float>("grad_weight"),
                                 a.pointer<float>("grad_bias"),
                                 count_of(a),
                                 a.integer("training") != 0,
                                   cover};
-    launch(a, "gated_fusion_grad_logits", dim3(grid_size(blocks_of<L>(cover))), dim3(kThreads), 0,
+    const int64_t count = blocks_of<L>(cover) + blocks(p.squeezed, L::kChannels);
+    launch(a, "gated_fusion_grad_logits", dim3(grid_size(count)), dim3(kThreads), 0,
            grad_logits_kernel<L>, p);
-  });
-}
-
-template <class T, Layout kLayout>
-NormBackwardParams norm_backward_of(const Arguments& a) {
-  const Cover cover = cover_of<Lanes<T, kLayout>>(a, "squeezed", "runs");
-  return {product::map_of<T>(a, "hidden", kLayout),
-          product::map_of<T>(a, "grad_relu", kLayout),
-          product::map_of<T>(a, "grad_hidden", kLayout),
-          norm_of(a, "1"),
-          a.pointer<float>("sums"),
-          cover.runs,
-          a.pointer<float>("grad_weight"),
-          a.pointer<float>("grad_bias"),
-          count_of(a),
-          a.integer("training") != 0,
-          cover};
-}
-
-// Sums of h
-template <class T>
-void norm_sums_entry(const Arguments& a) {
-  with_layout(a, [&]<Layout kLayout>() {
-    using L = Lanes<T, kLayout>;
-    const NormBackwardParams p = norm_backward_of<T, kLayout>(a);
-    launch(a, "gated_fusion_norm_sums", dim3(grid_size(blocks_of<L>(p.cover))), dim3(kThreads), 0,
-           norm_sums_kernel<L>, p);
   });
 }
 
@@ -91,7 +69,17 @@ template <class T>
 void norm_backward_entry(const Arguments& a) {
   with_layout(a, [&]<Layout kLayout>() {
     using L = Lanes<T, kLayout>;
-    const NormBackwardParams p = norm_backward_of<T, kLayout>(a);
+    const NormBackwardParams p = {product::map_of<T>(a, "hidden", kLayout),
+                                  product::map_of<T>(a, "grad_relu", kLayout),
+                                  product::map_of<T>(a, "grad_hidden", kLayout),
+                                  norm_of(a, "1"),
+                                  a.pointer<const float>("sums"),
+                                  number(a, "parts"),
+                                  a.pointer<float>("grad_weight"),
+                                  a.pointer<float>("grad_bias"),
+                                  count_of(a),
+                                  a.integer("training") != 0,
+                                  cover_of<L>(a, "squeezed", "runs")};
     launch(a, "gated_fusion_norm_backward", dim3(grid_size(blocks_of<L>(p.cover))), dim3(kThreads),
            0, norm_backward_kernel<L>, p);
   });
@@ -104,9 +92,6 @@ const Entry kEntries[] = {
     {"gated_fusion_grad_logits_float32", grad_logits_entry<float>},
     {"gated_fusion_grad_logits_float16", grad_logits_entry<__half>},
     {"gated_fusion_grad_logits_bfloat16", grad_logits_entry<__nv_bfloat16>},
-    {"gated_fusion_norm_sums_float32", norm_sums_entry<float>},
-    {"gated_fusion_norm_sums_float16", norm_sums_entry<__half>},
-    {"gated_fusion_norm_sums_bfloat16", norm_sums_entry<__nv_bfloat16>},
     {"gated_fusion_norm_backward_float32", norm_backward_entry<float>},
     {"gated_fusion_norm_backward_float16", norm_backward_entry<__half>},
     {"gated_fusion_norm_backward_bfloat16", norm_backward_entry<__nv_bfloat16>},

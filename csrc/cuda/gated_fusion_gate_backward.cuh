@@ -6,13 +6,13 @@
 //   s = e ⊙ w      r = relu(BN1(hidden))  side by side in one map, for the weights' gradients
 //   BN1ᵀ(h)                              h, the gradient of BN1's result, comes from a product
 //
-// Four kernels: `gate_sums` (sums of t and t ⊙ n; further blocks write r and its sums),
-// `grad_logits` (z and s), `norm_sums` and `norm_backward` (BN1ᵀ(h)). Grid: (channel block) ×
-// (run of pixel tiles), see gated_fusion_maps.cuh; every block of grad_logits and norm_backward
-// first adds up the sums of its channels, and those of run 0 store what belongs to a channel.
-// Bytes, in passes over e: gate_sums 3.5, with hidden and r; grad_logits 5; norm_sums 0.5;
-// norm_backward 0.75; w twice. Everything in float32; z, s, r and BN1ᵀ(h) are rounded to the map's
-// dtype.
+// Three kernels: `gate_sums` (sums of t and t ⊙ n; further blocks write r and its sums),
+// `grad_logits` (z and s; further blocks add up Σr) and `norm_backward` (BN1ᵀ(h), from the sums that
+// the product left). Grid: (channel block) × (run of pixel tiles), see gated_fusion_maps.cuh; every
+// block of the last two first adds up the sums of its channels, and those of run 0 store what
+// belongs to a channel.
+// Bytes, in passes over e: gate_sums 3.5, with hidden and r; grad_logits 5; norm_backward 0.75; w
+// twice. Everything in float32; z, s, r and BN1ᵀ(h) are rounded to the map's dtype.
 #pragma once
 
 #include "gated_fusion_norms.cuh"
@@ -151,6 +151,9 @@ struct GradLogitsParams {
   const float* sums;  // (parts, 2, C)
   int parts;
   float* affine;  // (2, C): norm 3's scale and shift, for `input`
+  const float* sums_r;  // (runs, C/4)
+  float* sum_r;         // (C/4,)
+  int runs_r, squeezed;
   float* grad_weight;
   float* grad_bias;
   float count;  // values of a channel
@@ -158,12 +161,27 @@ struct GradLogitsParams {
   Cover cover;
 };
 
+// Σr of a block's channels.
+template <class L>
+__device__ __forceinline__ void add_up_r(const GradLogitsParams& p, int first) {
+  CIEMA_SHARED(float, total, [1][L::kChannels]);
+  merge_sums(p.sums_r, p.runs_r, first, p.squeezed, total);
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane < L::kChannels && first + lane < p.squeezed) p.sum_r[first + lane] = total[0][lane];
+}
+
 template <class L>
 __global__ void __launch_bounds__(kThreads)
     grad_logits_kernel(GradLogitsParams p) {
   const int channels = p.cover.channels;
-  const int first = static_cast<int>(blockIdx.x) / p.cover.runs * L::kChannels;
-  const int block_run = static_cast<int>(blockIdx.x) % p.cover.runs;
+  const int block = static_cast<int>(blockIdx.x);
+  const int own_blocks = p.cover.runs * ((channels + L::kChannels - 1) / L::kChannels);
+  if (block >= own_blocks) {
+    add_up_r<L>(p, (block - own_blocks) * L::kChannels);
+    return;
+  }
+  const int first = block / p.cover.runs * L::kChannels;
+  const int block_run = block % p.cover.runs;
   const int channel = first + L::channel();
   CIEMA_SHARED(float, total, [2][L::kChannels]);
   merge_sums(p.sums, p.parts, first, channels, total);
@@ -205,7 +223,7 @@ struct NormBackwardParams {
   Map grad;      // of its result
   Map grad_value;
   Norm norm;
-  float* sums;  // (parts, 2, C): of grad and grad ⊙ n
+  const float* sums;  // (parts, 2, C): of grad and grad ⊙ (value − mean)
   int parts;
   float* grad_weight;
   float* grad_bias;
@@ -213,33 +231,6 @@ struct NormBackwardParams {
   bool training;
   Cover cover;
 };
-
-template <class L>
-__global__ void __launch_bounds__(kThreads) norm_sums_kernel(NormBackwardParams p) {
-  const int channels = p.cover.channels;
-  const int first = static_cast<int>(blockIdx.x) / p.cover.runs * L::kChannels;
-  const int block_run = static_cast<int>(blockIdx.x) % p.cover.runs;
-  const int channel = first + L::channel();
-  float sum[2][L::kOwn] = {};
-  if (channel < channels) {
-    float mean[L::kOwn];
-#pragma unroll
-    for (int i = 0; i < L::kOwn; ++i) {
-      mean[i] = channel + i < channels ? p.norm.mean[channel + i] : 0.0f;
-    }
-    L::for_each(p.cover, block_run, channel, [&](const Run& run) {
-      float grad[L::kRun], value[L::kRun];
-      load_run<typename L::T>(p.grad, run, grad);
-      load_run<typename L::T>(p.value, run, value);
-#pragma unroll
-      for (int i = 0; i < L::kRun; ++i) {
-        sum[0][L::own(i)] += grad[i];
-        sum[1][L::own(i)] += grad[i] * (value[i] - mean[L::own(i)]);
-      }
-    });
-  }
-  store_sums<L>(sum, p.norm, p.sums, block_run, first, channels);
-}
 
 template <class L>
 __global__ void __launch_bounds__(kThreads)
@@ -251,6 +242,8 @@ __global__ void __launch_bounds__(kThreads)
   CIEMA_SHARED(float, total, [2][L::kChannels]);
   merge_sums(p.sums, p.parts, first, channels, total);
   const int lane = static_cast<int>(threadIdx.x);
+  if (lane < L::kChannels && first + lane < channels) total[1][lane] *= p.norm.rstd(first + lane);
+  __syncthreads();
   if (block_run == 0 && lane < L::kChannels && first + lane < channels) {
     p.grad_bias[first + lane] = total[0][lane];
     p.grad_weight[first + lane] = total[1][lane];

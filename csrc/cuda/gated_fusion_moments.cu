@@ -1,4 +1,4 @@
-// The products of gated fusion that leave the moments of their tiles. What they compute is in
+// The products of gated fusion that leave moments or sums of their tiles. What they compute is in
 // gated_fusion.cuh.
 #include "gated_fusion_entries.cuh"
 
@@ -9,7 +9,7 @@ using namespace gated_fusion;
 
 template <class T>
 void entry(const Arguments& a) {
-  product_entry<T, product::Reduction::kMoments>(a, "gated_fusion_moments");
+  product_entry<T, product::Reduction::kMomentsOrProducts>(a, "gated_fusion_moments");
 }
 
 const Entry kEntries[] = {

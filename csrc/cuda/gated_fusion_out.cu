@@ -10,7 +10,7 @@ namespace {
 using namespace gated_fusion;
 
 NormSource source_of(const Arguments& a) {
-  return {moments_of(a),
+  return {moments_of(a, "moments"),
           a.pointer<float>("mean"),
           a.pointer<float>("var"),
           a.pointer<const float>("weight"),
@@ -25,6 +25,7 @@ void relu_entry(const Arguments& a) {
     using L = Lanes<T, kLayout>;
     const ReluParams p = {product::map_of<T>(a, "hidden", kLayout),
                           product::map_of<T>(a, "r", kLayout), source_of(a),
+                          a.pointer<int>("counters"), number(a, "counts"),
                           cover_of<L>(a, "squeezed", "runs")};
     launch(a, "gated_fusion_relu", dim3(grid_size(blocks_of<L>(p.cover))), dim3(kThreads), 0,
            relu_kernel<L>, p);
@@ -48,21 +49,12 @@ void out_entry(const Arguments& a) {
   });
 }
 
-// Statistics of the expanded map
-template <class T>
-void norm_entry(const Arguments& a) {
-  const NormParams p = {moments_of(a), a.pointer<float>("mean"), a.pointer<float>("var"),
-                        number(a, "channels")};
-  launch(a, "gated_fusion_norm", dim3(grid_size(blocks(p.channels, kNormChannels))),
-         dim3(kThreads), 0, norm_kernel, p);
-}
-
 // Means of out
 template <class T>
 void mean_entry(const Arguments& a) {
-  const MeanParams p = {moments_of(a), a.pointer<float>("mean"), number(a, "channels")};
+  const MeanParams p = {moments_of(a, "moments"), a.pointer<float>("mean"), number(a, "channels")};
   launch(a, "gated_fusion_mean",
-         dim3(grid_size(a.integer("batch") * blocks(p.channels, kNormChannels))), dim3(kThreads), 0,
+         dim3(grid_size(a.integer("batch") * blocks(p.channels, kMeanChannels))), dim3(kThreads), 0,
          mean_kernel, p);
 }
 
@@ -73,9 +65,6 @@ const Entry kEntries[] = {
     {"gated_fusion_out_float32", out_entry<float>},
     {"gated_fusion_out_float16", out_entry<__half>},
     {"gated_fusion_out_bfloat16", out_entry<__nv_bfloat16>},
-    {"gated_fusion_norm_float32", norm_entry<float>},
-    {"gated_fusion_norm_float16", norm_entry<__half>},
-    {"gated_fusion_norm_bfloat16", norm_entry<__nv_bfloat16>},
     {"gated_fusion_mean_float32", mean_entry<float>},
     {"gated_fusion_mean_float16", mean_entry<__half>},
     {"gated_fusion_mean_bfloat16", mean_entry<__nv_bfloat16>},

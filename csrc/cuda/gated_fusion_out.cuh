@@ -2,8 +2,7 @@
 //
 //   r = relu(BN1(hidden))      out = e ⊙ (w + φ (1 − w)), φ = σ(BN3(logits))
 //
-// and what merges the moments of a product's tiles, over all samples (`norm`) or for each of them
-// (`mean`, identity 5.6).
+// and the means of out from the moments of its tiles (`mean`, identity 5.6).
 // Grid: (channel block) × (run of pixel tiles), see gated_fusion_maps.cuh. In training every block
 // first merges the moments of its channels (gated_fusion_norms.cuh); those of run 0 store them.
 // Bytes, in passes over e: relu 0.5; out 3 and w. Everything in float32; r and out are rounded to
@@ -59,6 +58,8 @@ __device__ __forceinline__ void norm_of_block(const NormSource& norm, int first,
 struct ReluParams {
   Map hidden, r;
   NormSource norm;
+  int* counters;  // of the next product's Statistics, to be zeroed
+  int counts;
   Cover cover;
 };
 
@@ -67,6 +68,9 @@ __global__ void __launch_bounds__(kThreads) relu_kernel(ReluParams p) {
   const int first = static_cast<int>(blockIdx.x) / p.cover.runs * L::kChannels;
   const int block_run = static_cast<int>(blockIdx.x) % p.cover.runs;
   const int channel = first + L::channel();
+  if (blockIdx.x == 0 && p.counters != nullptr) {
+    for (int i = static_cast<int>(threadIdx.x); i < p.counts; i += kThreads) p.counters[i] = 0;
+  }
   float scale[L::kOwn], shift[L::kOwn];
   norm_of_block<L>(p.norm, first, p.cover.channels, block_run == 0, scale, shift);
   if (channel >= p.cover.channels) return;
@@ -110,29 +114,9 @@ __global__ void __launch_bounds__(kThreads) out_kernel(OutParams p) {
   });
 }
 
-struct NormParams {
-  TileMoments moments;
-  float* mean;
-  float* var;
-  int channels;
-};
+constexpr int kMeanChannels = 8;  // of a block: a sector of 32 bytes
 
-constexpr int kNormChannels = 8;  // of a block: a sector of 32 bytes
-
-// Statistics of a norm; a block has kNormChannels.
-__global__ void __launch_bounds__(kThreads) norm_kernel(NormParams p) {
-  const int first = static_cast<int>(blockIdx.x) * kNormChannels;
-  const int lane = static_cast<int>(threadIdx.x);
-  CIEMA_SHARED(float, mean, [kNormChannels]);
-  CIEMA_SHARED(float, var, [kNormChannels]);
-  merge_moments(p.moments, first, p.channels, mean, var);
-  if (lane < kNormChannels && first + lane < p.channels) {
-    p.mean[first + lane] = mean[lane];
-    p.var[first + lane] = var[lane];
-  }
-}
-
-// Means (B, C) of a map from the moments of its tiles; a block has kNormChannels of a sample.
+// Means (B, C) of a map from the moments of its tiles; a block has kMeanChannels of a sample.
 struct MeanParams {
   TileMoments moments;
   float* mean;
@@ -140,17 +124,17 @@ struct MeanParams {
 };
 
 __global__ void __launch_bounds__(kThreads) mean_kernel(MeanParams p) {
-  const int blocks = (p.channels + kNormChannels - 1) / kNormChannels;
+  const int blocks = (p.channels + kMeanChannels - 1) / kMeanChannels;
   const int64_t sample = static_cast<int>(blockIdx.x) / blocks;
-  const int first = static_cast<int>(blockIdx.x) % blocks * kNormChannels;
-  CIEMA_SHARED(float, mean, [kNormChannels]);
-  CIEMA_SHARED(float, var, [kNormChannels]);
+  const int first = static_cast<int>(blockIdx.x) % blocks * kMeanChannels;
+  CIEMA_SHARED(float, mean, [kMeanChannels]);
+  CIEMA_SHARED(float, var, [kMeanChannels]);
   TileMoments moments = p.moments;
   moments.parts = moments.tiles;
   moments.data += sample * moments.tiles * 2 * p.channels;
   merge_moments(moments, first, p.channels, mean, var);
   const int lane = static_cast<int>(threadIdx.x);
-  if (lane < kNormChannels && first + lane < p.channels) {
+  if (lane < kMeanChannels && first + lane < p.channels) {
     p.mean[sample * p.channels + first + lane] = mean[lane];
   }
 }

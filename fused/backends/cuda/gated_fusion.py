@@ -2,9 +2,9 @@
 
 Evaluation takes two launches (identity 5.3): `product` (r, and the folding of the weights in more
 blocks) and `product` again (out), or `moments` and `mean` for out's means (5.6). Where maps are
-kept, M is never formed either: hidden = W1∗s with moments; relu (r); the moments of W2∗r; norm
-(their statistics); folding; logits = Wf_s∗s + combined∗r + Wf_m·shift2 with moments; out: seven
-launches. Frozen norms need no moments: five.
+kept, M is never formed either: hidden = W1∗s with moments; relu (r); the statistics of W2∗r, which
+is not stored; folding; logits = Wf_s∗s + combined∗r + Wf_m·shift2 with moments; out: six launches.
+Frozen norms need no moments: five.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def _normalise(
         writes=writes,
         eps=norm.eps,
         runs=case.runs(channels),
+        counts=case.counts,
     )
 
 
@@ -114,9 +115,12 @@ def _forward_saving(
         reads={"w": case.w},
         writes={"out": hidden, "partials": partials},
     )
-    _normalise(case, "relu", norms[0], partials, {"hidden": hidden}, {"r": r}, case.squeezed)
+    counters = case.new_counters() if training else None
+    written = {"r": r} if counters is None else {"r": r, "counters": counters}
+    _normalise(case, "relu", norms[0], partials, {"hidden": hidden}, written, case.squeezed)
     if training:
         partials = case.new_moments(case.channels)
+        statistics = {"mean_of_out": norms[1].mean, "var_of_out": norms[1].var}
         case.multiply(
             "moments",
             case.channels,
@@ -124,10 +128,10 @@ def _forward_saving(
             finish=Finish.PLAIN,
             scaled=False,
             reads={},
-            writes={"partials": partials},
+            writes=statistics,
+            updates={"counters": counters},
+            scratch={"partials": partials},
         )
-        statistics = {"mean": norms[1].mean, "var": norms[1].var}
-        case.launch("norm", reads={"moments": partials}, writes=statistics)
     combined, shift = _fold(case, weights, norms)
     partials = case.new_moments(case.channels) if training else None
     case.multiply(

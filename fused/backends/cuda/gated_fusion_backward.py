@@ -1,7 +1,7 @@
 """Gated fusion (spec.md 2.4) on CUDA, backward; M and its gradient are never formed.
 
 Our launches: gate_sums (sums of t; r), grad_logits (z, s), matrices, rows, statistics (frozen norms
-have none), product (h), norm_sums, norm_backward, product (of_s), input (grad_e, grad_w).
+have none), moments (h), norm_backward, product (of_s), input (grad_e, grad_w).
 The library's: z·[s; r]ᵀ, in training r·rᵀ, and BN1ᵀ(h)·sᵀ. The equations are in
 csrc/cuda/gated_fusion_gate_backward.cuh and gated_fusion_backward.cuh.
 """
@@ -33,7 +33,7 @@ class _Maps(NamedTuple):
     s: torch.Tensor
     r: torch.Tensor
     s_and_r: torch.Tensor
-    sums_r: torch.Tensor
+    sum_r: torch.Tensor
     affine3: torch.Tensor
 
 
@@ -83,19 +83,20 @@ def _through_gate(
         eps3=norms[2].eps,
     )
     grad_logits, affine3 = case.new_matrix(case.channels), case.new_floats(2, case.channels)
-    gradients = _Gradients.of(norms[2])
+    gradients, sum_r = _Gradients.of(norms[2]), case.new_floats(case.squeezed)
     case.launch(
         "grad_logits",
-        reads={**gate, **norms[2].vectors("3"), "sums": sums},
+        reads={**gate, **norms[2].vectors("3"), "sums": sums, "sums_r": sums_r},
         writes={
-            **{"grad_logits": grad_logits, "s": s, "affine": affine3},
+            **{"grad_logits": grad_logits, "s": s, "affine": affine3, "sum_r": sum_r},
             **{"grad_weight": gradients.weight, "grad_bias": gradients.bias},
         },
         runs=runs,
+        runs_r=runs_r,
         eps3=norms[2].eps,
         training=int(training),
     )
-    maps = _Maps(grad_out, hidden, logits, grad_logits, s, r, s_and_r, sums_r, affine3)
+    maps = _Maps(grad_out, hidden, logits, grad_logits, s, r, s_and_r, sum_r, affine3)
     return maps, gradients
 
 
@@ -117,7 +118,7 @@ def _through_middle(
     grad_fusion, grad_expand = map(torch.empty_like, (weights.fusion, weights.expand))
     of_expand = case.new_floats(channels, squeezed)
     of_squares = case.new_floats(channels, squeezed) if training else None
-    sum_r, slope = case.new_floats(squeezed), case.new_floats(channels)
+    slope = case.new_floats(channels)
     to_hidden = case.e.new_empty(squeezed, channels + squeezed)
     to_s = case.e.new_empty(channels, channels + squeezed)
     shift = case.new_floats(squeezed) if training else None
@@ -128,13 +129,12 @@ def _through_middle(
         "matrices",
         reads={
             **{**fusion, **expand, "squeeze": weights.squeeze, "grad_bias": of_norm3.bias},
-            **{"by_maps": by_maps, "squares": squares, "sums_r": maps.sums_r},
+            **{"by_maps": by_maps, "squares": squares},
         },
         writes={
-            **{"of_expand": of_expand, "of_squares": of_squares, "sum_r": sum_r},
+            **{"of_expand": of_expand, "of_squares": of_squares},
             **{"grad_fusion": grad_fusion, "to_s": to_s, "to_hidden": to_hidden[:, :channels]},
         },
-        runs_r=maps.sums_r.shape[0],
         eps2=norms[1].eps,
         eps3=norms[2].eps,
         **flags,
@@ -143,7 +143,7 @@ def _through_middle(
         "rows",
         reads={
             **{**fusion, **expand, "grad_bias3": of_norm3.bias},
-            **{"of_expand": of_expand, "of_squares": of_squares, "sum_r": sum_r},
+            **{"of_expand": of_expand, "of_squares": of_squares, "sum_r": maps.sum_r},
         },
         writes={
             **{"grad_weight": of_norm2.weight, "grad_bias": of_norm2.bias},
@@ -170,34 +170,31 @@ def _grad_hidden(
     """BN1ᵀ(h) (B, C//4, H, W), and the gradients of norm 1."""
     of_z, of_r = middle.to_hidden.split((case.channels, case.squeezed), 1)
     grad_relu, grad_hidden = case.new_map(case.squeezed), case.new_matrix(case.squeezed)
+    sums, gradients = case.new_moments(case.squeezed), _Gradients.of(norm)
     case.multiply(
-        "product",
+        "moments",
         case.squeezed,
         [(maps.grad_logits, of_z), *([(maps.r, of_r)] if training else [])],
         finish=Finish.MASK,
         scaled=False,
-        reads={"other": maps.r, "shift": middle.shift},
-        writes={"out": grad_relu},
-    )
-    runs, gradients = case.runs(case.squeezed), _Gradients.of(norm)
-    sums = case.new_floats(runs, 2, case.squeezed)
-    own = {"hidden": maps.hidden, **norm.vectors("1")}
-    case.launch(
-        "norm_sums",
-        reads={**own, "grad_relu": grad_relu},
-        writes={"sums": sums},
-        runs=runs,
-        eps1=norm.eps,
-        training=int(training),
+        reads={
+            **{"other": maps.r, "shift": middle.shift},
+            **{"partner": maps.hidden, "partner_mean": norm.mean},
+        },
+        writes={"out": grad_relu, "partials": sums},
     )
     case.launch(
         "norm_backward",
-        reads={**own, "grad_relu": grad_relu, "sums": sums},
+        reads={
+            **{"hidden": maps.hidden, "grad_relu": grad_relu, "sums": sums},
+            **norm.vectors("1"),
+        },
         writes={
             **{"grad_hidden": grad_hidden},
             **{"grad_weight": gradients.weight, "grad_bias": gradients.bias},
         },
-        runs=runs,
+        runs=case.runs(case.squeezed),
+        parts=sums.shape[0],
         eps1=norm.eps,
         training=int(training),
     )

@@ -134,6 +134,15 @@ class Case:
         """Empty float32 vectors or scratch."""
         return torch.empty(shape, dtype=torch.float32, device=self.e.device)
 
+    @property
+    def counts(self) -> int:
+        """Channel tiles of a product with C channels, of the smallest size."""
+        return -(-self.channels // 64)
+
+    def new_counters(self) -> torch.Tensor:
+        """Room for a counter of each channel tile."""
+        return torch.empty(self.counts, dtype=torch.int32, device=self.e.device)
+
     def new_moments(self, channels: int) -> torch.Tensor:
         """Room for the moments of the tiles of a product's result."""
         return self.new_floats(self.batch * self.tiles, 2, channels)
@@ -177,6 +186,7 @@ class Case:
         *,
         reads: Mapping[str, torch.Tensor | None],
         writes: Mapping[str, torch.Tensor | None] | None = None,
+        updates: Mapping[str, torch.Tensor | None] | None = None,
         scratch: Mapping[str, torch.Tensor | None] | None = None,
         **numbers: int | float,
     ) -> None:
@@ -192,6 +202,7 @@ class Case:
             *(f"gated_fusion_{entry}", self.dtype),
             reads=reads,
             writes=writes or {},
+            updates=updates,
             scratch=scratch,
             numbers={**self.sizes, **steps, **numbers},
         )
@@ -206,6 +217,7 @@ class Case:
         scaled: bool,
         reads: Mapping[str, torch.Tensor | None],
         writes: Mapping[str, torch.Tensor | None] | None = None,
+        updates: Mapping[str, torch.Tensor | None] | None = None,
         scratch: Mapping[str, torch.Tensor | None] | None = None,
         **numbers: int | float,
     ) -> None:
@@ -219,6 +231,7 @@ class Case:
             entry,
             reads={**maps, **matrices, **reads},
             writes=writes,
+            updates=updates,
             scratch=scratch,
             rows=rows,
             finish=int(finish),
