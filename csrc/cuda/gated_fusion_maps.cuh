@@ -9,7 +9,8 @@
 #include "product_epilogues.cuh"
 
 // Bugs for the tests, none in a build, beside those of product.cuh. 11: sums read before all warps
-// wrote theirs, 12: sums stored past the last channel, 13: a barrier of matrix_product.cuh left out.
+// wrote theirs, 12: sums stored past the last channel, 13: a barrier of matrix_product.cuh is left
+// out.
 #ifndef PLANT
 #define PLANT 0
 #endif
