@@ -112,7 +112,7 @@ struct Results {
       if constexpr (!kRows && kReduction != Reduction::kNone) {
         if (p.partials == nullptr) continue;
         __syncthreads();
-        reduce_pixels(p, corner, index, part, sums);
+        reduce_pixels(p, corner, epilogue, index, part, sums);
       }
     }
     if constexpr (!kRows && kReduction != Reduction::kNone) {
@@ -214,7 +214,7 @@ struct Results {
     if constexpr (kReduction != Reduction::kNone) {
       if (p.partials == nullptr) return;  // no lane of the launch reduces
       if constexpr (kRows) {
-        reduce_run(p, corner, run, value);
+        reduce_run(p, corner, epilogue, run, value);
       } else {
         write_floats(own, turn, value);
       }
@@ -223,13 +223,16 @@ struct Results {
 
   // rows: the lanes of one channel add up their runs, which are all its pixels of the tile.
   __device__ __forceinline__ static void reduce_run(const ProductParams& p, const Corner& corner,
-                                                    const Run& run, const float (&value)[kRun]) {
+                                                    const Epilogue& epilogue, const Run& run,
+                                                    const float (&value)[kRun]) {
     float sum = 0.0f;
 #pragma unroll
     for (int e = 0; e < kRun; ++e) sum += e < run.count ? value[e] : 0.0f;
     sum = add_lanes(sum);
     float mean = sum, m2 = 0.0f;
-    if constexpr (kReduction == Reduction::kMoments) {
+    if (takes_products(epilogue)) {
+      m2 = add_lanes(products(epilogue, run, value));
+    } else if constexpr (kReduction != Reduction::kSums) {
       const int pixels = p.pixels - corner.pixel;
       mean = sum / static_cast<float>(pixels < Shape::kN ? pixels : Shape::kN);
 #pragma unroll
@@ -244,6 +247,28 @@ struct Results {
     }
   }
 
+  __device__ __forceinline__ static bool takes_products(const Epilogue& epilogue) {
+    if constexpr (kReduction == Reduction::kMomentsOrProducts) {
+      return epilogue.partner.data != nullptr;
+    }
+    return false;
+  }
+
+  // Σ value · (partner − mean) of a run.
+  __device__ __forceinline__ static float products(const Epilogue& epilogue, const Run& run,
+                                                   const float (&value)[kRun]) {
+    float sum = 0.0f;
+    if constexpr (kReduction == Reduction::kMomentsOrProducts) {
+      if (run.count <= 0) return sum;
+      float partner[kRun];
+      load_run<Output>(epilogue.partner, run, partner);
+      const float mean = epilogue.partner_mean[run.channel];
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) sum += e < run.count ? value[e] * (partner[e] - mean) : 0.0f;
+    }
+    return sum;
+  }
+
   __device__ __forceinline__ static float add_lanes(float value) {
 #pragma unroll
     for (int lanes = kRunsPerLine / 2; lanes > 0; lanes /= 2) {
@@ -254,9 +279,14 @@ struct Results {
 
   // channels_last: thread m adds up channel m over the part's pixels.
   __device__ __forceinline__ static void reduce_pixels(const ProductParams& p,
-                                                       const Corner& corner, int index,
+                                                       const Corner& corner,
+                                                       const Epilogue& epilogue, int index,
                                                        const float* part, Moments& sums) {
     if (static_cast<int>(threadIdx.x) >= Shape::kM) return;
+    if (takes_products(epilogue)) {
+      add_products(p, corner, epilogue, index, part, sums);
+      return;
+    }
     const float* own = part + threadIdx.x;
     float sum = 0.0f, count = 0.0f;
     for (int line = 0; line < kLines; ++line) {
@@ -275,6 +305,25 @@ struct Results {
         m2 += deviation * deviation;
       }
       sums.merge(mean, m2, count);
+    }
+  }
+
+  // The same for products: `mean` holds the sum, `m2` that of the products.
+  __device__ __forceinline__ static void add_products(const ProductParams& p, const Corner& corner,
+                                                      const Epilogue& epilogue, int index,
+                                                      const float* part, Moments& sums) {
+    if constexpr (kReduction == Reduction::kMomentsOrProducts) {
+      const int channel = corner.channel + static_cast<int>(threadIdx.x);
+      if (channel >= p.rows) return;
+      const float mean = epilogue.partner_mean[channel];
+      for (int line = 0; line < kLines; ++line) {
+        const int pixel = corner.pixel + position(index, line);
+        if (pixel >= p.pixels) continue;
+        const float value = part[line * kPitch + threadIdx.x];
+        const Run run{corner.b, channel, pixel, 1};
+        sums.mean += value;
+        sums.m2 += value * (to_float(*address_of<Output>(epilogue.partner, run)) - mean);
+      }
     }
   }
 

@@ -38,7 +38,9 @@ using PlainLoader = Loader<1, false>;
 using ScaledLoader = Loader<1, true>;
 using ScaledThenPlainLoader = Loader<2, true>;
 
-enum class Reduction { kNone, kSums, kMoments };
+// kMomentsOrProducts: an epilogue has `Map partner` and `const float* partner_mean` (rows,), and where
+// the map has data the sums of the results and of results · (partner − mean) take the moments' place.
+enum class Reduction { kNone, kSums, kMoments, kMomentsOrProducts };
 
 struct Operand {
   Map x;
@@ -54,7 +56,7 @@ struct ProductParams {
   int scale_width;
   bool weight_is_float;
   Map out;
-  float* partials;  // kSums: (parts, rows), kMoments: (parts, {mean, M2}, rows); parts = B·tiles
+  float* partials;  // kSums: (parts, rows), others: (parts, {mean, M2}, rows); parts = B·tiles
   int rows, pixels;
   int row_tiles, pixel_tiles;
 };
@@ -321,7 +323,9 @@ struct Tiles {
   __device__ __forceinline__ static void accumulate(const ProductParams& p, const Corner& corner,
                                                     T* stages, Accumulators& acc) {
     const int count = steps(p);
-    const int scaled = Loading::kScaled ? steps_of(p.operand[0]) : 0;
+    // Without w there is nothing to scale by, whatever the loader.
+    const int scaled =
+        Loading::kScaled && p.scale.data != nullptr ? steps_of(p.operand[0]) : 0;
     OwnScales scales{};
     const bool fits =
         Loading::kScaled && OwnScales::fits(p.scale, p.scale_width, p.pixels - corner.pixel);

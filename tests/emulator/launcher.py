@@ -42,6 +42,7 @@ def emulate(launch: Launch, order: str = "forward", plant: int = 0) -> Report:
     session = Session(module_of(launch), order, len(launch.entry), plant)
     addresses = {name: session.input(name, t) for name, t in launch.reads.items()}
     addresses |= {name: session.output(name, t) for name, t in launch.writes.items()}
+    addresses |= {name: session.inout(name, t) for name, t in launch.updates.items()}
     addresses |= {name: session.scratch(name, t) for name, t in launch.scratch.items()}
     session.launch(launch.entry, reals=launch.reals, **addresses, **launch.integers)
     return session.finish()

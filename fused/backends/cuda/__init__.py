@@ -27,6 +27,8 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "msff_backward": ("msff", "backward"),
     "channel_interaction": ("channel_interaction", "forward"),
     "channel_interaction_backward": ("channel_interaction", "backward"),
+    "gated_fusion": ("gated_fusion", "forward"),
+    "gated_fusion_backward": ("gated_fusion_backward", "backward"),
 }
 
 
