@@ -319,7 +319,7 @@ def test_planted_bug_is_found(plant: int) -> None:
         if found or names([(launch, None)]) != [where]:
             assert emulate(launch).findings == []
             return
-        found.extend(emulate(launch, order, (f"PLANT={plant}",)).kinds for order in ORDERS)
+        found.extend(emulate(launch, order, plant).kinds for order in ORDERS)
         emulate(launch)
 
     named = case(SMALL, False, torch.float32, save=where == "gate_sums")

@@ -94,7 +94,9 @@ void input_entry(const Arguments& a) {
                      number(a, "pixels")};
     // Runs begin where groups do.
     const bool whole = kRows || p.group_channels % kRun == 0;
-    for (Map* map : {&p.grad_out, &p.e, &p.logits, &p.of_s, &p.grad_e}) map->aligned &= whole;
+    for (Map* map : {&p.grad_out, &p.e, &p.logits, &p.of_s, &p.grad_e}) {
+      if (!whole) map->alignment = static_cast<int>(sizeof(T));
+    }
     p.affine_aligned = whole && is_aligned(p.affine, p.channels);
     const int64_t threads =
         int64_t{p.batch} * p.groups * blocks(p.pixels, kRows ? kRun : 1);

@@ -29,20 +29,20 @@ __device__ __forceinline__ void merge_moments(const TileMoments& moments, int fi
   CIEMA_SHARED(float, merged, [3][kRows][kChannels]);
   const int channel = static_cast<int>(threadIdx.x) % kChannels;
   const int row = static_cast<int>(threadIdx.x) / kChannels;
-  product::Moments own{};
+  Moments own{};
   if (first + channel < channels) {
     for (int part = row; part < moments.parts; part += kRows) {
       const float* at = moments.data + static_cast<int64_t>(part) * 2 * channels + first + channel;
-      own.join(moments.count(part), at[0], at[channels]);
+      own.merge(at[0], at[channels], moments.count(part));
     }
   }
-  merged[0][row][channel] = own.count;
-  merged[1][row][channel] = own.mean;
-  merged[2][row][channel] = own.m2;
+  merged[0][row][channel] = own.mean;
+  merged[1][row][channel] = own.m2;
+  merged[2][row][channel] = own.count;
   __syncthreads();
   if (row == 0) {
     for (int other = 1; other < kRows; ++other) {
-      own.join(merged[0][other][channel], merged[1][other][channel], merged[2][other][channel]);
+      own.merge(merged[0][other][channel], merged[1][other][channel], merged[2][other][channel]);
     }
     mean[channel] = own.mean;
     var[channel] = own.m2 / own.count;
