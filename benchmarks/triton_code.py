@@ -43,7 +43,7 @@ class Code:
     Attributes:
         threads: of a block.
         registers: of a thread.
-        spill_bytes: of a thread's stack, which only spilled registers use here.
+        spill_bytes: of a thread's stack in use, which only spilled registers use here.
         shared_bytes: of a block.
         occupancy: percent of the warps that a multiprocessor can hold.
         limiter: what admits no more.
@@ -116,7 +116,8 @@ def _inspect_nvidia(compiled: Any, code: list[sass.Instruction], target: Target)
     return {
         "threads": threads,
         "registers": registers,
-        "spill_bytes": stack + local,
+        # A frame that no instruction touches (ptxas plans one, then needs none) holds no spill.
+        "spill_bytes": stack + local if any(o.startswith(("STL", "LDL")) for o in opcodes) else 0,
         "shared_bytes": shared,
         "occupancy": percent,
         "limiter": limiter,

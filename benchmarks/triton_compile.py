@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -106,8 +107,10 @@ def compiling_for(target: Target) -> Iterator[None]:
     """Let Triton compile for `target` inside; afterwards it looks for a GPU again."""
     driver = triton.runtime.driver
     driver.set_active(MockDriver(target))
+    hip = None if target.is_nvidia else "7.0"  # launches ask torch for what a GPU understands
     try:
-        yield
+        with mock.patch.object(torch.version, "hip", hip):
+            yield
     finally:
         driver.set_active(None)
 

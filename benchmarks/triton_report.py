@@ -51,8 +51,8 @@ def as_markdown(found: Sequence[Row], complaints: Sequence[str]) -> str:
         "# What the Triton kernels use of a GPU",
         "",
         f"Compiled ahead of time by triton {triton.__version__} at the paper's size, batch 1, by"
-        " `python benchmarks/triton_budgets.py --report FILE`; **nothing here was measured on a"
-        f" GPU**. {len(kernels)} kernels, {binaries} compiled forms.",
+        " `python benchmarks/triton_budgets.py --all --report FILE`; **nothing here was measured on"
+        f" a GPU**. {len(kernels)} kernels, {binaries} compiled forms.",
         "",
         "A cell is registers of a thread, shared memory of a block in KiB, and the percentage of a"
         " multiprocessor's warps that run at once, with what admits no more: `r` registers, `s`"

@@ -28,7 +28,7 @@ class Key:
         kernel: name of the jit function.
         precision: "half" (float16 and bfloat16) or "single", as in the table of configurations.
         layout: of the maps; "any" if both compile to the same.
-        config: blocks, warps and stages.
+        config: blocks, warps, stages, and the limit of registers if there is one.
         target: architecture.
     """
 
@@ -97,9 +97,10 @@ Found = list["Usage | Failure"]
 
 
 def label(config: Config) -> str:
-    """A configuration in short: ``P64 C128 w4 s2`` for blocks, warps and stages."""
-    blocks = [f"{name.removeprefix('BLOCK_')}{size}" for name, size in config.blocks.items()]
-    return " ".join([*blocks, f"w{config.num_warps}", f"s{config.num_stages}"])
+    """A configuration in short: ``P64 C128 w4 s2`` for blocks, warps, stages; r128: a limit."""
+    parts = [f"{name.removeprefix('BLOCK_')}{size}" for name, size in config.blocks.items()]
+    parts += [f"w{config.num_warps}", f"s{config.num_stages}"]
+    return " ".join([*parts, *([f"r{config.registers}"] if config.registers else [])])
 
 
 # -------------------------------------------------------------------------------------- compiling

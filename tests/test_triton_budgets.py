@@ -20,7 +20,17 @@ import triton.language as tl
 from benchmarks import sass, triton_budgets, triton_capture, triton_code
 from benchmarks.triton_code import Code
 from benchmarks.triton_compile import TARGETS, Target, compile_launch, compiling_for
-from benchmarks.triton_usage import Failure, Job, Key, Row, Usage, measure, quick_jobs, rows
+from benchmarks.triton_usage import (
+    Failure,
+    Job,
+    Key,
+    Row,
+    Usage,
+    label,
+    measure,
+    quick_jobs,
+    rows,
+)
 from fused.backends.triton import configs
 from fused.backends.triton.configs import Config
 from fused.backends.triton.launch import Launch
@@ -86,6 +96,18 @@ def test_exact_float32_products_are_not_on_tensor_cores() -> None:
 def test_spills_are_seen(name: str) -> None:
     greedy = replace(SMALL, blocks=SMALL.blocks | {"BLOCK_P": 256, "BLOCK_O": 256}, num_warps=1)
     assert code_of(product(torch.float16, greedy), TARGETS[name]).spill_bytes > 0
+
+
+@pytest.mark.parametrize("name", ["sm_80", "gfx942"])
+def test_a_limit_of_registers_holds_on_nvidia_and_is_left_out_on_amd(name: str) -> None:
+    assert code_of(product(torch.float16), TARGETS[name]).registers > 48
+    few = code_of(product(torch.float16, replace(SMALL, registers=48)), TARGETS[name]).registers
+    assert (few <= 48) == (name == "sm_80")
+
+
+def test_a_limit_of_registers_has_a_row_of_its_own() -> None:
+    assert label(SMALL) == "P64 O64 K32 w4 s2"
+    assert label(replace(SMALL, registers=48)) == "P64 O64 K32 w4 s2 r48"
 
 
 def test_a_misaligned_map_loses_its_wide_loads() -> None:
@@ -300,6 +322,11 @@ def test_layouts_that_compile_to_the_same_share_a_row() -> None:
     # The quick quarter compiles one layout and meets the budget of both.
     elsewhere = rows([usage(replace(KEY, target="sm_90"))])
     assert triton_budgets.past_budget(rows([usage()]), stored(row, *elsewhere), whole=False) == []
+    # It may find the layouts the same where the whole told them apart.
+    apart = stored(*rows([usage(), usage(last), usage(last, binary="b")]))
+    assert set(apart["stage_kernel"]) == {KEY.row, last.row}
+    assert triton_budgets.past_budget([row], apart, whole=False) == []
+    assert triton_budgets.past_budget([row], {}, whole=False) == [f"{row.key} has no budget"]
 
 
 def test_reports_name_what_a_user_gets() -> None:

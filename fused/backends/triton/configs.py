@@ -90,7 +90,7 @@ _add(
     "cross_spatial_reduce_kernel",
     (
         Config({"BLOCK_P": 64, "BLOCK_R": 16}, 8, 2, shared_bytes=_NVIDIA),
-        Config({"BLOCK_P": 32, "BLOCK_R": 16}, 4, 1),
+        Config({"BLOCK_P": 16, "BLOCK_R": 16}, 4, 1),
     ),
     (Config({"BLOCK_P": 16, "BLOCK_R": 16}, 4, 2),),
 )
@@ -112,7 +112,10 @@ _add(
 _add("cross_spatial_vectors_kernel", (Config({}, 4, 1),))
 _add(
     "cross_spatial_attention_backward_kernel",
-    (Config({"BLOCK_P": 128}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 64}, 4, 2)),
+    (
+        Config({"BLOCK_P": 128}, 8, 2, shared_bytes=_NVIDIA),
+        Config({"BLOCK_P": 64}, 4, 2, registers=255),
+    ),
     (Config({"BLOCK_P": 32}, 8, 2, shared_bytes=_NVIDIA), Config({"BLOCK_P": 16}, 4, 1)),
 )
 _add(
@@ -163,7 +166,9 @@ _add(
     "channel_interaction_forward_kernel",
     (
         *_with((_WIDE,), BLOCK_HIDDEN=32, BLOCK_TILES=32),
-        *_with(_POINTWISE, BLOCK_HIDDEN=64, BLOCK_TILES=32),
+        *_with(
+            (_POINTWISE[0], replace(_POINTWISE[1], num_warps=8)), BLOCK_HIDDEN=64, BLOCK_TILES=32
+        ),
     ),
     _with(_POINTWISE_SINGLE, BLOCK_HIDDEN=32, BLOCK_TILES=32),
 )
@@ -187,12 +192,16 @@ _POINTWISE_SINGLE = (
 _add(
     "msff_product_kernel",
     (
-        Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 3, 80 * 1024, pixels=1024),
+        Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 3, 80 * 1024, True, 1024, 192),
         Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 3),
     ),
+    (_POINTWISE_SINGLE[0], replace(_POINTWISE_SINGLE[1], registers=168)),
+)
+_add(
+    "msff_weight_kernel",
+    (_POINTWISE[0], replace(_POINTWISE[1], registers=168)),
     _POINTWISE_SINGLE,
 )
-_add("msff_weight_kernel", _POINTWISE, _POINTWISE_SINGLE)
 for _kernel in ("forward", "backward"):
     _add(  # four neighbours of every small map are in flight: tiles for a few values a thread
         f"msff_{_kernel}_kernel",

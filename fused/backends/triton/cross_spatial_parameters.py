@@ -78,7 +78,7 @@ def cross_spatial_branches_backward_kernel(
     total = tl.zeros((BLOCK_C,), tl.float32)
     deviation = tl.zeros((BLOCK_C,), tl.float32)
     bias = tl.zeros((BLOCK_C,), tl.float32)
-    for row in range(0, H):
+    for row in tl.range(0, H, disable_licm=True):  # what is held over it would spill
         gate_h = tl.load(of_rows + channel * H + row, mask=ok, other=0.0)
         along_row = tl.zeros((BLOCK_C,), tl.float32)
         for start in range(0, W, BLOCK_W):

@@ -59,12 +59,17 @@ def cross_spatial_recompute_kernel(
     x, out = sheets + row * size, features + row * 3 * size
     none = tl.zeros((BLOCK_C,), tl.float32)
     weighted_r, total_r, weighted_x, total_x, total = none, none, none, none, 0.0
-    # What is held over the loop would spill.
+    # What is held over the loop would spill, X's sums too if the network ran before them.
     for start in tl.range(0, P, BLOCK_P, disable_licm=True):
         pixel = start + tl.arange(0, BLOCK_P)
         zero = hidden_zero(start)
         tiles = packed + zero * (BLOCK_C * BLOCK_C)
         inside = pixel < P
+        gl = logit_gradient(grad_w, w, row % slabs, P, pixel, inside)
+        value = load_tile(x, pixel, inside, BLOCK_C).to(tl.float32)
+        weighted_x += tl.sum(value * gl[:, None], axis=0)
+        total_x += tl.sum(value, axis=0)
+        total += tl.sum(gl, axis=0)
         f1, f3, f5 = features_tile(x, tiles, pixel, 0, H, W, zero, BLOCK_C, BLOCK_P, PRECISION)
         store_tile(out, pixel, inside, f1, BLOCK_C)
         store_tile(out + size, pixel, inside, f3, BLOCK_C)
@@ -74,14 +79,9 @@ def cross_spatial_recompute_kernel(
             BLOCK_C, BLOCK_P, PRECISION,
         )  # fmt: skip
         store_tile(reduced + row * size, pixel, inside, r, BLOCK_C)
-        gl = logit_gradient(grad_w, w, row % slabs, P, pixel, inside)
         r = tl.where(inside[:, None], r - centre[None, :], 0.0)
-        value = load_tile(x, pixel, inside, BLOCK_C).to(tl.float32)
         weighted_r += tl.sum(r * gl[:, None], axis=0)
         total_r += tl.sum(r, axis=0)
-        weighted_x += tl.sum(value * gl[:, None], axis=0)
-        total_x += tl.sum(value, axis=0)
-        total += tl.sum(gl, axis=0)
     channel = tl.arange(0, BLOCK_C)
     own = sums + row * 5 * BLOCK_C + channel
     tl.store(own, weighted_r)

@@ -166,8 +166,8 @@ def cross_spatial_reduce_kernel(
     mean = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
-    # Weights held over the loop fill the registers that wide tiles need; narrow ones have room.
-    for start in tl.range(0, P, BLOCK_P, disable_licm=BLOCK_P >= 32):
+    # Weights held over the loop would spill, except those of float32's few pixels.
+    for start in tl.range(0, P, BLOCK_P, disable_licm=features.dtype.element_ty != tl.float32):
         pixel = start + tl.arange(0, BLOCK_P)
         zero = hidden_zero(start)
         tiles = packed + zero * (BLOCK_C * BLOCK_C)
