@@ -117,7 +117,9 @@ def _inspect_nvidia(compiled: Any, code: list[sass.Instruction], target: Target)
         "threads": threads,
         "registers": registers,
         # A frame that no instruction touches (ptxas plans one, then needs none) holds no spill.
-        "spill_bytes": stack + local if any(o.startswith(("STL", "LDL")) for o in opcodes) else 0,
+        "spill_bytes": stack + local
+        if any(o.opcode.startswith(("STL", "LDL")) for o in code)
+        else 0,
         "shared_bytes": shared,
         "occupancy": percent,
         "limiter": limiter,
