@@ -312,7 +312,6 @@ struct Network {
                                                 const Packed& packed, int first = 0) {
 #pragma unroll
     for (int own = 0; own < kCount / kChain; ++own) {
-      const int step = first / kChain + own;
       A a[kRows];
       float weighted[kRows][kChain][4];
 #pragma unroll
