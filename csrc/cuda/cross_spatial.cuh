@@ -83,7 +83,7 @@ template <class N>
 __device__ __forceinline__ void store_piece(const typename N::Result& y, const int (&place)[N::kRows],
                                             typename N::T* out, float* sums) {
   using T = typename N::T;
-  const int lane = lane_of_warp();
+  const int lane = thread_of_phase() % kWarp;
   float total[kOfLane<N>] = {};
 #pragma unroll
   for (int m = 0; m < N::kRows; ++m) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void run_network(const CrossSpatialParams& p, int fir
                                             const typename N::T* e_tile,
                                             const typename N::T* x_tile, float* sums) {
 #pragma unroll 1
-  for (int piece = warp_of_block();; piece += kWarps) {
+  for (int piece = thread_of_phase() / kWarp;; piece += kWarps) {
     const TilePlace tile(p, first_tile + progress->step);
     const int pixels = tile.rows * tile.columns, pieces = parts(pixels, N::kPixels);
     if (piece >= 2 * pieces) return;
@@ -150,7 +150,7 @@ __device__ __forceinline__ void run_network(const CrossSpatialParams& p, int fir
     N::run(y, first, pitch, typename N::Packed(p.packed), p.vectors);
     __syncwarp();
     store_piece<N>(y, place, slab_of_y<N>(p, progress->slab, branch),
-                   sums + (2 * warp_of_block() + branch) * N::kChannels);
+                   sums + (2 * (thread_of_phase() / kWarp) + branch) * N::kChannels);
   }
 }
 
@@ -168,7 +168,7 @@ template <class N>
 __device__ __forceinline__ void write_softmax(const CrossSpatialParams& p, int64_t slab,
                                               float* softmax) {
   constexpr int kChannels = N::kChannels, kEach = (kChannels + kWarp - 1) / kWarp;
-  const int branch = warp_of_block(), lane = lane_of_warp();
+  const int thread = thread_of_phase(), branch = thread / kWarp, lane = thread % kWarp;
   if (branch >= 2) return;
   const float pixels = static_cast<float>(static_cast<int64_t>(p.height) * p.width);
   float value[kEach], largest = -INFINITY, sum = 0.0f;
@@ -214,7 +214,8 @@ __device__ __forceinline__ void draw_gate(const CrossSpatialParams& p, int64_t s
                                           const float* softmax) {
   using T = typename N::T;
   constexpr int kCount = kOfLane<N>, kUnroll = 4, kPixels = kUnroll * kWarp / 4;
-  const int lane = lane_of_warp(), quarter = lane % 4, pixels = p.height * p.width;
+  const int thread = thread_of_phase(), lane = thread % kWarp, quarter = lane % 4;
+  const int pixels = p.height * p.width;
   const T* first = slab_of_y<N>(p, slab, 0) + quarter * kCount;
   const int64_t plane = static_cast<int64_t>(pixels) * N::kChannels;
   float s1[kCount], s2[kCount];
@@ -223,7 +224,7 @@ __device__ __forceinline__ void draw_gate(const CrossSpatialParams& p, int64_t s
     s1[i] = softmax[quarter * kCount + i];
     s2[i] = softmax[N::kChannels + quarter * kCount + i];
   }
-  for (int base = warp_of_block() * kPixels; base < pixels; base += kWarps * kPixels) {
+  for (int base = thread / kWarp * kPixels; base < pixels; base += kWarps * kPixels) {
     float own = 0.0f;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -254,7 +255,7 @@ __device__ __forceinline__ void draw_gate(const CrossSpatialParams& p, int64_t s
 template <class N>
 __device__ __forceinline__ void write_partial(const CrossSpatialParams& p, int64_t slab,
                                               const float* sums) {
-  const int i = static_cast<int>(threadIdx.x);
+  const int i = thread_of_phase();
   if (i >= 2 * N::kChannels) return;
   float total = 0.0f;
   for (int warp = 0; warp < kWarps; ++warp) total += sums[warp * 2 * N::kChannels + i];

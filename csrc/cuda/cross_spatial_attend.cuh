@@ -46,7 +46,7 @@ __device__ __forceinline__ void pool_window(const CrossSpatialParams& p, const W
   constexpr int kElements = Vector<T>::kElements, kPacks = N::kChannels / kElements;
   const int items = (window.columns + window.rows) * kPacks;
 #pragma unroll 1
-  for (int item = static_cast<int>(threadIdx.x); item < items; item += kThreads) {
+  for (int item = thread_of_phase(); item < items; item += kThreads) {
     const int channel = item % kPacks * kElements, line = item / kPacks;
     const bool column = line < window.columns;
     const int row = line - window.columns;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void write_gates(const CrossSpatialParams& p, int64_t
   const int positions = p.width + p.height, c = p.channels;
   const int64_t first = slab * c;
 #pragma unroll 1
-  for (int item = static_cast<int>(threadIdx.x); item < positions * c; item += kThreads) {
+  for (int item = thread_of_phase(); item < positions * c; item += kThreads) {
     const int position = item % positions, channel = item / positions;
     const bool column = position < p.width;
     const float* sums = pooled + position * channels;
@@ -97,8 +97,8 @@ __device__ __forceinline__ void add_window_moments(const CrossSpatialParams& p, 
   using T = typename N::T;
   constexpr int kElements = Vector<T>::kElements, kPacks = N::kChannels / kElements;
   constexpr int kStep = kThreads / kPacks;
-  const int channel = static_cast<int>(threadIdx.x) % kPacks * kElements;
-  const int pixels = window.rows * window.columns, own = static_cast<int>(threadIdx.x) / kPacks;
+  const int thread = thread_of_phase(), channel = thread % kPacks * kElements;
+  const int pixels = window.rows * window.columns, own = thread / kPacks;
   const int64_t first = slab * p.channels + channel;
   const auto gated = [&](int pixel, float(&u)[kElements]) {
     const int i = pixel / window.columns, j = pixel % window.columns;
@@ -137,11 +137,11 @@ __device__ __forceinline__ void add_window_moments(const CrossSpatialParams& p, 
 #pragma unroll
     for (int k = 0; k < kElements; ++k) moments[k].merge(origin[k], squares[k], count);
   }
-  float* of_warp = merged + warp_of_block() * 3 * N::kChannels + channel;
+  float* of_warp = merged + thread / kWarp * 3 * N::kChannels + channel;
 #pragma unroll
   for (int k = 0; k < kElements; ++k) {
     moments[k].merge_lanes(kPacks, kWarp);
-    if (lane_of_warp() >= kPacks) continue;
+    if (thread % kWarp >= kPacks) continue;
     Moments whole;
     if (window.top + window.left > 0) {
       whole = {of_warp[k], of_warp[N::kChannels + k], of_warp[2 * N::kChannels + k]};
@@ -156,7 +156,7 @@ __device__ __forceinline__ void add_window_moments(const CrossSpatialParams& p, 
 // Mean and rstd of u from the warps' moments.
 __device__ __forceinline__ void write_moments(const CrossSpatialParams& p, int64_t slab,
                                               const float* merged, int channels) {
-  const int own = static_cast<int>(threadIdx.x);
+  const int own = thread_of_phase();
   if (own >= p.channels) return;
   Moments whole;
 #pragma unroll 1

@@ -58,6 +58,14 @@ constexpr int row_pitch(int columns, int halo, int pitch, int element_bytes) {
   return columns * pitch + (bytes + 127) / 128 * 128 / element_bytes;
 }
 
+// threadIdx.x, which the compiler must take for another in every phase: it would keep what depends
+// on it in registers over the products, and these would spill.
+__device__ __forceinline__ int thread_of_phase() {
+  int thread = static_cast<int>(threadIdx.x);
+  ptx::hide(thread);
+  return thread;
+}
+
 __host__ __device__ constexpr int parts(int total, int size) { return (total + size - 1) / size; }
 
 // Part of the map, or more than it.
@@ -95,7 +103,7 @@ __device__ __forceinline__ void copy_pixels(const CrossSpatialParams& p, const W
   constexpr int kElements = Vector<typename N::T>::kElements;
   constexpr int kPacks = N::kChannels / kElements;
   const int items = window.rows * window.columns * kPacks;
-  for (int item = static_cast<int>(threadIdx.x); item < items; item += kThreads) {
+  for (int item = thread_of_phase(); item < items; item += kThreads) {
     const int pack = item % kPacks, pixel = item / kPacks;
     const int i = pixel / window.columns, j = pixel % window.columns;
     const int row = window.top + i, column = window.left + j;
@@ -115,7 +123,7 @@ __device__ __forceinline__ void load_elements(const CrossSpatialParams& p, const
   using T = typename N::T;
   constexpr int kElements = Vector<T>::kElements;
   const int columns = end - first, pixels = window.rows * columns;
-  for (int item = static_cast<int>(threadIdx.x); item < pixels * (N::kChannels / kElements);
+  for (int item = thread_of_phase(); item < pixels * (N::kChannels / kElements);
        item += kThreads) {
     const int pixel = item % pixels, channel = item / pixels * kElements;
     const int i = pixel / columns, j = first + pixel % columns;
@@ -155,12 +163,13 @@ __device__ __forceinline__ void load_rows(const CrossSpatialParams& p, const Win
   constexpr int kTurn = kOfWord == 1 ? kElements : kElements * kLanes / kWarp;
   const int first = max(window.left, 0) / kElements;
   const int end = min(parts(window.left + window.columns, kElements), p.width / kElements);
-  const int packs = end - first, items = window.rows * packs, lane = lane_of_warp();
+  const int packs = end - first, items = window.rows * packs;
+  const int thread = thread_of_phase(), lane = thread % kWarp;
   const int turn = lane / kLanes * kTurn % kElements;
 #pragma unroll 1
   for (int channel = lane % kLanes * kOfWord; channel < N::kChannels; channel += kLanes * kOfWord) {
 #pragma unroll 1
-    for (int item = static_cast<int>(threadIdx.x) / kLanes; item < items;
+    for (int item = thread / kLanes; item < items;
          item += kThreads / kLanes) {
       const int i = item / packs, row = window.top + i, column = (first + item % packs) * kElements;
       Vector<T> loaded[kOfWord] = {};
@@ -234,10 +243,11 @@ __device__ __forceinline__ void convolve_branch(const CrossSpatialParams& p, con
                                                 const typename N::T* e_tile,
                                                 typename N::T* x_tile) {
   const int columns = tile.columns + 2 * kHaloX, rows = tile.rows + 2 * kHaloX;
-  const int padded = (columns + 7) / 8 * 8, lane = lane_of_warp();
+  const int padded = (columns + 7) / 8 * 8;
+  const int thread = thread_of_phase(), lane = thread % kWarp;
   const typename N::Packed packed(p.packed);
   const float* bias = p.vectors + kConv3x3Bias * N::kChannels;
-  for (int piece = warp_of_block(); piece * N::kPixels < rows * padded; piece += kWarps) {
+  for (int piece = thread / kWarp; piece * N::kPixels < rows * padded; piece += kWarps) {
     typename N::Addresses first;
     int place[N::kRows];  // 2·offset in x_tile + whether it is in the map; −1: none
 #pragma unroll
@@ -282,7 +292,7 @@ __device__ __forceinline__ void normalise_branch(const CrossSpatialParams& p, co
   const int top = max(tile.top - kHaloX, 0), bottom = min(tile.top + tile.rows + kHaloX, p.height);
   const int64_t first = slab * p.channels;
   const int items = (right - left) * (N::kChannels / kElements);
-  for (int item = static_cast<int>(threadIdx.x); item < items; item += kThreads) {
+  for (int item = thread_of_phase(); item < items; item += kThreads) {
     const int column = left + item % (right - left), channel = item / (right - left) * kElements;
     const float* gate_h = p.alpha_h + (first + channel) * p.height;
     float gate_w[kElements], mean[kElements], scale[kElements], shift[kElements];

@@ -20,7 +20,7 @@
 // of a block run in step from barrier to barrier, so that all but the first find them in the
 // first-level cache, whose 128 bytes a cycle are those of shared memory.
 //
-// Accuracy      accumulators float32; operands in T, float32 as Precision says; f and A⊙f round to T.
+// Accuracy      accumulators float32; operands in T, float32 as Precision says; f and A⊙f round to T (to tf32).
 // Registers     kRows tiles of 16 pixels a warp: f takes 3·kChannels/2·kRows accumulators.
 #pragma once
 
@@ -223,12 +223,13 @@ struct Network {
 
   // ---- features, attention, reduction --------------------------------------------------------
 
-  // Features of one row tile and depth step, as kept between products: an operand in 16 bits,
-  // values in float32, whose operand would be twice as large.
+  // Features of one row tile and depth step, as kept between products: an operand, but where that
+  // has two terms, the values.
   struct Values {
     float d[kChain][4];
   };
-  using Kept = std::conditional_t<sizeof(T) == 2, A, Values>;
+  static constexpr bool kSplits = sizeof(T) == 4 && kPrecision == Precision::kSplit;
+  using Kept = std::conditional_t<kSplits, Values, A>;
   struct Features {
     Kept kept[3][kRows][kSteps];
   };
@@ -246,27 +247,30 @@ struct Network {
 #pragma unroll
             for (int i = 0; i < 4; ++i) values.d[t][i] = f[part][m][step * kChain + t][i];
           }
-          if constexpr (sizeof(T) == 2) {
-            F::chain(features.kept[part][m][step], values.d);
-          } else {
+          if constexpr (kSplits) {
             features.kept[part][m][step] = values;
+          } else {
+            F::chain(features.kept[part][m][step], values.d);
           }
         }
       }
     }
   }
 
-  __device__ __forceinline__ static void operand(A& a, const Kept& kept) {
-    if constexpr (sizeof(T) == 2) {
-      a = kept;
-    } else {
-      Values values = kept;
+  // zero: 0, but unknown to the compiler, which would else keep both terms of all features at once.
+  __device__ __forceinline__ static void operand(A& a, const Kept& kept, int zero) {
+    if constexpr (kSplits) {
+      Values values;
 #pragma unroll
       for (int t = 0; t < kChain; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ptx::hide(values.d[t][i]);  // else both terms are kept: spills
+        for (int i = 0; i < 4; ++i) {
+          values.d[t][i] = __int_as_float(__float_as_int(kept.d[t][i]) ^ zero);
+        }
       }
       F::chain(a, values.d);
+    } else {
+      a = kept;
     }
   }
   // The inverse of chain.
@@ -275,8 +279,10 @@ struct Network {
       T pair[2];
       memcpy(pair, &kept.bits[2 * t + i / 2], sizeof(pair));
       return to_float(pair[i % 2]);
-    } else {
+    } else if constexpr (kSplits) {
       return kept.d[t][i];
+    } else {
+      return __uint_as_float(kept.bits[0][i % 2 * 2 + i / 2]);
     }
   }
 
@@ -286,13 +292,17 @@ struct Network {
                                                 const Features& features, int k,
                                                 const Packed& packed, int first = 0) {
     clear(result);
+    int zero = k;
+    ptx::hide(zero);
+    zero >>= 31;
 #pragma unroll
     for (int part = 0; part < 3; ++part) {
+      __syncwarp();  // loads of weights do not move across it: they would fill all registers
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         A a[kRows];
 #pragma unroll
-        for (int m = 0; m < kRows; ++m) operand(a[m], features.kept[part][m][step]);
+        for (int m = 0; m < kRows; ++m) operand(a[m], features.kept[part][m][step], zero);
         multiply(result, a, packed, kAttention + 3 * k + part, step, first);
       }
     }
