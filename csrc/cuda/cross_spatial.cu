@@ -122,8 +122,6 @@ void launch_forward(const Arguments& a, bool attends) {
   constexpr int kSums = kWarps * 2 * N::kChannels * static_cast<int>(sizeof(float));
   constexpr int kReserved = 64;  // arrive_last, alignment
   Tiling t = choose_tile<N>(p.height, p.width, kSharedLimit - kSums - kReserved);
-  const int64_t rows = a.integer("rows"), columns = a.integer("columns");
-  if (rows > 0) t = tiling_of<N>(static_cast<int>(rows), static_cast<int>(columns));
   const int64_t tiles =
       static_cast<int64_t>(parts(p.height, t.rows)) * parts(p.width, t.columns);
   choose_bands(t, tiles, slabs, a.integer("most_bands"), a.integer("multiprocessors"));
@@ -182,21 +180,18 @@ void launch_pack(const Arguments& a) {
   }
 }
 
-// Calls function(Network) for the width of a group, padded, and float32's precision.
-template <class T, Precision kPrecision, class Function>
-void with_width(const Arguments& a, Function function) {
-  const int64_t c = a.integer("group_channels");
-  if (c <= 16) return function(Network<T, kPrecision, 16>{});
-  if (c <= 32) return function(Network<T, kPrecision, 32>{});
-  return function(Network<T, kPrecision, 64>{});
-}
-
+// Calls function(Network) for the width of a group, padded, and float32's precision. float32 has no
+// network of 16 channels, and none of 64 in tf32: they would be compiled for little use.
 template <class T, class Function>
 void with_network(const Arguments& a, Function function) {
-  if constexpr (sizeof(T) == 4) {
-    if (a.integer("tf32") != 0) return with_width<T, Precision::kTf32>(a, function);
+  const int64_t padded = a.integer("padded");
+  if constexpr (sizeof(T) == 2) {
+    if (padded == 16) return function(Network<T, Precision::kSplit, 16>{});
+  } else {
+    if (a.integer("tf32") != 0) return function(Network<T, Precision::kTf32, 32>{});
   }
-  with_width<T, Precision::kSplit>(a, function);
+  if (padded == 32) return function(Network<T, Precision::kSplit, 32>{});
+  function(Network<T, Precision::kSplit, 64>{});
 }
 
 template <class T>
@@ -210,15 +205,17 @@ void forward(const Arguments& a) {
 }
 
 const Entry kEntries[] = {
+#if PLANT == 0  // a build with a planted bug holds one dtype, to be compiled soon
     {"cross_spatial_pack_float32", pack<float>},
-    {"cross_spatial_pack_float16", pack<__half>},
     {"cross_spatial_pack_bfloat16", pack<__nv_bfloat16>},
     {"cross_spatial_float32", forward<float, false>},
-    {"cross_spatial_float16", forward<__half, false>},
     {"cross_spatial_bfloat16", forward<__nv_bfloat16, false>},
     {"coordinate_cross_spatial_float32", forward<float, true>},
-    {"coordinate_cross_spatial_float16", forward<__half, true>},
     {"coordinate_cross_spatial_bfloat16", forward<__nv_bfloat16, true>},
+#endif
+    {"cross_spatial_pack_float16", pack<__half>},
+    {"cross_spatial_float16", forward<__half, false>},
+    {"coordinate_cross_spatial_float16", forward<__half, true>},
 };
 
 }  // namespace
