@@ -120,37 +120,58 @@ __device__ __forceinline__ typename N::T* slab_of_y(const CrossSpatialParams& p,
          (2 * slab + branch) * p.height * p.width * N::kChannels;
 }
 
+// A piece of a tile: kPixels pixels of one branch.
+template <class N>
+struct Piece {
+  int branch, first, pixels;  // first: its first pixel, of `pixels` in the tile
+
+  __device__ __forceinline__ Piece(const TilePlace& tile, int index) {
+    pixels = tile.rows * tile.columns;
+    const int pieces = parts(pixels, N::kPixels);
+    branch = index / pieces;  // 0, 1; 2: past the last
+    first = (index - branch * pieces) * N::kPixels;
+  }
+};
+
 // y of both branches of tile first_tile + step, to scratch. sums: (kWarps, 2, kChannels), in the
 // order of y.
 template <class N>
 __device__ __forceinline__ void run_network(const CrossSpatialParams& p, int first_tile,
-                                            const Progress* progress,
-                                            const typename N::T* e_tile,
-                                            const typename N::T* x_tile, float* sums) {
+                                            const Progress* progress, float* sums) {
+  CIEMA_DYNAMIC_SHARED(typename N::T, e_tile);
 #pragma unroll 1
-  for (int piece = thread_of_phase() / kWarp;; piece += kWarps) {
-    const TilePlace tile(p, first_tile + progress->step);
-    const int pixels = tile.rows * tile.columns, pieces = parts(pixels, N::kPixels);
-    if (piece >= 2 * pieces) return;
-    const int branch = piece < pieces ? 0 : 1;
-    constexpr int kInset = kHaloE - kHaloX;
-    const int pitch = branch == 0 ? p.e_pitch : p.x_pitch;
-    const typename N::T* x = branch == 0 ? e_tile + kInset * (p.e_pitch + N::kPitch) : x_tile;
+  for (int index = thread_of_phase() / kWarp;; index += kWarps) {
     typename N::Addresses first;
-    int place[N::kRows];
+    int pitch;
+    {
+      const TilePlace tile(p, first_tile + progress->step);
+      const Piece<N> piece(tile, index);
+      if (piece.branch == 2) return;
+      constexpr int kInset = kHaloE - kHaloX;
+      pitch = piece.branch == 0 ? p.e_pitch : p.x_pitch;
+      const typename N::T* x = e_tile + (piece.branch == 0 ? kInset * (p.e_pitch + N::kPitch)
+                                                           : (p.rows + 2 * kHaloE) * p.e_pitch);
 #pragma unroll
-    for (int m = 0; m < N::kRows; ++m) {
-      const int pixel = (piece - branch * pieces) * N::kPixels + 16 * m + lane_of_warp() % 16;
-      const int last = min(pixel, pixels - 1), i = last / tile.columns, j = last % tile.columns;
-      first[m] = x + i * pitch + j * N::kPitch;
-      const bool own = pixel < pixels || PLANT == 3;
-      place[m] = own ? (tile.top + i) * p.width + tile.left + j : -1;
+      for (int m = 0; m < N::kRows; ++m) {
+        const int pixel = min(piece.first + 16 * m + lane_of_warp() % 16, piece.pixels - 1);
+        first[m] = x + pixel / tile.columns * pitch + pixel % tile.columns * N::kPitch;
+      }
     }
     typename N::Result y;
     N::run(y, first, pitch, typename N::Packed(p.packed), p.vectors);
     __syncwarp();
-    store_piece<N>(y, place, slab_of_y<N>(p, progress->slab, branch),
-                   sums + (2 * (thread_of_phase() / kWarp) + branch) * N::kChannels);
+    const TilePlace tile(p, first_tile + progress->step);
+    const Piece<N> piece(tile, index);
+    int place[N::kRows];
+#pragma unroll
+    for (int m = 0; m < N::kRows; ++m) {
+      const int pixel = piece.first + 16 * m + thread_of_phase() % 16;
+      const int last = min(pixel, piece.pixels - 1);
+      const int row = tile.top + last / tile.columns, column = tile.left + last % tile.columns;
+      place[m] = pixel < piece.pixels || PLANT == 3 ? row * p.width + column : -1;
+    }
+    store_piece<N>(y, place, slab_of_y<N>(p, progress->slab, piece.branch),
+                   sums + (2 * (thread_of_phase() / kWarp) + piece.branch) * N::kChannels);
   }
 }
 
@@ -271,8 +292,9 @@ __device__ __forceinline__ int steps_of_block(const CrossSpatialParams& p) {
 // One step: a window for the pools (attending), one for the moments, or a tile.
 template <class N>
 __device__ __forceinline__ void run_step(const CrossSpatialParams& p, const Progress* progress,
-                                         typename N::T* e_tile, float* sums) {
+                                         float* sums) {
   using T = typename N::T;
+  CIEMA_DYNAMIC_SHARED(T, e_tile);
   const int windows = p.weight != nullptr ? window_count(p) : 0;
   T* x_tile = e_tile + (p.rows + 2 * kHaloE) * p.e_pitch;
   float* merged = reinterpret_cast<float*>(x_tile);
@@ -305,14 +327,12 @@ __device__ __forceinline__ void run_step(const CrossSpatialParams& p, const Prog
   __syncthreads();  // all have read e
   normalise_branch<N>(p, TilePlace(p, first + progress->step), progress->slab, e_tile);
   if (PLANT != 2) __syncthreads();
-  run_network<N>(p, first, progress, e_tile, x_tile, sums);
+  run_network<N>(p, first, progress, sums);
 }
 
 // Grid (slabs, bands).
 template <class N>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(CrossSpatialParams p) {
-  using T = typename N::T;
-  CIEMA_DYNAMIC_SHARED(T, e_tile);
   CIEMA_SHARED(float, sums, [kWarps * 2 * N::kChannels]);
   CIEMA_SHARED(Progress, progress, [1]);
   for (int i = static_cast<int>(threadIdx.x); i < kWarps * 2 * N::kChannels; i += kThreads) {
@@ -322,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(CrossSpatialParams
   __syncthreads();
 #pragma unroll 1
   while (progress->step < steps_of_block(p)) {
-    run_step<N>(p, progress, e_tile, sums);
+    run_step<N>(p, progress, sums);
     __syncthreads();
     if (threadIdx.x == 0) ++progress->step;
     __syncthreads();

@@ -78,9 +78,8 @@ struct Network {
   static constexpr int kTapsUnrolled = kRoomy ? 5 : 1;
   static constexpr int kPartsUnrolled = kRoomy ? 3 : 1;
   // Registers are so short that loads of weights must not run ahead of the products.
-  static constexpr bool kTight = sizeof(T) == 4 && kChannels == 64;
-  static constexpr int kLogits =
-      kColumns / (kTight ? 4 : kChannels == 64 ? 2 : 1);  // column tiles at a time
+  static constexpr bool kTight = sizeof(T) == 4 && kPrecision == Precision::kSplit;
+  static constexpr int kLogits = kRoomy ? kColumns : kTight ? 2 : kColumns / 2;  // at a time
   static constexpr int kStepsUnrolled = kSteps <= 4 ? kSteps : 1;
 
   // A warp's results: lane 4g + q has pixels 16m + g (i = 0, 1) and 16m + g + 8 (i = 2, 3), channels

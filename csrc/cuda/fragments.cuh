@@ -188,12 +188,16 @@ struct Fragments<float, kPrecision> {
                                                const uint32_t (&bits)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float value = __uint_as_float(bits[i]);
-      terms[0][i] = ptx::round_to_tf32(value);
-      if constexpr (kTerms == 2) {
+      if constexpr (kTerms == 1) {
+        terms[0][i] = ptx::round_to_tf32(__uint_as_float(bits[i]));
+      } else {
+        // Rounded, ties away from zero; the conversion's own test for NaN takes three times as long.
+        // A NaN may become 0 here, but not its rest; an infinity's rest, inf − inf, would be NaN
+        // where the product of the first terms is inf. The products ignore the rest's last bits.
+        const float value = __uint_as_float(bits[i]);
+        terms[0][i] = (bits[i] + 0x1000u) & 0xffffe000u;
         const float rest = value - __uint_as_float(terms[0][i]);
-        // An infinity's rest, inf − inf, would be NaN where the product of the first terms is inf.
-        terms[1][i] = isfinite(value) ? ptx::round_to_tf32(rest) : 0u;
+        terms[1][i] = isinf(value) ? 0u : __float_as_uint(rest);
       }
     }
   }
