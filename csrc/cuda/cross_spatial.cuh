@@ -128,7 +128,7 @@ struct Piece {
   __device__ __forceinline__ Piece(const TilePlace& tile, int index) {
     pixels = tile.rows * tile.columns;
     const int pieces = parts(pixels, N::kPixels);
-    branch = index / pieces;  // 0, 1; 2: past the last
+    branch = index / pieces;  // 0, 1; more: past the last
     first = (index - branch * pieces) * N::kPixels;
   }
 };
@@ -146,7 +146,7 @@ __device__ __forceinline__ void run_network(const CrossSpatialParams& p, int fir
     {
       const TilePlace tile(p, first_tile + progress->step);
       const Piece<N> piece(tile, index);
-      if (piece.branch == 2) return;
+      if (piece.branch >= 2) return;
       constexpr int kInset = kHaloE - kHaloX;
       pitch = piece.branch == 0 ? p.e_pitch : p.x_pitch;
       const typename N::T* x = e_tile + (piece.branch == 0 ? kInset * (p.e_pitch + N::kPitch)

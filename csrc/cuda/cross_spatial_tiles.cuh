@@ -73,14 +73,17 @@ struct Network {
   static constexpr int kRows = sizeof(T) == 2 && kChannels <= 32 ? 2 : 1;  // row tiles of a warp
   static constexpr int kPixels = 16 * kRows;
   static constexpr int kChain = F::kDepth / 8;  // result tiles in one operand
-  // Unrolled where registers allow: taps of a window's row, parts of the features.
+  // What is unrolled: more, and the compiler would prepare so many products at once that it spills.
   static constexpr bool kRoomy = sizeof(T) == 2 && kChannels <= 32;
-  static constexpr int kTapsUnrolled = kRoomy ? 5 : 1;
-  static constexpr int kPartsUnrolled = kRoomy ? 3 : 1;
-  // Registers are so short that loads of weights must not run ahead of the products.
-  static constexpr bool kTight = sizeof(T) == 4 && kPrecision == Precision::kSplit;
-  static constexpr int kLogits = kRoomy ? kColumns : kTight ? 2 : kColumns / 2;  // at a time
-  static constexpr int kStepsUnrolled = kSteps <= 4 ? kSteps : 1;
+  static constexpr int kTapsUnrolled = kRoomy ? 5 : 1;   // of a window's row
+  static constexpr int kPartsUnrolled = kRoomy ? 3 : 1;  // of the attention
+  static constexpr int kStepsUnrolled = sizeof(T) == 2 ? kSteps : 1;
+  // float32 in two terms makes operands of the features for every product; these are in loops, and
+  // the features in an array with an index, that is in local memory: 12 bytes a channel and pixel,
+  // which the first-level cache holds.
+  static constexpr bool kSplits = sizeof(T) == 4 && kPrecision == Precision::kSplit;
+  static constexpr int kFeaturesUnrolled = kSplits ? 1 : 3 * kSteps;
+  static constexpr int kLogits = kSplits && kChannels == 64 ? 2 : kColumns;  // tiles at a time
 
   // A warp's results: lane 4g + q has pixels 16m + g (i = 0, 1) and 16m + g + 8 (i = 2, 3), channels
   // 8n + 2q and 8n + 2q + 1.
@@ -138,7 +141,6 @@ struct Network {
                                                   int tile, int step, int first = 0) {
 #pragma unroll
     for (int pair = 0; pair < kCount / 2; ++pair) {
-      if constexpr (kTight) __syncwarp();  // loads do not move across it
       B b[2];
       packed.load(b, tile, step, first / 2 + pair);
 #pragma unroll
@@ -227,7 +229,6 @@ struct Network {
   struct Values {
     float d[kChain][4];
   };
-  static constexpr bool kSplits = sizeof(T) == 4 && kPrecision == Precision::kSplit;
   using Kept = std::conditional_t<kSplits, Values, A>;
   struct Features {
     Kept kept[3][kRows][kSteps];
@@ -256,18 +257,9 @@ struct Network {
     }
   }
 
-  // zero: 0, but unknown to the compiler, which would else keep both terms of all features at once.
-  __device__ __forceinline__ static void operand(A& a, const Kept& kept, int zero) {
+  __device__ __forceinline__ static void operand(A& a, const Kept& kept) {
     if constexpr (kSplits) {
-      Values values;
-#pragma unroll
-      for (int t = 0; t < kChain; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          values.d[t][i] = __int_as_float(__float_as_int(kept.d[t][i]) ^ zero);
-        }
-      }
-      F::chain(a, values.d);
+      F::chain(a, kept.d);
     } else {
       a = kept;
     }
@@ -285,23 +277,29 @@ struct Network {
     }
   }
 
+  // A feature of part k, which is not known when compiling. Registers have no index: it is selected.
+  __device__ __forceinline__ static float feature(const Features& features, int k, int m, int step,
+                                                  int t, int i) {
+    if constexpr (kSplits) return value(features.kept[k][m][step], t, i);
+    const float own = value(features.kept[0][m][step], t, i);
+    const float next = value(features.kept[1][m][step], t, i);
+    return k == 0 ? own : k == 1 ? next : value(features.kept[2][m][step], t, i);
+  }
+
   // Part k of Wa ∗ f, column tiles first….
   template <int kCount>
   __device__ __forceinline__ static void logits(float (&result)[kRows][kCount][4],
                                                 const Features& features, int k,
                                                 const Packed& packed, int first = 0) {
     clear(result);
-    int zero = k;
-    ptx::hide(zero);
-    zero >>= 31;
-#pragma unroll
+#pragma unroll kFeaturesUnrolled
     for (int part = 0; part < 3; ++part) {
-      __syncwarp();  // loads of weights do not move across it: they would fill all registers
-#pragma unroll
+      if constexpr (!kSplits) __syncwarp();  // keeps loads of weights from filling all registers
+#pragma unroll kFeaturesUnrolled
       for (int step = 0; step < kSteps; ++step) {
         A a[kRows];
 #pragma unroll
-        for (int m = 0; m < kRows; ++m) operand(a[m], features.kept[part][m][step], zero);
+        for (int m = 0; m < kRows; ++m) operand(a[m], features.kept[part][m][step]);
         multiply(result, a, packed, kAttention + 3 * k + part, step, first);
       }
     }
@@ -321,6 +319,7 @@ struct Network {
                                                 const Packed& packed, int first = 0) {
 #pragma unroll
     for (int own = 0; own < kCount / kChain; ++own) {
+      if constexpr (!kSplits) __syncwarp();
       A a[kRows];
       float weighted[kRows][kChain][4];
 #pragma unroll
@@ -333,15 +332,8 @@ struct Network {
           for (int i = 0; i < 4; ++i) {
             const float logit =
                 fmaf(logits[m][n][i], i % 2 == 0 ? by.x : by.y, i % 2 == 0 ? plus.x : plus.y);
-            float feature = 0.0f;  // selected: registers have no index at run time
-#pragma unroll
-            for (int choice = 0; choice < 3 * kColumns / kCount; ++choice) {
-              const int part = choice * kCount / kColumns, from = choice * kCount % kColumns;
-              if (part == k && from == first) {
-                feature = value(features.kept[part][m][from / kChain + own], t, i);
-              }
-            }
-            weighted[m][t][i] = sigmoid(logit) * feature;
+            weighted[m][t][i] =
+                sigmoid(logit) * feature(features, k, m, first / kChain + own, t, i);
           }
         }
       }
