@@ -76,7 +76,8 @@ struct Network {
   // What is unrolled: more, and the compiler would prepare so many products at once that it spills.
   static constexpr bool kRoomy = sizeof(T) == 2 && kChannels <= 32;
   static constexpr int kTapsUnrolled = kRoomy ? 5 : 1;   // of a window's row
-  static constexpr int kPartsUnrolled = kRoomy ? 3 : 1;  // of the attention
+  static constexpr bool kRoomier = kRoomy && std::is_same_v<T, __half>;  // converts in 1 instruction
+  static constexpr int kPartsUnrolled = kRoomier ? 3 : 1;  // of the attention
   static constexpr int kStepsUnrolled = sizeof(T) == 2 ? kSteps : 1;
   // float32 in two terms makes operands of the features for every product; these are in loops, and
   // the features in an array with an index, that is in local memory: 12 bytes a channel and pixel,
@@ -352,6 +353,7 @@ struct Network {
       convolve(f, first, pitch, packed);
       keep(features, f);
     }
+    __syncwarp();
     clear(y);
 #pragma unroll kPartsUnrolled
     for (int column = 0; column < 3 * kColumns; column += kLogits) {
@@ -373,6 +375,7 @@ struct Network {
         }
       }
     }
+    __syncwarp();
     convolve1x1(y, first, 2 * pitch + 2 * kPitch, packed, kChannelFeat);
   }
 };
