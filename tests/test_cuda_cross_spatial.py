@@ -217,31 +217,27 @@ def test_launches_and_bands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
 def test_traffic(channels_last: bool) -> None:
-    """Products load without bank conflicts; e is read as often as the head comment says."""
+    """Products load without bank conflicts, 16 bytes a lane; e is read as the head comment says."""
     example = case((1, 1, 32, 16, 56), torch.float16, channels_last)
-    reports = reports_of(example.single)
-    report = reports["coordinate_cross_spatial"][1]
-    tiles = [
-        site
-        for site in report.sites
-        if site["space"] == "shared" and site["kind"] == "read" and "fragments.cuh" in site["site"]
-    ]
-    assert tiles != []
-    assert all(site["units"] == site["ideal_units"] for site in tiles)
-    weights = [site for site in report.sites if "cross_spatial_tiles.cuh" in site["site"]]
-    assert any(site["bytes_per_lane"] == 16 and site["space"] == "global" for site in weights)
-    loads = [
-        site
-        for site in report.sites
-        if site["space"] == "global"
-        and site["kind"] == "read"
-        and "cross_spatial_branches.cuh" in site["site"]
-        and site["bytes_per_lane"] == 16
-    ]
-    whole = example.e.numel() * example.e.element_size()
-    passes = sum(site["bytes"] for site in loads) / whole
-    # Pools, moments, and tiles with their halo of 3.
-    assert 3 < passes <= 2 + 2.5
+    _, report = reports_of(example.single)["coordinate_cross_spatial"]
+
+    def sites(file: str, space: str) -> list[dict[str, Any]]:
+        return [
+            site
+            for site in report.sites
+            if file in site["site"] and (site["space"], site["kind"]) == (space, "read")
+        ]
+
+    pixels = sites("cross_spatial_tiles.cuh", "shared")
+    assert {site["bytes_per_lane"] for site in pixels} == {16}
+    assert all(site["units"] == site["ideal_units"] for site in pixels)
+    weights = max(sites("cross_spatial_tiles.cuh", "global"), key=lambda site: site["bytes"])
+    assert weights["bytes_per_lane"] == 16
+    assert weights["units"] == weights["ideal_units"]
+    loads = [s for s in sites("cross_spatial_branches.cuh", "global") if s["bytes_per_lane"] == 16]
+    passes = sum(site["bytes"] for site in loads) / (example.e.numel() * 2)
+    # Pools, moments, and tiles with their halo of 3; packs of pixels read beyond it.
+    assert 2 + 1.3 < passes < 2 + (1.4 if channels_last else 2.5)
 
 
 # Bug → kind of finding, and whether it is coordinate attention's.

@@ -37,7 +37,7 @@ template <class N>
 int64_t cost_of_tile(int rows, int columns) {
   const int of_x2 = parts((rows + 2 * kHaloX) * ((columns + 2 * kHaloX + 7) / 8 * 8), N::kPixels);
   const int of_y = 2 * parts(rows * columns, N::kPixels);
-  const int loading = parts((rows + 2 * kHaloE) * (columns + 2 * kHaloE), 64);
+  const int loading = (rows + 2 * kHaloE) * (parts(columns + 2 * kHaloE, 8) + 1) / 8;
   return 9 * parts(of_x2, kWarps) + 48 * parts(of_y, kWarps) + loading + 4;
 }
 

@@ -7,19 +7,21 @@
 //
 // Layouts     e as "rows" or "channels_last"; shared memory holds it as [pixel][channel].
 // Grid        slabs × bands; a block walks the tiles of its band, rows × columns pixels of the map.
-//             Of a tile it holds e with a halo of 3, in which x1 replaces e, and x2 with a halo of
-//             2. Its eight warps share the 32 (16) pixels' pieces of x2, then of both branches' y.
+//             Of a tile it holds e with a halo of 3, whose place x1 takes, and x2 with a halo of 2.
+//             Its eight warps share pieces of 32 (16) pixels of x2, then of both branches' y.
 //             The slab's last block to arrive draws softmax and w; with coordinate attention there
 //             is one band.
-// Bytes       e once from device memory; again from the second-level cache the halos: a 4×56 tile
-//             of a 56×56 map reads (4+6)/4 of it. y (2·c values a pixel) is written to scratch and
-//             read once, both in the second-level cache (a slab's 400 KB at c = 32 in 16 bits); w.
+// Bytes       e once from device memory (with coordinate attention twice more from the second-level
+//             cache), and the tiles' halos again from there: tiles of 8×28 of a 56×56 map read
+//             (8+6)(28+6)/(8·28) = 2.1 of it. y (2·c values a pixel) is written to scratch and read
+//             once, both in the second-level cache (a slab's 400 KB at c = 32 in 16 bits); w.
 // Registers   up to 255: one block of 8 warps a multiprocessor, two a scheduler. More warps would
 //             halve the pixels of a warp, and then the loads of weights and pixels, 128 bytes a
-//             cycle, would take longer than the products.
+//             cycle, would take longer than the products. Not more, so that nothing spills: what a
+//             phase needs is read again from shared memory (Progress).
 // Accuracy    products as Network says; x1, y's sums, softmax and w's logit float32; y rounds to T.
 //             Sums of y by warp, warps, bands in fixed order: same bits every run.
-// Recomputed  x2 in the halo of 2: (4+4)/4 of a 4×56 tile, a tenth of all products.
+// Recomputed  x2 in the halo of 2: (8+4)(28+4)/(8·28) = 1.7 of it, a fifteenth of all products.
 #pragma once
 
 #include "cross_spatial_attend.cuh"
