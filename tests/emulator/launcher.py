@@ -43,6 +43,7 @@ def emulate(launch: Launch, order: str = "forward", defines: tuple[str, ...] = (
     session = Session(module_of(launch, defines), order, seed=len(launch.entry))
     addresses = {name: session.input(name, t) for name, t in launch.reads.items()}
     addresses |= {name: session.output(name, t) for name, t in launch.writes.items()}
+    addresses |= {name: session.inout(name, t) for name, t in launch.updates.items()}
     addresses |= {name: session.scratch(name, t) for name, t in launch.scratch.items()}
     session.launch(launch.entry, reals=launch.reals, **addresses, **launch.integers)
     return session.finish()

@@ -22,7 +22,8 @@ class Launch:
         entry: its name, which ends in the maps' dtype.
         reads: tensors by the entry's names for them.
         writes: outputs, of which the entry writes every element.
-        scratch: memory that only this op's launches read and write.
+        updates: memory that it reads and writes, as counters.
+        scratch: memory that only this launch reads and writes.
         integers: sizes, strides and flags by name.
         reals: numbers with a fraction by name.
     """
@@ -30,6 +31,7 @@ class Launch:
     entry: str
     reads: Mapping[str, torch.Tensor]
     writes: Mapping[str, torch.Tensor]
+    updates: Mapping[str, torch.Tensor]
     scratch: Mapping[str, torch.Tensor]
     integers: Mapping[str, int]
     reals: Mapping[str, float]
@@ -37,7 +39,7 @@ class Launch:
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
-        return {**self.reads, **self.writes, **self.scratch}
+        return {**self.reads, **self.writes, **self.updates, **self.scratch}
 
     def run(self) -> None:
         """On the GPU of the tensors, on its current stream."""
@@ -68,6 +70,7 @@ def launch(
     *,
     reads: Mapping[str, torch.Tensor | None],
     writes: Mapping[str, torch.Tensor | None],
+    updates: Mapping[str, torch.Tensor | None] | None = None,
     scratch: Mapping[str, torch.Tensor | None] | None = None,
     numbers: Mapping[str, int | float],
 ) -> None:
@@ -78,7 +81,8 @@ def launch(
         dtype: of the maps.
         reads: tensors that it reads; None is a null pointer, as is an empty tensor.
         writes: tensors that it writes completely.
-        scratch: memory of this op's launches, in which some elements may stay unwritten.
+        updates: tensors that it reads and writes.
+        scratch: memory that this launch alone uses, in which elements may stay unwritten.
         numbers: sizes and flags (int), and numbers with a fraction (float).
     """
 
@@ -88,7 +92,7 @@ def launch(
 
     one = Launch(
         f"{entry}_{_NAMES[dtype]}",
-        *(present(reads), present(writes), present(scratch)),
+        *(present(reads), present(writes), present(updates), present(scratch)),
         {name: int(n) for name, n in numbers.items() if not isinstance(n, float)},
         {name: n for name, n in numbers.items() if isinstance(n, float)},
     )
