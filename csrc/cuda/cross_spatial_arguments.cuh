@@ -22,6 +22,15 @@ inline CrossSpatialSizes sizes_of(const Arguments& a) {
   return s;
 }
 
+template <class T>
+CrossSpatialMap map_of(const void* map, int channels, int64_t stride_b, int64_t stride_c,
+                       int64_t stride_s, bool channels_last) {
+  const auto* address = static_cast<const T*>(map);
+  const bool fits = channels_last && channels % Vector<T>::kElements == 0 &&
+                    is_aligned(address, stride_b) && is_aligned(address, stride_s);
+  return {stride_c, stride_s, channels_last, fits};
+}
+
 // Calls run(Network) of the narrower network that holds a group; `padded`: its channels.
 template <class T, class Run>
 void with_network(const Arguments& a, Run run) {

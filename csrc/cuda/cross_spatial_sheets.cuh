@@ -28,10 +28,10 @@ constexpr int kTileThreads = kTilePixels / N::kPixels * kWarp;
 // Blocks of a multiprocessor that registers should allow.
 template <class N>
 constexpr int kBlocks = N::kRoomy ? 0 : 1;  // 0: as the compiler finds
-// Whether parts of features are read for every use: registers can't hold them beside float32's
-// operands, which are two terms.
+// Whether parts of features are read for every use: registers can't hold 64 channels of three, or
+// 32 beside float32's operands, which are two terms.
 template <class N>
-constexpr bool kReread = sizeof(typename N::T) == 4;
+constexpr bool kReread = sizeof(typename N::T) == 4 || N::kChannels == 64;
 // Column tiles of logits in registers at once.
 template <class N>
 constexpr int kLogits = N::kTight ? N::kColumns / 2 : N::kColumns;

@@ -38,12 +38,8 @@ void branches(const Arguments& a) {
   CrossSpatialTrainingParams p = params_of(a);
   p.e = a.pointer<const void>("e");
   p.e_stride_b = a.integer("e_stride_b");
-  p.e_stride_c = a.integer("e_stride_c");
-  p.e_stride_s = a.integer("e_stride_s");
-  p.channels_last = a.integer("e_channels_last") != 0;
-  const auto* e = static_cast<const T*>(p.e);
-  p.vectors_fit = p.channels_last && p.sizes.channels % Vector<T>::kElements == 0 &&
-                  is_aligned(e, p.e_stride_b) && is_aligned(e, p.e_stride_s);
+  p.map = map_of<T>(p.e, p.sizes.channels, p.e_stride_b, a.integer("e_stride_c"),
+                    a.integer("e_stride_s"), a.integer("e_channels_last") != 0);
   p.alpha_h = a.pointer<const float>("alpha_h");
   p.alpha_w = a.pointer<const float>("alpha_w");
   p.mean = a.pointer<const float>("mean");

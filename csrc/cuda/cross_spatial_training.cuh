@@ -33,12 +33,18 @@ struct CrossSpatialNorm {
   float eps;
 };
 
+// A slab of e or of its gradient.
+struct CrossSpatialMap {
+  int64_t stride_c, stride_s;
+  bool channels_last;
+  bool vectors_fit;  // channels_last: 16-byte packs of channels are aligned, and none is cut
+};
+
 struct CrossSpatialTrainingParams {
   CrossSpatialSizes sizes;
   const void* e;
-  int64_t e_stride_b, e_stride_c, e_stride_s;
-  bool channels_last;
-  bool vectors_fit;                // channels_last: 16-byte packs of channels are aligned
+  int64_t e_stride_b;
+  CrossSpatialMap map;
   const float *alpha_h, *alpha_w;  // (slabs, c, H), (slabs, c, W)
   const float *mean, *rstd;        // (slabs, c)
   const void* packed;
@@ -60,24 +66,24 @@ namespace cross_spatial {
 
 // ---- branches ----------------------------------------------------------------------------------
 
-// A tile of e with a halo of 1 to shared memory, zero around the map and past c.
-template <class N>
-__device__ void load_map_window(const CrossSpatialTrainingParams& p, const Tile& tile,
+// A tile of e with a halo to shared memory, zero around the map and past c.
+template <class N, int kHalo>
+__device__ void load_map_window(const CrossSpatialSizes& s, const CrossSpatialMap& map, const Tile& tile,
                                 const typename N::T* e, typename N::T* window) {
   using T = typename N::T;
-  constexpr int kColumns = kTileWidth + 2, kPixels = (kTileHeight + 2) * kColumns;
+  constexpr int kColumns = kTileWidth + 2 * kHalo, kPixels = (kTileHeight + 2 * kHalo) * kColumns;
   constexpr int kElements = Vector<T>::kElements, kPacks = N::kChannels / kElements;
-  const CrossSpatialSizes& s = p.sizes;
 #pragma unroll 1
   for (int item = static_cast<int>(threadIdx.x); item < kPixels * kPacks;
        item += static_cast<int>(blockDim.x)) {
-    const int pixel = p.channels_last ? item / kPacks : item % kPixels;
-    const int channel = (p.channels_last ? item % kPacks : item / kPixels) * kElements;
-    const int row = tile.top - 1 + pixel / kColumns, column = tile.left - 1 + pixel % kColumns;
+    const int pixel = map.channels_last ? item / kPacks : item % kPixels;
+    const int channel = (map.channels_last ? item % kPacks : item / kPixels) * kElements;
+    const int row = tile.top - kHalo + pixel / kColumns;
+    const int column = tile.left - kHalo + pixel % kColumns;
     const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
-    const int64_t at = inside ? (row * s.width + column) * p.e_stride_s : 0;
+    const int64_t at = inside ? (row * s.width + column) * map.stride_s : 0;
     T* target = window + pixel * N::kPitch + channel;
-    if (p.vectors_fit) {
+    if (map.vectors_fit) {
       const bool whole = inside && channel < s.channels;
       ptx::copy_async(target, e + (whole ? at + channel : 0), whole);
       continue;
@@ -86,7 +92,7 @@ __device__ void load_map_window(const CrossSpatialTrainingParams& p, const Tile&
 #pragma unroll
     for (int k = 0; k < kElements; ++k) {
       const bool own = inside && channel + k < s.channels;
-      pack.element[k] = own ? e[at + (channel + k) * p.e_stride_c] : from_float<T>(0.0f);
+      pack.element[k] = own ? e[at + (channel + k) * map.stride_c] : from_float<T>(0.0f);
     }
     store_vector(target, pack);
   }
@@ -152,7 +158,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>)
   const CrossSpatialSizes& s = p.sizes;
   const int64_t slab = blockIdx.x, size = static_cast<int64_t>(s.height) * s.width * N::kChannels;
   const T* e = static_cast<const T*>(p.e) + slab / s.groups * p.e_stride_b +
-               slab % s.groups * s.channels * p.e_stride_c;
+               slab % s.groups * s.channels * p.map.stride_c;
   T* x1 = static_cast<T*>(p.sheets) + slab * size;
   T* x2 = x1 + s.slabs * size;
   const typename N::Packed packed(p.packed);
@@ -166,7 +172,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>)
   for (int t = static_cast<int>(blockIdx.y); t < tiles_of_map(s); t += s.shares) {
     const Tile tile = tile_at(s, t);
     __syncthreads();  // the last tile is no longer needed
-    load_map_window<N>(p, tile, e, window);
+    load_map_window<N, 1>(s, p.map, tile, e, window);
     load_tile_gates<N::kChannels>(s, tile, slab, p.alpha_h, p.alpha_w, gates);
     __syncthreads();
     normalise_tile<N>(p, tile, window, gates, affine, x1, x1 + 2 * s.slabs * size);

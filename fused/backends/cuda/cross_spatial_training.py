@@ -43,8 +43,8 @@ class Stage:
         batch, channels, height, width = self.e.shape
         self.c, self.slabs, self.pixels = channels // self.groups, batch * self.groups, height * width
         self.padded = 32 if self.c <= 32 else 64
-        tiles = -(-height // TILE_PIXELS[0]) * -(-width // TILE_PIXELS[1])
-        self.shares = min(-(-BLOCKS // (2 * self.slabs)), tiles)
+        self.tiles = -(-height // TILE_PIXELS[0]) * -(-width // TILE_PIXELS[1])
+        self.shares = min(-(-BLOCKS // (2 * self.slabs)), self.tiles)
         self.sets = 2 * self.groups if self.per_group else 1
         self.numbers = {
             **{"slabs": self.slabs, "groups": self.groups, "group_channels": self.c},
