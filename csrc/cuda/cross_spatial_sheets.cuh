@@ -1,5 +1,5 @@
 // Maps of cross_spatial's training as its kernels see them: tiles of 8×16 pixels of sheets in
-// scratch, one warp's results in them, and sums over the pixels of the map.
+// scratch, and one warp's results in them.
 //
 // A sheet is (rows, H·W, parts, kChannels) in the products' dtype, zero past c; a row is a branch
 // of a slab: branch·slabs + slab. A block of kThreads walks the tiles of one row that are its
@@ -8,7 +8,6 @@
 #pragma once
 
 #include "cross_spatial_tiles.cuh"
-#include "moments.cuh"
 
 namespace ciema {
 
@@ -25,13 +24,9 @@ constexpr int kTileHeight = 8, kTileWidth = 16, kTilePixels = kTileHeight * kTil
 template <class N>
 constexpr int kTileThreads = kTilePixels / N::kPixels * kWarp;
 
-// Blocks of a multiprocessor that registers should allow.
+// Blocks of a multiprocessor for __launch_bounds__; 0: none, the compiler finds a better number.
 template <class N>
-constexpr int kBlocks = N::kRoomy ? 0 : 1;  // 0: as the compiler finds
-// Whether parts of features are read for every use: registers can't hold 64 channels of three, or
-// 32 beside float32's operands, which are two terms.
-template <class N>
-constexpr bool kReread = sizeof(typename N::T) == 4 || N::kChannels == 64;
+constexpr int kBlocks = N::kRoomy ? 0 : 1;
 // Column tiles of logits in registers at once.
 template <class N>
 constexpr int kLogits = N::kTight ? N::kColumns / 2 : N::kColumns;
@@ -207,38 +202,17 @@ __device__ __forceinline__ void load_result(const typename N::T* sheet, const Pi
 }
 
 // Three parts of a warp's pixels as a sheet has them, zero outside the map: operands of products
-// over the parts, and their values. Held in registers, or read again where these are too short.
+// over the parts, and their values. They are read for every use, from the first-level cache: held,
+// they would fill the registers that a second block needs to hide such loads.
 template <class N>
 struct Parts {
   using Values = typename N::Values;
 
   const typename N::T* sheet;
   const Pixels<N>& pixels;
-  typename N::Features held;
 
-  __device__ __forceinline__ Parts(const typename N::T* of_row, const Pixels<N>& of_tile)
-      : sheet(of_row), pixels(of_tile) {
-    if constexpr (!kReread<N>) {
-#pragma unroll
-      for (int part = 0; part < 3; ++part) {
-#pragma unroll
-        for (int m = 0; m < N::kRows; ++m) {
-#pragma unroll
-          for (int step = 0; step < N::kSteps; ++step) {
-            const Values values = read(part, m, step);
-            if constexpr (sizeof(typename N::T) == 2) {
-              N::F::chain(held.kept[part][m][step], values.d);
-            } else {
-              held.kept[part][m][step] = values;
-            }
-          }
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ Values read(int part, int m, int step) const {
-    Values values;
+  __device__ __forceinline__ Values values(int part, int m, int step) const {
+    Values out;
 #pragma unroll
     for (int t = 0; t < N::kChain; ++t) {
 #pragma unroll
@@ -247,50 +221,40 @@ struct Parts {
         if (pixels.at[m][half] >= 0) {
           two = load_two(two_of<N>(sheet, pixels.at[m][half], part, 3, step * N::kChain + t));
         }
-        values.d[t][2 * half] = two.x;
-        values.d[t][2 * half + 1] = two.y;
+        out.d[t][2 * half] = two.x;
+        out.d[t][2 * half + 1] = two.y;
       }
     }
-    return values;
+    return out;
   }
 
   __device__ __forceinline__ void operand(typename N::A& a, int part, int m, int step) const {
-    if constexpr (kReread<N>) {
-      N::F::chain(a, read(part, m, step).d);
-    } else {
-      N::operand(a, held.kept[part][m][step]);
-    }
-  }
-
-  // part: a constant where the values are held, after unrolling or not.
-  __device__ __forceinline__ Values values(int part, int m, int step) const {
-    if constexpr (kReread<N>) {
-      return read(part, m, step);
-    } else {
-      Values out;
+    if constexpr (sizeof(typename N::T) == 2) {  // as chain would pack them
 #pragma unroll
       for (int t = 0; t < N::kChain; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const auto& kept = held.kept;  // in registers, which have no index at run time
-          out.d[t][i] = part == 0   ? N::value(kept[0][m][step], t, i)
-                        : part == 1 ? N::value(kept[1][m][step], t, i)
-                                    : N::value(kept[2][m][step], t, i);
+        for (int half = 0; half < 2; ++half) {
+          const int pixel = pixels.at[m][half];
+          a.bits[2 * t + half] =
+              pixel >= 0 ? *reinterpret_cast<const uint32_t*>(
+                               two_of<N>(sheet, pixel, part, 3, step * N::kChain + t))
+                         : 0u;
         }
       }
-      return out;
+    } else {
+      N::F::chain(a, values(part, m, step).d);
     }
   }
 
-  // Of the 3c×3c weight whose tiles begin at `tile`, row of tiles k times the parts; column tiles
+  // result += row k of a 3c×3c weight, whose tiles begin at `tile`, times the parts; column tiles
   // first….
   template <int kCount>
   __device__ __forceinline__ void multiply(float (&result)[N::kRows][kCount][4], int k,
                                            const typename N::Packed& packed, int tile,
                                            int first) const {
-#pragma unroll(kReread<N> ? 1 : 3)
+#pragma unroll 1
     for (int part = 0; part < 3; ++part) {
-#pragma unroll(kReread<N> ? 1 : N::kSteps)
+#pragma unroll(N::kSteps <= 4 ? N::kSteps : 1)
       for (int step = 0; step < N::kSteps; ++step) {
         typename N::A a[N::kRows];
 #pragma unroll
@@ -314,126 +278,6 @@ __device__ __forceinline__ void operands(typename N::A (&a)[N::kRows],
       for (int i = 0; i < 4; ++i) d[t][i] = result[m][step * N::kChain + t][i];
     }
     N::F::chain(a[m], d);
-  }
-}
-
-// ---- sums over a warp's pixels -----------------------------------------------------------------
-
-// f(pixel of the map, its value) summed over the warp's pixels for the channels 8n + 2q + j; every
-// lane with the same q gets the sum.
-template <class N, int kCount, class Term>
-__device__ __forceinline__ float sum_over_pixels(const Pixels<N>& pixels,
-                                                 const float (&value)[N::kRows][kCount][4], int n,
-                                                 int j, Term term) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int m = 0; m < N::kRows; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (pixels.at[m][half] >= 0) sum += term(value[m][n][2 * half + j]);
-    }
-  }
-#pragma unroll
-  for (int distance = 4; distance < kWarp; distance *= 2) {
-    sum += __shfl_xor_sync(kFullMask, sum, distance);
-  }
-  return sum;
-}
-
-// Adds a result's pixels to a warp's moments in shared memory, mean[8·kCount] and m2[8·kCount] of
-// `before` values each.
-template <class N, int kCount>
-__device__ __forceinline__ void add_moments(const Pixels<N>& pixels,
-                                            const float (&value)[N::kRows][kCount][4], float* mean,
-                                            float* m2, int before, int count) {
-  if (count == 0) return;
-#pragma unroll
-  for (int n = 0; n < kCount; ++n) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float own = sum_over_pixels<N>(pixels, value, n, j, [](float v) { return v; }) /
-                        static_cast<float>(count);
-      const float squares = sum_over_pixels<N>(pixels, value, n, j, [own](float v) {
-        return (v - own) * (v - own);
-      });
-      if (lane_of_warp() >= 4) continue;
-      const int channel = 8 * n + 2 * lane_of_warp() + j;
-      Moments moments;
-      moments.mean = mean[channel];
-      moments.m2 = m2[channel];
-      moments.count = static_cast<float>(before);
-      moments.merge(own, squares, static_cast<float>(count));
-      mean[channel] = moments.mean;
-      m2[channel] = moments.m2;
-    }
-  }
-}
-
-// A block's moments of `count` channels: mean[count], m2[count] and how many values, in a row of
-// moments_size(count) floats.
-__host__ __device__ constexpr int moments_size(int count) { return 2 * count + 1; }
-
-__device__ __forceinline__ Moments moments_of(const float* row, int count, int channel) {
-  Moments moments;
-  moments.mean = row[channel];
-  moments.m2 = row[count + channel];
-  moments.count = row[2 * count];
-  return moments;
-}
-
-// Merges `rows` rows in order; to be called by all threads that have a channel.
-__device__ __forceinline__ Moments merge_rows(const float* first, int64_t step, int rows, int count,
-                                              int channel) {
-  Moments whole;
-#pragma unroll 4
-  for (int row = 0; row < rows; ++row) {
-    const Moments other = moments_of(first + row * step, count, channel);
-    whole.merge(other.mean, other.m2, other.count);
-  }
-  return whole;
-}
-
-// Of a block's warps, `warps` rows in shared memory, to the block's own row in scratch.
-__device__ __forceinline__ void store_moments(const float* of_warps, int warps, int count,
-                                              float* moments) {
-  float* own = moments + partial_of_block() * moments_size(count);
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
-    const Moments whole = merge_rows(of_warps, moments_size(count), warps, count, i);
-    own[i] = whole.mean;
-    own[count + i] = whole.m2;
-    if (i == 0) own[2 * count] = whole.count;
-  }
-}
-
-// The last block of a set: mean and biased variance of `parts`·c channels from all its rows.
-template <int kChannels>
-__device__ void finish_set(const CrossSpatialSizes& s, int set, int parts, const float* moments,
-                           float* of_warps, float* mean, float* var) {
-  const int count = parts * kChannels, size = moments_size(count);
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  const SetRows rows(s, set);
-  const int total = rows.count * s.shares, own = (total + warps - 1) / warps;
-  const int begin = warp_of_block() * own, end = min(begin + own, total);
-  for (int channel = lane_of_warp(); channel < count; channel += kWarp) {
-    Moments whole;
-#pragma unroll 4
-    for (int i = begin; i < end; ++i) {
-      const int64_t row = rows.first + static_cast<int64_t>(i / s.shares) * rows.step;
-      const float* partial = moments + (row * s.shares + i % s.shares) * size;
-      const Moments other = moments_of(partial, count, channel);
-      whole.merge(other.mean, other.m2, other.count);
-    }
-    of_warps[warp_of_block() * size + channel] = whole.mean;
-    of_warps[warp_of_block() * size + count + channel] = whole.m2;
-    if (channel == 0) of_warps[warp_of_block() * size + 2 * count] = whole.count;
-  }
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < parts * s.channels;
-       i += static_cast<int>(blockDim.x)) {
-    const int channel = i / s.channels * kChannels + i % s.channels;
-    const Moments whole = merge_rows(of_warps, size, warps, count, channel);
-    mean[set * parts * s.channels + i] = whole.mean;
-    var[set * parts * s.channels + i] = whole.m2 / whole.count;
   }
 }
 

@@ -17,7 +17,7 @@
 // Recomputed  Wa∗f, in reduce.
 #pragma once
 
-#include "cross_spatial_sheets.cuh"
+#include "cross_spatial_statistics.cuh"
 
 // Bugs for the tests; none in a build. 1, 2: a barrier left out, 3: the last tile is not walked.
 #ifndef PLANT
@@ -225,7 +225,7 @@ __device__ __forceinline__ void store_window_sums(float sum, float* sums, float*
 
 // Grid (2·slabs, shares).
 template <class N>
-__global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>) features_kernel(CrossSpatialTrainingParams p) {
+__global__ void __launch_bounds__(kTileThreads<N>, 1) features_kernel(CrossSpatialTrainingParams p) {
   using T = typename N::T;
   constexpr int kCount = 3 * N::kChannels, kWarps = kTileThreads<N> / kWarp;
   CIEMA_DYNAMIC_SHARED(T, window);
@@ -249,7 +249,6 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>) features_kernel(C
     if (PLANT != 1) __syncthreads();
     sum += window_sum<N, 2>(window);
     const Pixels<N> pixels(s, tile);
-    typename N::Features features;
     {
       typename N::Addresses first;
       window_addresses<N, 2, 2>(window, first);
@@ -257,15 +256,16 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>) features_kernel(C
       N::convolve(f, first, kWindowPitch<N, 2>, packed);
 #pragma unroll
       for (int part = 0; part < 3; ++part) store_result<N>(out, pixels, f[part], part, 3);
-      N::keep(features, f);
     }
+    const Parts<N> features{out, pixels};  // this thread's own values
     const int own = pixels_of_warp<N>(s, tile);
-#pragma unroll N::kPartsUnrolled
+#pragma unroll 1
     for (int k = 0; k < 3; ++k) {
-#pragma unroll
+#pragma unroll 1
       for (int first = 0; first < N::kColumns; first += kLogits<N>) {
         float logits[N::kRows][kLogits<N>][4];
-        N::logits(logits, features, k, packed, first);
+        N::clear(logits);
+        features.multiply(logits, k, packed, kAttention, first);
         float* mean = moments + k * N::kChannels + 8 * first;
         add_moments<N>(pixels, logits, mean, mean + kCount, count, own);
       }
@@ -323,9 +323,9 @@ __device__ __forceinline__ void reduce_features(typename N::Result& reduced,
                                                 const typename N::Packed& packed) {
   constexpr int kCount = kLogits<N>;
   N::clear(reduced);
-#pragma unroll N::kPartsUnrolled
+#pragma unroll 1
   for (int k = 0; k < 3; ++k) {
-#pragma unroll(kReread<N> ? 1 : N::kColumns / kCount)
+#pragma unroll 1
     for (int first = 0; first < N::kColumns; first += kCount) {
       float attention[N::kRows][kCount][4];
       N::clear(attention);
@@ -353,7 +353,7 @@ __device__ __forceinline__ void reduce_features(typename N::Result& reduced,
 
 // Grid (2·slabs, shares).
 template <class N>
-__global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>) reduce_kernel(CrossSpatialTrainingParams p) {
+__global__ void __launch_bounds__(kTileThreads<N>, 1) reduce_kernel(CrossSpatialTrainingParams p) {
   using T = typename N::T;
   constexpr int kCount = N::kChannels, kWarps = kTileThreads<N> / kWarp;
   CIEMA_SHARED(float, of_warps, [kWarps][moments_size(kCount)]);
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>) reduce_kernel(Cro
   for (int t = static_cast<int>(blockIdx.y); t < tiles_of_map(s); t += s.shares) {
     const Tile tile = tile_at(s, t);
     const Pixels<N> pixels(s, tile);
-    const Parts<N> features(features_of_row, pixels);
+    const Parts<N> features{features_of_row, pixels};
     typename N::Result reduced;
     reduce_features<N>(reduced, features, affine[0], affine[1], packed);
     store_result<N>(out, pixels, reduced);
