@@ -146,7 +146,7 @@ __device__ void store_map_tile(const CrossSpatialSizes& s, const CrossSpatialMap
 template <int kChannels>
 __device__ void add_gate_gradients(const CrossSpatialBranchesBackwardParams& p, const Tile& tile,
                                    int64_t slab, const float* through,
-                                   const float (&gates)[kTileHeight + kTileWidth][kChannels]) {
+                                   const float (&gates)[kTileHeight + kTileWidth][kGatePitch<kChannels>]) {
   const CrossSpatialSizes& s = p.sizes;
   for (int item = static_cast<int>(threadIdx.x); item < (kTileHeight + kTileWidth) * kChannels;
        item += static_cast<int>(blockDim.x)) {
@@ -179,7 +179,7 @@ __device__ void add_gate_gradients(const CrossSpatialBranchesBackwardParams& p, 
 template <class N>
 __device__ void branch_gradients(const Pixels<N>& pixels, const typename N::T* grad_x1,
                                  const typename N::T* e_tile,
-                                 const float (&gates)[kTileHeight + kTileWidth][N::kChannels],
+                                 const float (&gates)[kTileHeight + kTileWidth][kGatePitch<N::kChannels>],
                                  const float (&affine)[2][N::kChannels], typename N::Result& acc,
                                  typename N::Result& through, float* sums) {
   typename N::Result grad;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1)
   using T = typename N::T;
   constexpr int kChannels = N::kChannels, kWarps = kTileThreads<N> / kWarp;
   CIEMA_DYNAMIC_SHARED(unsigned char, memory);
-  CIEMA_SHARED(float, gates, [kTileHeight + kTileWidth][kChannels]);
+  CIEMA_SHARED(float, gates, [kTileHeight + kTileWidth][kGatePitch<kChannels>]);
   CIEMA_SHARED(float, affine, [2][kChannels]);
   CIEMA_SHARED(float, of_warps, [kWarps][2 * kChannels]);
   CIEMA_SHARED(float, of_threads, [kTileThreads<N>]);

@@ -30,7 +30,7 @@ struct CrossSpatialWeightsParams {
   const void* gradients;  // sheets
   int rows;               // rows of the sheets to walk
   int gradient_parts;     // of a pixel of `gradients`
-  float* partials;        // taps: (shares, taps·c·c); pointwise: (shares·splits, parts·c·3c)
+  float* partials;        // taps: (shares, taps, c, c); pointwise: (shares·splits, parts·c·3c)
 };
 
 namespace cross_spatial {
@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(TapRows<kNetwork>::kThreads, 1)
         const int o = output + lane_of_warp() / 4 + i / 2 * 8;
         const int in = input + 8 * n + lane_of_warp() % 4 * 2 + i % 2;
         if (o >= c || in >= c) continue;
-        const int at = (o * c + in) * width * width + (role.dy + role.radius) * width;
-        out[at + dx + role.radius] = acc[tap][n][i];
+        const int own = (role.dy + role.radius) * width + dx + role.radius;
+        out[(own * c + o) * c + in] = acc[tap][n][i];
       }
     }
   }

@@ -100,11 +100,15 @@ __device__ void load_map_window(const CrossSpatialSizes& s, const CrossSpatialMa
   ptx::copy_async_wait<0>();
 }
 
+// Floats from one position's gates to the next in shared memory.
+template <int kChannels>
+constexpr int kGatePitch = kChannels + 4;
+
 // A tile's gates, zero past c: rows, then columns.
 template <int kChannels>
 __device__ void load_tile_gates(const CrossSpatialSizes& s, const Tile& tile, int64_t slab,
                                 const float* alpha_h, const float* alpha_w,
-                                float (&gates)[kTileHeight + kTileWidth][kChannels]) {
+                                float (&gates)[kTileHeight + kTileWidth][kGatePitch<kChannels>]) {
   constexpr int kPositions = kTileHeight + kTileWidth;
   for (int i = static_cast<int>(threadIdx.x); i < kPositions * kChannels;
        i += static_cast<int>(blockDim.x)) {
@@ -121,7 +125,7 @@ __device__ void load_tile_gates(const CrossSpatialSizes& s, const Tile& tile, in
 template <class N>
 __device__ void normalise_tile(const CrossSpatialTrainingParams& p, const Tile& tile,
                                const typename N::T* window,
-                               const float (&gates)[kTileHeight + kTileWidth][N::kChannels],
+                               const float (&gates)[kTileHeight + kTileWidth][kGatePitch<N::kChannels>],
                                const float (&affine)[3][N::kChannels], typename N::T* x1,
                                typename N::T* copy) {
   constexpr int kPairs = N::kChannels / 2;
@@ -153,7 +157,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>)
     branches_kernel(CrossSpatialTrainingParams p) {
   using T = typename N::T;
   CIEMA_DYNAMIC_SHARED(T, window);
-  CIEMA_SHARED(float, gates, [kTileHeight + kTileWidth][N::kChannels]);
+  CIEMA_SHARED(float, gates, [kTileHeight + kTileWidth][kGatePitch<N::kChannels>]);
   CIEMA_SHARED(float, affine, [3][N::kChannels]);
   const CrossSpatialSizes& s = p.sizes;
   const int64_t slab = blockIdx.x, size = static_cast<int64_t>(s.height) * s.width * N::kChannels;

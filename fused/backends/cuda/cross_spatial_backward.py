@@ -129,7 +129,7 @@ class _Backward:
         return partials
 
     def taps(self, inputs: torch.Tensor, gradients: torch.Tensor, network: bool) -> torch.Tensor:
-        """Partials of the network's convolutions (…, 35·c·c), or of the map's (…, 9·c·c)."""
+        """Partials of the network's convolutions (…, 35·c·c) or the map's (…, 9·c·c), by tap."""
         stage, rows = self.stage, inputs.shape[0]
         walkers = min(WALKERS, rows * stage.tiles)
         partials = stage.floats(walkers, (35 if network else 9) * stage.c**2)
@@ -252,5 +252,8 @@ def backward(
     )
     grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p, _, _ in columns]
     parts = zip(columns, grads, strict=True)
-    sum_partials([(partials, first, grad) for (_, partials, first), grad in parts])
+    sum_partials(
+        [(partials, first, grad) for (_, partials, first), grad in parts],
+        taps=[p.shape[2] * p.shape[3] if p.dim() == 4 else 1 for p, _, _ in columns],
+    )
     return (grad_e, *grad_vectors.values(), *grads)
