@@ -186,6 +186,19 @@ def test_warp_operations_follow_cuda(planted: ModuleType, width: int) -> None:
     assert set(out[6].tolist()) == {0}
 
 
+def test_functions_are_those_of_the_host(planted: ModuleType) -> None:
+    x = torch.linspace(-3, 3, 32)
+    out = torch.zeros(10, 32)
+    session = Session(planted)
+    session.launch("functions", x=session.input("x", x), out=session.output("out", out))
+    assert session.finish().findings == []
+    exact = x.double()
+    expected = [exact.exp(), exact.exp2(), exact.tanh(), exact.abs().sqrt(), exact.abs().rsqrt()]
+    expected += [exact**2 + 1, exact.clamp(max=0.5), exact.clamp(min=0.5), -exact]
+    expected.append(torch.arange(32.0).clamp(3, 9).double())
+    torch.testing.assert_close(out.double(), torch.stack(expected), rtol=3e-7, atol=0)
+
+
 def test_orders_differ_and_partial_warps_work(planted: ModuleType) -> None:
     seen = {}
     for order in ORDERS:

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef CIEMA_EMULATOR
 
@@ -26,11 +27,16 @@
 
 namespace ciema {
 
-// One 16-byte access; the address must be a multiple of 16.
+template <size_t kBytes>
+using VectorBits =
+    std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, unsigned>>;
+
+// One access of 4, 8 or 16 bytes; the address must be a multiple of as many.
 template <class V>
 __device__ __forceinline__ V load_vector(const void* address) {
-  static_assert(sizeof(V) == 16, "vector accesses are 16 bytes");
-  const uint4 bits = *static_cast<const uint4*>(address);
+  using Bits = VectorBits<sizeof(V)>;
+  static_assert(sizeof(V) == sizeof(Bits), "vector accesses are 4, 8 or 16 bytes");
+  const Bits bits = *static_cast<const Bits*>(address);
   V value;
   memcpy(&value, &bits, sizeof(V));
   return value;
@@ -38,10 +44,11 @@ __device__ __forceinline__ V load_vector(const void* address) {
 
 template <class V>
 __device__ __forceinline__ void store_vector(void* address, const V& value) {
-  static_assert(sizeof(V) == 16, "vector accesses are 16 bytes");
-  uint4 bits;
+  using Bits = VectorBits<sizeof(V)>;
+  static_assert(sizeof(V) == sizeof(Bits), "vector accesses are 4, 8 or 16 bytes");
+  Bits bits;
   memcpy(&bits, &value, sizeof(V));
-  *static_cast<uint4*>(address) = bits;
+  *static_cast<Bits*>(address) = bits;
 }
 
 // a·b rounded, never fused with an addition.
@@ -88,10 +95,10 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
-// The 16 bytes of one vector access, as elements.
-template <class T>
-struct alignas(16) Vector {
-  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+// The bytes of one vector access, as elements.
+template <class T, int kBytes = 16>
+struct alignas(kBytes) Vector {
+  static constexpr int kElements = kBytes / static_cast<int>(sizeof(T));
   T element[kElements];
 };
 

@@ -3,8 +3,8 @@
 //   D (16×8, float32) += A (16×kDepth) B (kDepth×8)          kDepth: 16 values of 16 bits, or 8 floats
 //
 // Tiles lie in shared memory with a pitch in elements; every row must start at a multiple of 16
-// bytes. Without bank conflicts: a pitch of bytes ≡ 16 (mod 128), for load_a_columns and
-// load_b_columns of floats of 8 floats (mod 16).
+// bytes. Without bank conflicts: a pitch of bytes ≡ 16 (mod 128), for load_a_columns,
+// load_b_columns and load_b_chained of floats of 8 floats (mod 16).
 //
 // float32 (Precision): kSplit writes each operand as a sum of two tf32 numbers and takes three
 // products, which keeps float32's accuracy (the dropped term is 2^-22 of a product); kTf32 rounds
@@ -165,18 +165,23 @@ struct Fragments<float, kPrecision> {
     const int g = lane_of_warp() / 4, q = lane_of_warp() % 4;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float* pair = tile + (g + 8 * n) * pitch + 2 * q;
-      const uint32_t bits[2] = {__float_as_uint(pair[0]), __float_as_uint(pair[1])};
-      split(b[n].bits, bits);
+      const auto pair = load_vector<Vector<uint32_t, 8>>(tile + (g + 8 * n) * pitch + 2 * q);
+      split(b[n].bits, pair.element);
     }
   }
 
   __device__ __forceinline__ static void multiply_add(float (&d)[4], const A& a, const B& b) {
-    if constexpr (kTerms == 2) {  // the small terms first
-      ptx::multiply_add_tf32(d, a.bits[1], b.bits[0]);
-      ptx::multiply_add_tf32(d, a.bits[0], b.bits[1]);
+    if constexpr (kTerms == 1) {
+      ptx::multiply_add_tf32(d, a.bits[0], b.bits[0]);
+    } else {
+      // Tensor cores cut sums off, which adds up over a long depth: sums that stay are rounded.
+      float sum[4] = {};
+      ptx::multiply_add_tf32(sum, a.bits[1], b.bits[0]);
+      ptx::multiply_add_tf32(sum, a.bits[0], b.bits[1]);
+      ptx::multiply_add_tf32(sum, a.bits[0], b.bits[0]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[i] += sum[i];
     }
-    ptx::multiply_add_tf32(d, a.bits[0], b.bits[0]);
   }
 
  private:
@@ -188,12 +193,19 @@ struct Fragments<float, kPrecision> {
                                                const uint32_t (&bits)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float value = __uint_as_float(bits[i]);
-      terms[0][i] = ptx::round_to_tf32(value);
-      if constexpr (kTerms == 2) {
-        const float rest = value - __uint_as_float(terms[0][i]);
-        // An infinity's rest, inf − inf, would be NaN where the product of the first terms is inf.
-        terms[1][i] = isfinite(value) ? ptx::round_to_tf32(rest) : 0u;
+      if constexpr (kTerms == 1) {
+        terms[0][i] = ptx::round_to_tf32(__uint_as_float(bits[i]));
+      } else {
+        // The nearest, ties away from zero, in 2 instructions: the conversion's takes 6 with its
+        // test for NaN. A NaN may become 0 here, but not in the rest. Products ignore the rest's
+        // last 13 bits, 2^-21 of the value at most.
+        const uint32_t nearest = (bits[i] + 0x1000u) & 0xffffe000u;
+        const float rest = __uint_as_float(bits[i]) - __uint_as_float(nearest);
+        // An infinity is a second term alone, which meets first terms only: as a first term it
+        // would meet the other operand's second, often 0, and inf · 0 is NaN. inf · inf is, here.
+        const bool finite = isfinite(__uint_as_float(nearest));
+        terms[0][i] = finite ? nearest : 0u;
+        terms[1][i] = finite ? __float_as_uint(rest) : nearest;
       }
     }
   }

@@ -15,7 +15,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 // Code that works for the emulator, not for the kernel: its memory accesses are not checked.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))
@@ -219,10 +219,13 @@ EMULATOR_UNCHECKED inline bool arrive_last(int* counter, int expected, EMULATOR_
 
 namespace ciema {
 
-// One 16-byte access; the address must be a multiple of 16.
+template <class V>
+constexpr bool kIsVector = sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16;
+
+// One access of 4, 8 or 16 bytes; the address must be a multiple of as many.
 template <class V>
 EMULATOR_UNCHECKED V load_vector(const void* address, EMULATOR_WHERE) {
-  static_assert(sizeof(V) == 16, "vector accesses are 16 bytes");
+  static_assert(kIsVector<V>, "vector accesses are 4, 8 or 16 bytes");
   emulator::record_read(address, sizeof(V), where);
   V value;
   std::memcpy(&value, address, sizeof(V));
@@ -231,7 +234,7 @@ EMULATOR_UNCHECKED V load_vector(const void* address, EMULATOR_WHERE) {
 
 template <class V>
 EMULATOR_UNCHECKED void store_vector(void* address, const V& value, EMULATOR_WHERE) {
-  static_assert(sizeof(V) == 16, "vector accesses are 16 bytes");
+  static_assert(kIsVector<V>, "vector accesses are 4, 8 or 16 bytes");
   emulator::record_write(address, sizeof(V), where);
   std::memcpy(address, &value, sizeof(V));
 }

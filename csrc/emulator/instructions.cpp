@@ -2,7 +2,10 @@
 // of its lanes each, after which every lane takes its own part of the result.
 #include "instructions.h"
 
+#include <algorithm>
 #include <array>
+#include <bit>
+#include <cmath>
 #include <cstring>
 #include <string>
 
@@ -57,6 +60,41 @@ int unpack(const uint32_t* registers, int count, Operand operand, float* values)
   return operand == Operand::kTf32 ? 1 : 2;
 }
 
+constexpr int kExtraBits = 1;  // kept of an addend below a float's last, as on the A100
+
+// The exponent of a double's leading bit, biased by 1023.
+int biased_exponent(double value) {
+  return static_cast<int>(std::bit_cast<uint64_t>(value) >> 52 & 0x7FF);
+}
+
+double power_of_two(int biased) {
+  return std::bit_cast<double>(static_cast<uint64_t>(biased) << 52);
+}
+
+float truncate_to_float(double value) {
+  const auto nearest = static_cast<float>(value);
+  if (std::fabs(double{nearest}) <= std::fabs(value) || std::isinf(nearest)) return nearest;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(nearest) - 1);  // towards zero
+}
+
+// d + the products, as the tensor cores add: exact products, cut off where the largest addend's
+// float ends, and a cut-off sum. Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA
+// tensor cores", PeerJ Computer Science 7:e330, 2021.
+float add_products(float d, const double* products, unsigned count) {
+  int largest = biased_exponent(d);
+  for (unsigned i = 0; i < count; ++i) largest = std::max(largest, biased_exponent(products[i]));
+  if (largest == 0 || largest == 0x7FF) {  // zeros; infinities and NaNs
+    double sum = d;
+    for (unsigned i = 0; i < count; ++i) sum += products[i];
+    return static_cast<float>(sum);
+  }
+  constexpr int kBits = 23 + kExtraBits;
+  const double scale = power_of_two(2 * 1023 + kBits - largest);
+  auto sum = static_cast<int64_t>(d * scale);
+  for (unsigned i = 0; i < count; ++i) sum += static_cast<int64_t>(products[i] * scale);
+  return truncate_to_float(static_cast<double>(sum) * power_of_two(largest - kBits));
+}
+
 Operands operands_of(const Exchange& all, unsigned lane) {
   Operands operands;
   std::memcpy(&operands, all.slot[lane].data(), sizeof operands);
@@ -71,8 +109,8 @@ const char* name_of(Operand operand) {
 
 }  // namespace
 
-void copy_async(void* shared, const void* global, bool inside, const Where& where) {
-  const Site site = Site::at(where);
+void copy_async(void* shared, const void* global, bool inside) {
+  const Site site = Site::at_return_address(__builtin_return_address(0));
   const auto source = reinterpret_cast<uintptr_t>(global);
   const auto destination = reinterpret_cast<uintptr_t>(shared);
   std::array<unsigned char, Copies::kBytes> data{};
@@ -80,10 +118,12 @@ void copy_async(void* shared, const void* global, bool inside, const Where& wher
     memory().check_space(source, false, "source of copy_async", site);
     memory().access(source, kRowBytes, Kind::kRead, site, true);
     std::memcpy(data.data(), global, data.size());
+    traffic().count("copy_async_bytes", Copies::kBytes);
   }
   memory().check_space(destination, true, "destination of copy_async", site);
   memory().access(destination, kRowBytes, Kind::kWrite, site, true);
   machine().copies().start(destination, data, site);
+  traffic().count("copy_async");
 }
 
 void copy_async_commit() { machine().copies().commit(); }
@@ -91,12 +131,13 @@ void copy_async_commit() { machine().copies().commit(); }
 void copy_async_wait(unsigned pending) { machine().copies().wait(pending); }
 
 void load_matrices(uint32_t* registers, const void* row, bool transposed, const Where& where) {
-  const Site site = Site::at(where);
+  const Site site = Site::at_return_address(__builtin_return_address(0));
   const auto address = reinterpret_cast<uintptr_t>(row);
   memory().check_space(address, true, "row of ldmatrix", site);
   memory().access(address, kRowBytes, Kind::kRead, site, true);
   const Exchange& all =
-      exchange_whole_warp(transposed ? "ldmatrix.trans" : "ldmatrix", row, kRowBytes, site);
+      exchange_whole_warp(transposed ? "ldmatrix.trans" : "ldmatrix", row, kRowBytes,
+                          Site::at(where));
   const unsigned lane = machine().current().lane;
   const unsigned g = lane / 4, q = lane % 4;
   for (unsigned i = 0; i < 4; ++i) {
@@ -121,20 +162,23 @@ void multiply_add(float* d, const uint32_t* a, const uint32_t* b, Operand operan
   const Exchange& all = exchange_whole_warp(name, &mine, sizeof mine, Site::at(where));
   const unsigned lane = machine().current().lane;
   const unsigned g = lane / 4, q = lane % 4;
-  std::array<double, 4> sum{};
+  // products[i][half]: of d[i], by halves of the depth, which the A100 adds one after the other.
+  double products[4][2][8];
   for (unsigned p = 0; p < 4; ++p) {  // the lanes of rows g and g + 8, of columns 2q and 2q + 1
     const Operands rows = operands_of(all, 4 * g + p);
     const Operands columns[2] = {operands_of(all, 8 * q + p), operands_of(all, 8 * q + 4 + p)};
     for (unsigned i = 0; i < 4; ++i) {
-      for (unsigned half = 0; half < 2; ++half) {  // of the depth
+      for (unsigned half = 0; half < 2; ++half) {
         for (unsigned v = 0; v < values; ++v) {
-          sum[i] += double{rows.a[(2 * half + i / 2) * values + v]} *
-                    double{columns[i % 2].b[half * values + v]};
+          products[i][half][p * values + v] = double{rows.a[(2 * half + i / 2) * values + v]} *
+                                              double{columns[i % 2].b[half * values + v]};
         }
       }
     }
   }
-  for (unsigned i = 0; i < 4; ++i) d[i] = static_cast<float>(sum[i] + double{d[i]});
+  for (unsigned i = 0; i < 4; ++i) {
+    for (const auto& half : products[i]) d[i] = add_products(d[i], half, 4 * values);
+  }
   if (lane == 0) traffic().count(name);
 }
 

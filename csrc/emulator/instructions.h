@@ -1,8 +1,8 @@
 // The emulated twins of csrc/cuda/ptx.cuh, under the same signatures; what they do is said there.
 //
-// A product of matrices is exact in double and rounded to float once an instruction (the hardware
-// truncates more; see README.md). An asynchronous copy reads global memory at once; its destination
-// is poison and may be neither read nor written until the thread's copy_async_wait.
+// Sums of products are cut off as the A100 does it, not rounded (instructions.cpp).
+// An asynchronous copy reads global memory at once; its destination is poison and may be neither
+// read nor written until the thread's copy_async_wait.
 #pragma once
 
 #include "device.h"
@@ -11,8 +11,9 @@ namespace emulator {
 
 enum class Operand { kFloat16, kBfloat16, kTf32 };
 
-// Defined in instructions.cpp, outside the instrumented code.
-void copy_async(void* shared, const void* global, bool inside, const Where& where);
+// Defined in instructions.cpp, outside the instrumented code. Accesses are known by the return
+// address, which leads from csrc/cuda/fragments.cuh, inlined, to the kernel's own line.
+void copy_async(void* shared, const void* global, bool inside);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
 void load_matrices(uint32_t* registers, const void* row, bool transposed, const Where& where);
@@ -23,41 +24,41 @@ void multiply_add(float* d, const uint32_t* a, const uint32_t* b, Operand operan
 
 namespace ciema::ptx {
 
-EMULATOR_UNCHECKED inline void copy_async(void* shared, const void* global, bool inside = true,
-                                          EMULATOR_WHERE) {
-  emulator::copy_async(shared, global, inside, where);
+EMULATOR_UNCHECKED __forceinline__ void copy_async(void* shared, const void* global,
+                                                   bool inside = true) {
+  emulator::copy_async(shared, global, inside);
 }
 
-EMULATOR_UNCHECKED inline void copy_async_commit() { emulator::copy_async_commit(); }
+EMULATOR_UNCHECKED __forceinline__ void copy_async_commit() { emulator::copy_async_commit(); }
 
 template <int kPending>
-EMULATOR_UNCHECKED void copy_async_wait() {
+EMULATOR_UNCHECKED __forceinline__ void copy_async_wait() {
   static_assert(kPending >= 0);
   emulator::copy_async_wait(kPending);
 }
 
-EMULATOR_UNCHECKED inline void load_matrices(uint32_t (&registers)[4], const void* row,
-                                             EMULATOR_WHERE) {
+EMULATOR_UNCHECKED __forceinline__ void load_matrices(
+    uint32_t (&registers)[4], const void* row, EMULATOR_WHERE) {
   emulator::load_matrices(registers, row, false, where);
 }
 
-EMULATOR_UNCHECKED inline void load_matrices_transposed(uint32_t (&registers)[4], const void* row,
-                                                        EMULATOR_WHERE) {
+EMULATOR_UNCHECKED __forceinline__ void load_matrices_transposed(
+    uint32_t (&registers)[4], const void* row, EMULATOR_WHERE) {
   emulator::load_matrices(registers, row, true, where);
 }
 
-EMULATOR_UNCHECKED inline void multiply_add_float16(float (&d)[4], const uint32_t (&a)[4],
-                                                    const uint32_t (&b)[2], EMULATOR_WHERE) {
+EMULATOR_UNCHECKED __forceinline__ void multiply_add_float16(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATOR_WHERE) {
   emulator::multiply_add(d, a, b, emulator::Operand::kFloat16, where);
 }
 
-EMULATOR_UNCHECKED inline void multiply_add_bfloat16(float (&d)[4], const uint32_t (&a)[4],
-                                                     const uint32_t (&b)[2], EMULATOR_WHERE) {
+EMULATOR_UNCHECKED __forceinline__ void multiply_add_bfloat16(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATOR_WHERE) {
   emulator::multiply_add(d, a, b, emulator::Operand::kBfloat16, where);
 }
 
-EMULATOR_UNCHECKED inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4],
-                                                 const uint32_t (&b)[2], EMULATOR_WHERE) {
+EMULATOR_UNCHECKED __forceinline__ void multiply_add_tf32(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATOR_WHERE) {
   emulator::multiply_add(d, a, b, emulator::Operand::kTf32, where);
 }
 
@@ -67,6 +68,6 @@ EMULATOR_UNCHECKED inline uint32_t round_to_tf32(float value) {
   return (bits + 0x1000u) & ~0x1FFFu;
 }
 
-EMULATOR_UNCHECKED inline void hide(float&) {}
+EMULATOR_UNCHECKED inline void hide(int&) {}
 
 }  // namespace ciema::ptx

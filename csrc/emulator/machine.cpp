@@ -12,7 +12,6 @@
 namespace emulator {
 
 namespace {
-constexpr size_t kMaxThreads = 1024;
 constexpr size_t kMaxDynamicShared = 227 * 1024;  // of sm_90, the largest we compile for
 }  // namespace
 

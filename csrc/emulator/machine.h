@@ -22,6 +22,7 @@
 namespace emulator {
 
 constexpr unsigned kLanes = 32;
+constexpr size_t kMaxThreads = 1024;  // of a block
 
 struct Dim3 {
   unsigned x = 1;

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 
 #include "findings.h"
 #include "machine.h"
@@ -27,16 +26,12 @@ const char* kind_text(Kind kind) {
 }
 
 // Is there an order between `earlier` and what the running thread does now?
-bool ordered(const Access& earlier) {
-  if (earlier.thread < 0) return true;
-  const Machine& gpu = machine();
-  const Thread& now = gpu.current();
-  if (earlier.block != gpu.block_linear()) return gpu.knows(earlier.block, earlier.epoch);
-  if (earlier.thread == static_cast<int32_t>(now.linear) || earlier.epoch != gpu.epoch())
-    return true;
-  const auto lane = static_cast<unsigned>(earlier.thread) % kLanes;
-  return static_cast<unsigned>(earlier.thread) / kLanes == now.warp &&
-         earlier.warp_clock <= now.clock[lane];
+bool ordered(const Access& earlier, const Access& now) {
+  if (earlier.block < 0) return true;
+  if (earlier.block != now.block) return machine().knows(earlier.block, earlier.epoch);
+  if (earlier.thread == now.thread || earlier.epoch != now.epoch) return true;
+  return earlier.thread / kLanes == now.thread / kLanes &&
+         earlier.warp_clock <= machine().current().clock[earlier.thread % kLanes];
 }
 
 bool same_thread(const Access& a, const Access& b) {
@@ -47,13 +42,10 @@ bool same_thread(const Access& a, const Access& b) {
 // latest or with one of another block, else of another warp, else of another lane.
 void remember_read(Cell& cell, const Access& now) {
   const auto distance = [&](const Access& other) {
-    if (other.thread < 0 || same_thread(other, now)) return 0;
+    if (other.block < 0 || same_thread(other, now)) return 0;
     if (other.block != now.block) return 4;
     if (other.epoch != now.epoch) return 1;
-    return static_cast<unsigned>(other.thread) / kLanes ==
-                   static_cast<unsigned>(now.thread) / kLanes
-               ? 2
-               : 3;
+    return other.thread / kLanes == now.thread / kLanes ? 2 : 3;
   };
   if (distance(cell.read) >= distance(cell.other_read)) cell.other_read = cell.read;
   cell.read = now;
@@ -131,11 +123,10 @@ void Memory::check_outputs() {
 
 uint32_t Memory::intern(const Site& site) {
   if (last_site_index_ != 0 && site == last_site_) return last_site_index_;
-  static std::map<Site, uint32_t> known;
-  const auto [entry, is_new] = known.try_emplace(site, static_cast<uint32_t>(sites_.size()));
+  const auto [entry, is_new] = known_sites_.try_emplace(site, sites_.size());
   if (is_new) sites_.push_back(site);
   last_site_ = site;
-  return last_site_index_ = entry->second;
+  return last_site_index_ = static_cast<uint32_t>(entry->second);
 }
 
 // The loaded library itself: constant tables and string literals that a kernel may read.
@@ -223,7 +214,7 @@ void Memory::check_cell(Region& region, size_t index, Kind kind, const Access& n
     cell.initialised = true;  // said once for each element
   }
   const auto races = [&](const Access& earlier) {
-    return !ordered(earlier) && !(earlier.atomic && now.atomic);
+    return !ordered(earlier, now) && !(earlier.atomic && now.atomic);
   };
   for (const Access* earlier : {&cell.write, &cell.other_write}) {
     if (!races(*earlier)) continue;
@@ -252,7 +243,7 @@ void Memory::check_cell(Region& region, size_t index, Kind kind, const Access& n
 Access Memory::access_now(Kind kind, const Site& site) {
   const Thread& thread = machine().current();
   Access now;
-  now.thread = static_cast<int32_t>(thread.linear);
+  now.thread = thread.linear % kMaxThreads;
   now.block = machine().block_linear();
   now.epoch = machine().epoch();
   now.warp_clock = thread.clock[thread.lane];

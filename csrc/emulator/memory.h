@@ -11,6 +11,7 @@
 #include <list>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "site.h"
@@ -20,13 +21,13 @@ namespace emulator {
 enum class Role { kInput, kOutput, kInOut, kScratch, kShared };
 enum class Kind { kRead, kWrite, kAtomic };
 
-struct Access {
-  int32_t thread = -1;  // linear in the block; -1: none yet
-  int32_t block = -1;
+struct Access {  // small: there are four of them to an element
+  int32_t block = -1;       // -1: none yet
   uint32_t epoch = 0;       // block barriers passed
   uint32_t warp_clock = 0;  // the thread's own clock, moved by __syncwarp
-  bool atomic = false;
-  uint32_t site = 0;  // index into Memory::sites_
+  uint32_t thread : 10 = 0;  // linear in the block
+  uint32_t atomic : 1 = 0;
+  uint32_t site : 21 = 0;  // index into Memory::sites_
 };
 
 struct Cell {
@@ -91,7 +92,13 @@ class Memory {
 
   std::list<Region> regions_;
   Region* last_found_ = nullptr;
+  struct SiteHash {
+    size_t operator()(const Site& site) const {
+      return (site.pc ^ reinterpret_cast<uintptr_t>(site.file) ^ site.line) * 0x9E3779B97F4A7C15u;
+    }
+  };
   std::vector<Site> sites_{Site{}};
+  std::unordered_map<Site, size_t, SiteHash> known_sites_;
   Site last_site_;
   uint32_t last_site_index_ = 0;
 };

@@ -149,8 +149,9 @@ bool Machine::release_exited() {
 bool Machine::arrive_last(int* counter, int expected, const Site& site) {
   block_barrier(site);
   if (current_->linear == 0) {
-    memory().access(reinterpret_cast<uintptr_t>(counter), sizeof *counter, Kind::kAtomic, site,
-                    true);
+    const auto address = reinterpret_cast<uintptr_t>(counter);
+    memory().check_space(address, false, "counter of arrive_last", site);
+    memory().access(address, sizeof *counter, Kind::kAtomic, site, true);
     Arrivals& arrivals = counters_[counter];
     arrivals.insert(known_.begin(), known_.end());
     arrivals[block_linear_] = epoch_;

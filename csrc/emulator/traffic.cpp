@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <set>
 
 #include "machine.h"
 
@@ -14,6 +13,21 @@ constexpr size_t kSectorBytes = 32;
 constexpr size_t kBanks = 32;
 constexpr size_t kBankBytes = 4;
 
+// What the lanes of a request touch: at most 16 bytes each, which need not be aligned.
+struct Numbers {
+  std::array<uintptr_t, kLanes * 5> values;
+  size_t count = 0;
+
+  void add(uintptr_t value) {
+    if (count == 0 || values[count - 1] != value) values[count++] = value;
+  }
+  void make_unique() {
+    const auto end = values.begin() + static_cast<ptrdiff_t>(count);
+    if (!std::is_sorted(values.begin(), end)) std::sort(values.begin(), end);
+    count = static_cast<size_t>(std::unique(values.begin(), end) - values.begin());
+  }
+};
+
 }  // namespace
 
 void Traffic::record(uintptr_t address, size_t bytes, Kind kind, bool shared, const Site& site,
@@ -21,61 +35,54 @@ void Traffic::record(uintptr_t address, size_t bytes, Kind kind, bool shared, co
   const Thread& thread = machine().current();
   const Place place{site_index, static_cast<uint32_t>(bytes << 3) |
                                     static_cast<uint32_t>(kind) << 1 | (shared ? 1u : 0u)};
-  SiteTraffic& total = by_place_[place];
-  total.site = site;
-  total.shared = shared;
-  total.kind = kind;
-  total.bytes_per_lane = bytes;
-  total.bytes += static_cast<int64_t>(bytes);
   Group& group = open_[{place, thread.warp}];
+  if (group.total == nullptr) {
+    group.total = &by_place_[place];
+    group.total->site = site;
+    group.total->shared = shared;
+    group.total->kind = kind;
+    group.total->bytes_per_lane = bytes;
+  }
   const uint32_t execution = group.executed[thread.lane]++;
   if (group.requests.size() <= execution) group.requests.resize(execution + 1);
   group.requests[execution].address[thread.lane] = address;
   group.requests[execution].lanes |= 1u << thread.lane;
 }
 
-void Traffic::complete(SiteTraffic& total, const Request& request) const {
+void Traffic::complete(SiteTraffic& total, const Request& request) {
   const size_t bytes = total.bytes_per_lane;
-  const auto lanes = static_cast<size_t>(std::popcount(request.lanes));
   ++total.requests;
-  if (!total.shared) {
-    std::set<uintptr_t> sectors;
-    std::set<uintptr_t> addresses;
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      if ((request.lanes >> lane & 1u) == 0) continue;
-      const uintptr_t address = request.address[lane];
-      addresses.insert(address);
-      for (uintptr_t s = address / kSectorBytes; s <= (address + bytes - 1) / kSectorBytes; ++s) {
-        sectors.insert(s);
-      }
-    }
-    total.units += static_cast<int64_t>(sectors.size());
-    total.ideal_units +=
-        static_cast<int64_t>((addresses.size() * bytes + kSectorBytes - 1) / kSectorBytes);
-    return;
-  }
-  const size_t phases = bytes >= 16 ? 4 : bytes == 8 ? 2 : 1;
+  total.bytes += static_cast<int64_t>(bytes * static_cast<size_t>(std::popcount(request.lanes)));
+  const size_t phases = !total.shared ? 1 : bytes >= 16 ? 4 : bytes == 8 ? 2 : 1;
   const size_t lanes_per_phase = kLanes / phases;
-  for (size_t phase = 0; phase < phases && lanes != 0; ++phase) {
-    std::array<std::set<uintptr_t>, kBanks> words;  // different words of a bank take turns
+  for (size_t phase = 0; phase < phases; ++phase) {
+    Numbers addresses, pieces;  // sectors or words
+    const size_t piece_bytes = total.shared ? kBankBytes : kSectorBytes;
     for (size_t lane = phase * lanes_per_phase; lane < (phase + 1) * lanes_per_phase; ++lane) {
       if ((request.lanes >> lane & 1u) == 0) continue;
       const uintptr_t address = request.address[lane];
-      for (uintptr_t w = address / kBankBytes; w <= (address + bytes - 1) / kBankBytes; ++w) {
-        words[w % kBanks].insert(w);
-      }
+      addresses.add(address);
+      const uintptr_t last = (address + bytes - 1) / piece_bytes;
+      for (uintptr_t piece = address / piece_bytes; piece <= last; ++piece) pieces.add(piece);
     }
-    size_t turns = 0;
-    for (const auto& bank : words) turns = std::max(turns, bank.size());
-    total.units += static_cast<int64_t>(turns);
-    total.ideal_units += turns != 0;
+    pieces.make_unique();
+    if (!total.shared) {
+      addresses.make_unique();
+      total.units += static_cast<int64_t>(pieces.count);
+      total.ideal_units +=
+          static_cast<int64_t>((addresses.count * bytes + kSectorBytes - 1) / kSectorBytes);
+      continue;
+    }
+    std::array<int64_t, kBanks> turns{};  // different words of a bank take turns
+    for (size_t i = 0; i < pieces.count; ++i) ++turns[pieces.values[i] % kBanks];
+    total.units += *std::max_element(turns.begin(), turns.end());
+    total.ideal_units += pieces.count != 0;
   }
 }
 
 void Traffic::end_block() {
   for (const auto& [key, group] : open_) {
-    SiteTraffic& total = by_place_[key.first];
-    for (const Request& request : group.requests) complete(total, request);
+    for (const Request& request : group.requests) complete(*group.total, request);
   }
   open_.clear();
 }
@@ -87,7 +94,7 @@ void Traffic::clear() {
 }
 
 std::map<std::string, int64_t> Traffic::totals() const {
-  std::map<std::string, int64_t> result = events_;
+  std::map<std::string, int64_t> result(events_.begin(), events_.end());
   for (const char* name : {"global_read", "global_write", "global_atomic", "shared_read",
                            "shared_write", "shared_atomic"}) {
     for (const char* what : {"_bytes", "_requests", "_units", "_ideal_units"}) {

@@ -8,8 +8,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -37,7 +39,10 @@ class Traffic {
   void clear();
   std::map<std::string, int64_t> totals() const;
   std::vector<SiteTraffic> sites() const;
-  void count(const std::string& event) { ++events_[event]; }
+  void count(std::string_view event, int64_t times = 1) {
+    const auto known = events_.find(event);
+    (known != events_.end() ? known->second : events_[std::string(event)]) += times;
+  }
 
  private:
   struct Request {
@@ -47,15 +52,26 @@ class Traffic {
   struct Group {  // one warp at one place: its lanes' requests in order of execution
     std::vector<Request> requests;
     std::array<uint32_t, 32> executed{};
+    SiteTraffic* total = nullptr;
   };
   using Place = std::pair<uint32_t, uint32_t>;  // site index; bytes, kind and space packed
-  using Key = std::pair<Place, uint32_t>;       // and the warp
+  struct Key {
+    Place place;
+    uint32_t warp = 0;
+    bool operator==(const Key&) const = default;
+  };
+  struct KeyHash {
+    size_t operator()(const Key& key) const {
+      const uint64_t site = key.place.first, rest = key.place.second;
+      return (site << 40 ^ rest << 20 ^ key.warp) * 0x9E3779B97F4A7C15u >> 8;
+    }
+  };
 
-  void complete(SiteTraffic& total, const Request& request) const;
+  static void complete(SiteTraffic& total, const Request& request);
 
-  std::map<Key, Group> open_;
+  std::unordered_map<Key, Group, KeyHash> open_;
   std::map<Place, SiteTraffic> by_place_;
-  std::map<std::string, int64_t> events_;
+  std::map<std::string, int64_t, std::less<>> events_;
 };
 
 Traffic& traffic();

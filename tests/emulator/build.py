@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 _EMULATOR = CSRC / "emulator"
 _COMMON = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DCIEMA_EMULATOR")
-_RUNTIME = (*_COMMON, "-O1")
+_RUNTIME = (*_COMMON, "-O2")
 # -fno-gnu-unique keeps two builds of one kernel apart in a process.
 _KERNEL = (
     *_COMMON,

@@ -48,16 +48,22 @@ __device__ void load_b(typename F::B (&b)[2], const T* tile, int k, int pitch, L
   }
 }
 
+// Where d[i] of the n-th tile belongs.
+__device__ int place(int n, int i) {
+  const int row = thread() / 4 + i / 2 * 8, column = 8 * n + thread() % 4 * 2 + i % 2;
+  return row * kColumns + column;
+}
+
 __device__ void store(float* out, const float (&d)[2][4]) {
-  const int g = thread() / 4, q = thread() % 4;
   for (int n = 0; n < 2; ++n) {
-    for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * kColumns + 8 * n + 2 * q + i % 2] = d[n][i];
+    for (int i = 0; i < 4; ++i) out[place(n, i)] = d[n][i];
   }
 }
 
-// out (16×16) = A B.
+// out (16×16) = C + A B.
 template <class T, Precision kPrecision, Load kA, Load kB>
-__global__ void __launch_bounds__(kWarp) product(const T* a, const T* b, float* out, int depth) {
+__global__ void __launch_bounds__(kWarp)
+    product(const T* a, const T* b, const float* c, float* out, int depth) {
   using F = Fragments<T, kPrecision>;
   CIEMA_DYNAMIC_SHARED(T, shared);
   const int pitch_a = pitch_of<T>(kA == Load::kDepthFirst ? kRows : depth, kA);
@@ -69,7 +75,10 @@ __global__ void __launch_bounds__(kWarp) product(const T* a, const T* b, float* 
   fill(tile_b, b, kB == Load::kDepthFirst ? depth : kColumns,
        kB == Load::kDepthFirst ? kColumns : depth, pitch_b);
   __syncthreads();
-  float d[2][4] = {};
+  float d[2][4];
+  for (int n = 0; n < 2; ++n) {
+    for (int i = 0; i < 4; ++i) d[n][i] = c[place(n, i)];
+  }
   for (int k = 0; k < depth; k += F::kDepth) {
     typename F::A fragment_a;
     typename F::B fragment_b[2];
@@ -85,11 +94,11 @@ template <class T, Precision kPrecision>
 __global__ void __launch_bounds__(kWarp)
     chained(const T* a, const T* b, const T* c, float* out) {
   using F = Fragments<T, kPrecision>;
-  constexpr int kPitch = kColumns + 8;
-  CIEMA_SHARED(T, tile, [3][kRows * kPitch]);
+  constexpr int kPitch = kColumns + 16 / static_cast<int>(sizeof(T)), kPitchC = kColumns + 8;
+  CIEMA_SHARED(T, tile, [3][kRows * kPitchC]);
   fill(tile[0], a, kRows, kColumns, kPitch);
   fill(tile[1], b, kRows, kColumns, kPitch);
-  fill(tile[2], c, kRows, kColumns, kPitch);
+  fill(tile[2], c, kRows, kColumns, kPitchC);
   __syncthreads();
   typename F::A fragment_a;
   typename F::B fragment_b[2];
@@ -103,7 +112,7 @@ __global__ void __launch_bounds__(kWarp)
     float inner[F::kDepth / 8][4];
     memcpy(inner, first[k / 8], sizeof(inner));
     F::chain(fragment_a, inner);
-    F::load_b_chained(fragment_b, tile[2] + k, kPitch);
+    F::load_b_chained(fragment_b, tile[2] + k, kPitchC);
     for (int n = 0; n < 2; ++n) F::multiply_add(second[n], fragment_a, fragment_b[n]);
   }
   store(out, second);
@@ -143,7 +152,7 @@ void product_entry(const Arguments& a) {
   const size_t elements = 2 * static_cast<size_t>(depth + 16) * (16 + 8);
   launch(a, "product", dim3{1}, dim3{kWarp}, elements * sizeof(T),
          product<T, kPrecision, kA, kB>, a.pointer<T>("a"), a.pointer<T>("b"),
-         a.pointer<float>("out"), depth);
+         a.pointer<float>("c"), a.pointer<float>("out"), depth);
 }
 
 template <class T, Precision kPrecision>

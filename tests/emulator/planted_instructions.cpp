@@ -237,8 +237,8 @@ __global__ void __launch_bounds__(kThreads)
   if (kArrival == Arrival::kCorrect) last = arrive_last(counter, blocks);
   if (kArrival == Arrival::kTooMany) last = arrive_last(counter, blocks + 1);
   if (kArrival == Arrival::kByOneWarp && thread() < kWarp) last = arrive_last(counter, blocks);
+  __syncthreads();  // so that only other blocks' results are read too early
   if (kArrival == Arrival::kPlainCounter) {
-    __syncthreads();
     if (thread() == 0) ticket[0] = atomicAdd(counter, 1);
     __syncthreads();
     last = ticket[0] == blocks - 1;

@@ -267,6 +267,22 @@ __global__ void warp_operations(const int* x, int* out, int width) {
   row[6 * kWarp] = __all_sync(kFullMask, value != 17);
 }
 
+// Row by row in out: mathematical functions of x.
+__global__ void functions(const float* x, float* out, int) {
+  const float value = x[thread()];
+  float* row = out + thread();
+  row[0 * kWarp] = expf(value);
+  row[1 * kWarp] = exp2f(value);
+  row[2 * kWarp] = tanhf(value);
+  row[3 * kWarp] = sqrtf(fabsf(value));
+  row[4 * kWarp] = rsqrtf(fabsf(value));
+  row[5 * kWarp] = fmaf(value, value, 1.0f);
+  row[6 * kWarp] = fminf(value, 0.5f);
+  row[7 * kWarp] = fmaxf(value, 0.5f);
+  row[8 * kWarp] = __int_as_float(__float_as_int(value) ^ 1 << 31);
+  row[9 * kWarp] = static_cast<float>(min(max(thread(), 3), 9));
+}
+
 // The order in which threads run, as tickets; with a partial last warp.
 __global__ void tickets(int*, int* out, int) {
   CIEMA_SHARED(int, next, [1]);
@@ -282,6 +298,11 @@ const ciema::Entry kSemantics[] = {
        ciema::launch(a, "warp_operations", dim3{1}, dim3{kWarp}, 0, warp_operations,
                      a.pointer<int>("x"), a.pointer<int>("out"),
                      static_cast<int>(a.integer("width")));
+     }},
+    {"functions",
+     [](const ciema::Arguments& a) {
+       ciema::launch(a, "functions", dim3{1}, dim3{kWarp}, 0, functions, a.pointer<float>("x"),
+                     a.pointer<float>("out"), 0);
      }},
     {"tickets",
      [](const ciema::Arguments& a) {

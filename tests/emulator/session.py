@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -23,8 +24,9 @@ class Report:
         findings: ``"kind: text"`` for each kind and place, with the number of occurrences.
         totals: counters: ``{global,shared}_{read,write,atomic}_{bytes,requests,units,ideal_units}``
             (a unit is a 32-byte sector of global memory or a wavefront of shared memory, ideal is
-            what the same bytes need at best), ``launches``, ``barriers``, ``warp_operations``;
-            events that did not occur have no entry.
+            what the same bytes need at best), ``launches``, ``barriers``, ``warp_operations``,
+            a warp's ``mma_{float16,bfloat16,tf32}`` and ``ldmatrix``, a thread's ``copy_async``,
+            ``copy_async_bytes``; events that did not occur have no entry.
         sites: the same counters for each place in the kernel.
     """
 
@@ -135,25 +137,39 @@ def _span(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return span, inside
 
 
+# Of a library, what addr2line has said once.
+_known_lines: dict[str, dict[str, str]] = {}
+
+
 def _source_lines(library: str, texts: list[str], sites: list[dict[str, Any]]) -> dict[str, str]:
     """``{"@0x1f3a": "kernel.cuh:42"}`` for all offsets in the texts."""
+    known = _known_lines.setdefault(library, {})
     everything = " ".join([*texts, *(site["site"] for site in sites)])
-    offsets = sorted(set(re.findall(r"@(0x[0-9a-f]+)", everything)))
-    if not offsets:
-        return {}
-    command = ["addr2line", "-a", "-i", "-e", library, *offsets]
+    offsets = sorted({f"@{offset}" for offset in re.findall(r"@(0x[0-9a-f]+)", everything)})
+    if not set(offsets) <= known.keys():
+        known |= {offset: offset for offset in offsets} | _addr2line(library, offsets)
+    return known
+
+
+def _addr2line(library: str, offsets: list[str]) -> dict[str, str]:
+    command = ["addr2line", "-a", "-i", "-e", library, *(offset[1:] for offset in offsets)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names: dict[str, str] = {}
+    inner: dict[str, str] = {}
     offset = ""
     for line in output.splitlines():
         if line.startswith("0x"):
             offset = f"@{int(line, 16):#x}"
             continue
         file, _, number = line.partition(":")
-        # The first frame that is not the emulator's own: inlined callees come before callers.
-        if not re.search(r"csrc/emulator/[^/]+$", file) and not file.startswith("/usr"):
-            names.setdefault(offset, f"{file.rpartition('/')[2]}:{number.split(' ')[0]}")
-    return names
+        file = os.path.normpath(file)
+        # Inlined callees come before callers. Not the emulator's own frames, and those of the
+        # instructions only if there is no other.
+        if re.search(r"csrc/emulator/[^/]+$|^/usr", file):
+            continue
+        found = inner if re.search(r"csrc/cuda/(fragments|ptx)\.cuh$", file) else names
+        found.setdefault(offset, f"{file.rpartition('/')[2]}:{number.split(' ')[0]}")
+    return inner | names
 
 
 def _named(text: str, names: dict[str, str]) -> str:

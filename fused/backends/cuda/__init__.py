@@ -23,6 +23,7 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "channel_statistics_backward": ("channel_statistics", "backward"),
     "coordinate_attention": ("coordinate_attention", "forward"),
     "coordinate_attention_backward": ("coordinate_attention", "backward"),
+    "cross_spatial": ("cross_spatial", "forward"),
 }
 
 
