@@ -31,13 +31,13 @@ Tiling tiling_of(int rows, int columns) {
           row_pitch(columns, kHaloX, N::kPitch, kBytes), 1, 1};
 }
 
-// Time of a tile, in products c×c of one warp's pixels: rounds of the warps, 9 a piece of x2 and 48 a
-// piece of y, and what loading and barriers take.
+// Time of a tile, in products c×c of a piece: rounds of the warps, 9 a piece of x2 and 48 a piece of
+// y, and what loading and barriers take.
 template <class N>
 int64_t cost_of_tile(int rows, int columns) {
   const int of_x2 = parts((rows + 2 * kHaloX) * ((columns + 2 * kHaloX + 7) / 8 * 8), N::kPixels);
   const int of_y = 2 * parts(rows * columns, N::kPixels);
-  const int loading = (rows + 2 * kHaloE) * (parts(columns + 2 * kHaloE, 8) + 1) / 8;
+  const int loading = (rows + 2 * kHaloE) * (parts(columns + 2 * kHaloE, 8) + 1) / 8;  // in packs
   return 9 * parts(of_x2, kWarps) + 48 * parts(of_y, kWarps) + loading + 4;
 }
 

@@ -298,6 +298,7 @@ __device__ __forceinline__ void run_step(const CrossSpatialParams& p, const Prog
   using T = typename N::T;
   CIEMA_DYNAMIC_SHARED(T, e_tile);
   const int windows = p.weight != nullptr ? window_count(p) : 0;
+  const int first = static_cast<int>(blockIdx.y) * p.tiles_of_band - 2 * windows;
   T* x_tile = e_tile + (p.rows + 2 * kHaloE) * p.e_pitch;
   float* merged = reinterpret_cast<float*>(x_tile);
   {
@@ -311,8 +312,7 @@ __device__ __forceinline__ void run_step(const CrossSpatialParams& p, const Prog
     }
     const bool whole = step >= 2 * windows;
     const Window window =
-        whole ? TilePlace(p, static_cast<int>(blockIdx.y) * p.tiles_of_band + step - 2 * windows).with_halo()
-              : window_of(p, step % windows);
+        whole ? TilePlace(p, first + step).with_halo() : window_of(p, step % windows);
     load_window<N>(p, window, slab_of_e<T>(p, slab), e_tile);
     __syncthreads();
     if (!whole) {
@@ -324,7 +324,6 @@ __device__ __forceinline__ void run_step(const CrossSpatialParams& p, const Prog
       return;
     }
   }
-  const int first = static_cast<int>(blockIdx.y) * p.tiles_of_band - 2 * windows;
   convolve_branch<N>(p, TilePlace(p, first + progress->step), e_tile, x_tile);
   __syncthreads();  // all have read e
   normalise_branch<N>(p, TilePlace(p, first + progress->step), progress->slab, e_tile);

@@ -20,7 +20,8 @@
 // of a block run in step from barrier to barrier, so that all but the first find them in the
 // first-level cache, whose 128 bytes a cycle are those of shared memory.
 //
-// Accuracy      accumulators float32; operands in T, float32 as Precision says; f and A⊙f round to T (to tf32).
+// Accuracy      accumulators float32; operands in T, float32 as Precision says; f and A⊙f round to
+//               T (to tf32).
 // Registers     kRows tiles of 16 pixels a warp: f takes 3·kChannels/2·kRows accumulators.
 #pragma once
 
