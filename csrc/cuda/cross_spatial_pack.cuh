@@ -12,7 +12,7 @@
 
 namespace ciema {
 
-// All weights of one dtype, contiguous; null: no such weight (alpha: factor 1).
+// All weights of one dtype, contiguous.
 struct CrossSpatialPackParams {
   const void *gn_weight, *gn_bias;
   const void *conv3x3_weight, *conv3x3_bias;
@@ -52,8 +52,7 @@ __device__ __forceinline__ float weight_of(const CrossSpatialPackParams& p, int 
   if (tile < kChannelFeat) {
     return read(p.reduce_weight, output * 3 * c + (tile - kReduce) * c + input);
   }
-  const float alpha = p.alpha == nullptr ? 1.0f : read(p.alpha, 0);
-  return alpha * read(p.channel_feat_weight, at);
+  return read(p.alpha, 0) * read(p.channel_feat_weight, at);
 }
 
 template <class W>
@@ -86,7 +85,6 @@ __device__ void pack_vectors(const CrossSpatialPackParams& p, int padded) {
   pack_vector<W>(vector(kNormWeight), p.gn_weight, c, padded);
   pack_vector<W>(vector(kNormBias), p.gn_bias, c, padded);
   pack_vector<W>(vector(kConv3x3Bias), p.conv3x3_bias, c, padded);
-  if (p.attention_running_mean == nullptr) return;  // batch statistics: the norms are not affine
   for (int part = 0; part < 3; ++part) {
     fold<W>(vector(kAttentionScale + part), vector(kAttentionShift + part), p.attention_bn_weight,
             p.attention_bn_bias, p.attention_running_mean, p.attention_running_var,

@@ -20,7 +20,8 @@
 // of a block run in step from barrier to barrier, so that all but the first find them in the
 // first-level cache, whose 128 bytes a cycle are those of shared memory.
 //
-// Accuracy      accumulators float32; operands in T, float32 as Precision says; f and A⊙f round to T.
+// Accuracy      accumulators float32; operands in T, float32 as Precision says; f and A⊙f round to
+//               T (to tf32).
 // Registers     kRows tiles of 16 pixels a warp: f takes 3·kChannels/2·kRows accumulators.
 #pragma once
 
@@ -73,15 +74,18 @@ struct Network {
   static constexpr int kRows = sizeof(T) == 2 && kChannels <= 32 ? 2 : 1;  // row tiles of a warp
   static constexpr int kPixels = 16 * kRows;
   static constexpr int kChain = F::kDepth / 8;  // result tiles in one operand
-  // Unrolled where registers allow: taps of a window's row, parts of the features.
+  // What is unrolled: more, and the compiler would prepare so many products at once that it spills.
   static constexpr bool kRoomy = sizeof(T) == 2 && kChannels <= 32;
-  static constexpr int kTapsUnrolled = kRoomy ? 5 : 1;
-  static constexpr int kPartsUnrolled = kRoomy ? 3 : 1;
-  // Registers are so short that loads of weights must not run ahead of the products.
-  static constexpr bool kTight = sizeof(T) == 4 && kChannels == 64;
-  static constexpr int kLogits =
-      kColumns / (kTight ? 4 : kChannels == 64 ? 2 : 1);  // column tiles at a time
-  static constexpr int kStepsUnrolled = kSteps <= 4 ? kSteps : 1;
+  static constexpr int kTapsUnrolled = kRoomy ? 5 : 1;   // of a window's row
+  static constexpr bool kRoomier = kRoomy && std::is_same_v<T, __half>;  // converts in 1 instruction
+  static constexpr int kPartsUnrolled = kRoomier ? 3 : 1;  // of the attention
+  static constexpr int kStepsUnrolled = sizeof(T) == 2 ? kSteps : 1;
+  // float32 in two terms makes operands of the features for every product; these are in loops, and
+  // the features in an array with an index, that is in local memory: 12 bytes a channel and pixel,
+  // which the first-level cache holds.
+  static constexpr bool kSplits = sizeof(T) == 4 && kPrecision == Precision::kSplit;
+  static constexpr int kFeaturesUnrolled = kSplits ? 1 : 3 * kSteps;
+  static constexpr int kLogits = kSplits && kChannels == 64 ? 2 : kColumns;  // tiles at a time
 
   // A warp's results: lane 4g + q has pixels 16m + g (i = 0, 1) and 16m + g + 8 (i = 2, 3), channels
   // 8n + 2q and 8n + 2q + 1.
@@ -139,7 +143,6 @@ struct Network {
                                                   int tile, int step, int first = 0) {
 #pragma unroll
     for (int pair = 0; pair < kCount / 2; ++pair) {
-      if constexpr (kTight) __syncwarp();  // loads do not move across it
       B b[2];
       packed.load(b, tile, step, first / 2 + pair);
 #pragma unroll
@@ -223,12 +226,12 @@ struct Network {
 
   // ---- features, attention, reduction --------------------------------------------------------
 
-  // Features of one row tile and depth step, as kept between products: an operand in 16 bits,
-  // values in float32, whose operand would be twice as large.
+  // Features of one row tile and depth step, as kept between products: an operand, but where that
+  // has two terms, the values.
   struct Values {
     float d[kChain][4];
   };
-  using Kept = std::conditional_t<sizeof(T) == 2, A, Values>;
+  using Kept = std::conditional_t<kSplits, Values, A>;
   struct Features {
     Kept kept[3][kRows][kSteps];
   };
@@ -246,10 +249,10 @@ struct Network {
 #pragma unroll
             for (int i = 0; i < 4; ++i) values.d[t][i] = f[part][m][step * kChain + t][i];
           }
-          if constexpr (sizeof(T) == 2) {
-            F::chain(features.kept[part][m][step], values.d);
-          } else {
+          if constexpr (kSplits) {
             features.kept[part][m][step] = values;
+          } else {
+            F::chain(features.kept[part][m][step], values.d);
           }
         }
       }
@@ -257,16 +260,10 @@ struct Network {
   }
 
   __device__ __forceinline__ static void operand(A& a, const Kept& kept) {
-    if constexpr (sizeof(T) == 2) {
-      a = kept;
+    if constexpr (kSplits) {
+      F::chain(a, kept.d);
     } else {
-      Values values = kept;
-#pragma unroll
-      for (int t = 0; t < kChain; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) ptx::hide(values.d[t][i]);  // else both terms are kept: spills
-      }
-      F::chain(a, values.d);
+      a = kept;
     }
   }
   // The inverse of chain.
@@ -275,9 +272,20 @@ struct Network {
       T pair[2];
       memcpy(pair, &kept.bits[2 * t + i / 2], sizeof(pair));
       return to_float(pair[i % 2]);
-    } else {
+    } else if constexpr (kSplits) {
       return kept.d[t][i];
+    } else {
+      return __uint_as_float(kept.bits[0][i % 2 * 2 + i / 2]);
     }
+  }
+
+  // A feature of part k, which is not known when compiling. Registers have no index: it is selected.
+  __device__ __forceinline__ static float feature(const Features& features, int k, int m, int step,
+                                                  int t, int i) {
+    if constexpr (kSplits) return value(features.kept[k][m][step], t, i);
+    const float own = value(features.kept[0][m][step], t, i);
+    const float next = value(features.kept[1][m][step], t, i);
+    return k == 0 ? own : k == 1 ? next : value(features.kept[2][m][step], t, i);
   }
 
   // Part k of Wa ∗ f, column tiles first….
@@ -286,9 +294,10 @@ struct Network {
                                                 const Features& features, int k,
                                                 const Packed& packed, int first = 0) {
     clear(result);
-#pragma unroll
+#pragma unroll kFeaturesUnrolled
     for (int part = 0; part < 3; ++part) {
-#pragma unroll
+      if constexpr (!kSplits) __syncwarp();  // keeps loads of weights from filling all registers
+#pragma unroll kFeaturesUnrolled
       for (int step = 0; step < kSteps; ++step) {
         A a[kRows];
 #pragma unroll
@@ -312,7 +321,7 @@ struct Network {
                                                 const Packed& packed, int first = 0) {
 #pragma unroll
     for (int own = 0; own < kCount / kChain; ++own) {
-      const int step = first / kChain + own;
+      if constexpr (!kSplits) __syncwarp();
       A a[kRows];
       float weighted[kRows][kChain][4];
 #pragma unroll
@@ -325,15 +334,8 @@ struct Network {
           for (int i = 0; i < 4; ++i) {
             const float logit =
                 fmaf(logits[m][n][i], i % 2 == 0 ? by.x : by.y, i % 2 == 0 ? plus.x : plus.y);
-            float feature = 0.0f;  // selected: registers have no index at run time
-#pragma unroll
-            for (int choice = 0; choice < 3 * kColumns / kCount; ++choice) {
-              const int part = choice * kCount / kColumns, from = choice * kCount % kColumns;
-              if (part == k && from == first) {
-                feature = value(features.kept[part][m][from / kChain + own], t, i);
-              }
-            }
-            weighted[m][t][i] = sigmoid(logit) * feature;
+            weighted[m][t][i] =
+                sigmoid(logit) * feature(features, k, m, first / kChain + own, t, i);
           }
         }
       }
@@ -352,6 +354,7 @@ struct Network {
       convolve(f, first, pitch, packed);
       keep(features, f);
     }
+    __syncwarp();
     clear(y);
 #pragma unroll kPartsUnrolled
     for (int column = 0; column < 3 * kColumns; column += kLogits) {
@@ -373,6 +376,7 @@ struct Network {
         }
       }
     }
+    __syncwarp();
     convolve1x1(y, first, 2 * pitch + 2 * kPitch, packed, kChannelFeat);
   }
 };

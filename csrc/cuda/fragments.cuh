@@ -193,16 +193,19 @@ struct Fragments<float, kPrecision> {
                                                const uint32_t (&bits)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float value = __uint_as_float(bits[i]);
-      const uint32_t nearest = ptx::round_to_tf32(value);
-      terms[0][i] = nearest;
-      if constexpr (kTerms == 2) {
-        const float rest = value - __uint_as_float(nearest);
+      if constexpr (kTerms == 1) {
+        terms[0][i] = ptx::round_to_tf32(__uint_as_float(bits[i]));
+      } else {
+        // The nearest, ties away from zero, in 2 instructions: the conversion's takes 6 with its
+        // test for NaN. A NaN may become 0 here, but not in the rest. Products ignore the rest's
+        // last 13 bits, 2^-21 of the value at most.
+        const uint32_t nearest = (bits[i] + 0x1000u) & 0xffffe000u;
+        const float rest = __uint_as_float(bits[i]) - __uint_as_float(nearest);
         // An infinity is a second term alone, which meets first terms only: as a first term it
         // would meet the other operand's second, often 0, and inf · 0 is NaN. inf · inf is, here.
         const bool finite = isfinite(__uint_as_float(nearest));
         terms[0][i] = finite ? nearest : 0u;
-        terms[1][i] = finite ? ptx::round_to_tf32(rest) : nearest;
+        terms[1][i] = finite ? __float_as_uint(rest) : nearest;
       }
     }
   }

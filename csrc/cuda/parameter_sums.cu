@@ -29,6 +29,7 @@ void entry(const Arguments& a) {
     job.columns = a.integer(Name("columns", j).text);
     job.first = a.integer(Name("first", j).text);
     job.size = a.integer(Name("size", j).text);
+    job.taps = a.integer(Name("taps", j).text);
     job.kind = static_cast<Kind>(a.integer(Name("kind", j).text));
     if (job.size > largest) largest = job.size;
   }

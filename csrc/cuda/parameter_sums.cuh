@@ -2,6 +2,8 @@
 //
 //   out[i] = sum_r partials[r, first + i]        partials (rows, columns) float32
 //
+// Partials of a convolution stand tap after tap, where the parameter has a weight's taps together.
+//
 // Grid        x: tiles of 32 neighbouring outputs, y: jobs; a launch serves all parameters of a
 //             stage. Eight warps of a block each take a contiguous share of the rows.
 // Bytes       reads the partials of the jobs once, writes every output once, in its own dtype.
@@ -25,7 +27,7 @@ enum class Kind : int { kFloat32, kFloat16, kBfloat16 };
 struct Job {
   const float* partials;
   void* out;
-  int64_t rows, columns, first, size;
+  int64_t rows, columns, first, size, taps;
   Kind kind;
 };
 
@@ -63,7 +65,8 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Params params) {
   if (PLANT != 9) __syncthreads();
   if (warp != 0 || at >= job.size) return;
   for (int other = 1; other < kWarps; ++other) sum += sums[other][lane];
-  store(job, at, sum);
+  const int64_t weights = job.size / job.taps;
+  store(job, at % weights * job.taps + at / weights, sum);
 }
 
 }  // namespace ciema::parameter_sums

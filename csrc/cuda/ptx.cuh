@@ -111,7 +111,7 @@ __device__ __forceinline__ uint32_t round_to_tf32(float value) {
 
 // Makes a value unknown to the compiler, which then neither keeps in registers nor moves out of a
 // loop what is computed from it.
-__device__ __forceinline__ void hide(float& value) { asm volatile("" : "+f"(value)); }
+__device__ __forceinline__ void hide(int& value) { asm volatile("" : "+r"(value)); }
 
 }  // namespace ciema::ptx
 

@@ -75,6 +75,6 @@ EMULATOR_UNCHECKED inline uint32_t round_to_tf32(float value) {
   return (bits + 0x1000u) & ~0x1FFFu;
 }
 
-EMULATOR_UNCHECKED inline void hide(float&) {}
+EMULATOR_UNCHECKED inline void hide(int&) {}
 
 }  // namespace ciema::ptx

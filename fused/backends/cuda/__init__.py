@@ -29,6 +29,8 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "channel_interaction_backward": ("channel_interaction", "backward"),
     "gated_fusion": ("gated_fusion", "forward"),
     "gated_fusion_backward": ("gated_fusion_backward", "backward"),
+    "cross_spatial": ("cross_spatial", "forward"),
+    "spatial_gate": ("spatial_gate", "forward"),
 }
 
 

@@ -1,0 +1,259 @@
+"""cross_spatial in evaluation on CUDA, both forms, emulated: values, findings, traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from emulator import ORDERS, Report, missing_tool
+from emulator.launcher import emulated
+
+from fused.backends.cuda import cross_spatial
+from fused.backends.cuda.launch import Launch
+from fused.backends.reference import coordinate_attention as reference_coordinate
+from fused.backends.reference import cross_spatial as reference
+
+if missing_tool() is not None:
+    pytest.skip(f"the emulator can't be built: {missing_tool()}", allow_module_level=True)
+
+EPS = (1e-5, 1e-3, 1e-4)  # group norm, attention, reduction
+LARGEST_ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+DTYPES = tuple(LARGEST_ERROR)
+# batch, groups, c, H, W: padded and whole widths of a group, tails, a pixel, a row, a column; with
+# bands of a slab of one tile and of several, tiles beside each other and packs of 16 bytes.
+SHAPES = [
+    (2, 2, 1, 5, 4),
+    (1, 2, 6, 5, 7),
+    (1, 2, 16, 8, 8),
+    (1, 2, 32, 13, 17),
+    (1, 1, 32, 1, 1),
+    (1, 2, 20, 1, 9),
+    (2, 1, 16, 9, 1),
+    (1, 1, 64, 4, 6),
+    (1, 1, 8, 11, 72),
+]
+# Every dtype with every shape, in turn in both layouts, float16 always in both.
+CASES = [
+    (shape, dtype, channels_last)
+    for i, shape in enumerate(SHAPES)
+    for k, dtype in enumerate(DTYPES)
+    for channels_last in (False, True)
+    if dtype == torch.float16 or channels_last == ((i + k // 2) % 2 == 1)
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of both forms, and w with the softmax vectors in float64."""
+
+    e: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    gates: tuple[torch.Tensor, ...]
+    parameters: dict[str, torch.Tensor]
+    groups: int
+    expected: tuple[torch.Tensor, ...]
+    eager: tuple[torch.Tensor, ...]
+
+    def split(self) -> tuple[torch.Tensor, ...]:
+        """The op."""
+        return cross_spatial.forward(
+            *(self.e, *self.gates, *self.parameters.values()),
+            *(self.groups, False, "sequential", *EPS[1:]),
+        )
+
+    def single(self) -> torch.Tensor:
+        """With coordinate attention in the same launch."""
+        return cross_spatial.coordinate_cross_spatial(
+            self.e, self.weight, self.bias, EPS[0], self.parameters, self.groups, *EPS[1:]
+        )
+
+
+def parameters_of(c: int, random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The op's parameters after rstd, in its order."""
+
+    def kernel(outputs: int, inputs: int, size: int) -> torch.Tensor:
+        return random(outputs, inputs, size, size) / (inputs * size * size) ** 0.5
+
+    return {
+        **{"gn_weight": 1 + random(c) / 4, "gn_bias": random(c) / 4},
+        **{"conv3x3_weight": kernel(c, c, 3), "conv3x3_bias": random(c) / 4},
+        "spatial_conv1_weight": kernel(c, c, 1),
+        "spatial_conv3_weight": kernel(c, c, 3),
+        "spatial_conv5_weight": kernel(c, c, 5),
+        "attention_weight": kernel(3 * c, 3 * c, 1),
+        **{"attention_bn_weight": 1 + random(3 * c) / 4, "attention_bn_bias": random(3 * c) / 4},
+        "attention_running_mean": random(3 * c) / 8,
+        "attention_running_var": 0.2 + random(3 * c) ** 2,
+        "reduce_weight": kernel(c, 3 * c, 1),
+        **{"reduce_bn_weight": 1 + random(c) / 4, "reduce_bn_bias": random(c) / 4},
+        **{"reduce_running_mean": random(c) / 8, "reduce_running_var": 0.1 + random(c) ** 2},
+        **{"channel_feat_weight": kernel(c, c, 1), "alpha": torch.tensor([0.7])},
+    }
+
+
+def case(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, channels_last: bool = False
+) -> Case:
+    batch, groups, c, height, width = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator)
+
+    e = random(batch, groups * c, height, width).to(dtype)
+    if channels_last:
+        e = e.to(memory_format=torch.channels_last)
+    weight, bias = random(c, c, 1, 1) / c**0.5, random(c) / 4
+    parameters = parameters_of(c, random)
+    gates = reference_coordinate.forward(e.double(), weight.double(), bias.double(), groups, EPS[0])
+    options = (groups, False, "sequential", *EPS[1:])
+    exact = (p.double() for p in parameters.values())
+    expected = reference.forward(e.double(), *gates, *exact, *options)[:3]
+    rounded = tuple(gate.float() for gate in gates)
+    eager = reference.forward(e, *rounded, *(p.to(dtype) for p in parameters.values()), *options)[
+        :3
+    ]
+    return Case(e, weight, bias, rounded, parameters, groups, expected, eager)
+
+
+def error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def check(out: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, dtype: torch.dtype) -> None:
+    assert error(out, exact) <= LARGEST_ERROR[dtype]
+    # The roundings of two ways of one computation differ where there are few values.
+    assert error(out, exact) <= 2 * error(eager, exact) + LARGEST_ERROR[dtype] / 10
+
+
+@pytest.mark.parametrize(("shape", "dtype", "channels_last"), CASES)
+def test_both_forms(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, channels_last: bool
+) -> None:
+    """Launches take the four orders in turn; a finding fails."""
+    example = case(shape, dtype, channels_last)
+    with emulated():
+        w, *softmaxes = example.split()[:3]
+        alone = example.single()
+    assert w.dtype == alone.dtype == dtype
+    for out, exact, eager in zip((w, *softmaxes), example.expected, example.eager, strict=True):
+        check(out, exact, eager, dtype)
+    check(alone, example.expected[0], example.eager[0], dtype)
+
+
+def test_the_same_bits_in_every_order() -> None:
+    example = case((1, 1, 8, 11, 72), torch.float16)
+    results = []
+    for order in ORDERS:
+        with emulated(order=order):
+            results.append((*example.split()[:3], example.single()))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_statistics_of_evaluation_are_empty() -> None:
+    example = case((1, 2, 6, 5, 7), torch.float32)
+    with emulated():
+        statistics = example.split()[3:]
+    assert [tuple(s.shape) for s in statistics] == [(0, 18), (0, 18), (0, 6), (0, 6)]
+
+
+def test_parameters_of_the_maps_dtype() -> None:
+    example = case((1, 2, 6, 5, 7), torch.float16)
+    halves = {name: t.half() for name, t in example.parameters.items()}
+    rounded = Case(**{**vars(example), "parameters": halves})
+    with emulated():
+        check(rounded.split()[0], example.expected[0], example.eager[0], torch.float16)
+
+
+def test_tf32_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_spatial, "takes_tf32", lambda: 1)
+    example = case((1, 1, 32, 5, 9), torch.float32)
+    with emulated():
+        errors = [error(w, example.expected[0]) for w in (example.split()[0], example.single())]
+    assert all(1e-6 < found < 2e-3 for found in errors)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_poisoned_sample_leaves_the_others_alone(value: float) -> None:
+    example = case((2, 1, 6, 5, 7), torch.float32)
+    example.e[1, 2, 3, 4] = value
+    with emulated():
+        w, softmax1 = example.split()[:2]
+        alone = example.single()
+    assert all(poisoned.isnan().all() for poisoned in (w[1], softmax1[1], alone[1]))
+    check(w[:1], example.expected[0][:1], example.eager[0][:1], torch.float32)
+
+
+def reports_of(run: Callable[[], Any], **options: Any) -> dict[str, tuple[Launch, Report]]:
+    """Of every launch, by its entry without the dtype."""
+    found: dict[str, tuple[Launch, Report]] = {}
+
+    def keep(launch: Launch, report: Report) -> None:
+        found[launch.entry.rpartition("_")[0]] = launch, report
+
+    with emulated(keep, **options):
+        run()
+    return found
+
+
+def test_launches_and_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches whatever the number of bands, which is that of blocks over slabs."""
+    example = case((1, 2, 8, 11, 72), torch.float16)
+    for multiprocessors, several in ((1, False), (16, True)):
+        monkeypatch.setattr(cross_spatial, "_EMULATED_MULTIPROCESSORS", multiprocessors)
+        reports = reports_of(example.split)
+        assert list(reports) == ["cross_spatial_pack", "cross_spatial"]
+        report = reports["cross_spatial"][1]
+        assert report.findings == []
+        # Only arrive_last, of several bands, is atomic.
+        assert (report.totals.get("global_atomic_requests", 0) > 0) == several
+    assert list(reports_of(example.single)) == ["cross_spatial_pack", "coordinate_cross_spatial"]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])
+def test_traffic(channels_last: bool) -> None:
+    """Products load without bank conflicts, 16 bytes a lane; e is read as the head comment says."""
+    example = case((1, 1, 32, 16, 56), torch.float16, channels_last)
+    _, report = reports_of(example.single)["coordinate_cross_spatial"]
+
+    def sites(file: str, space: str) -> list[dict[str, Any]]:
+        return [
+            site
+            for site in report.sites
+            if file in site["site"] and (site["space"], site["kind"]) == (space, "read")
+        ]
+
+    pixels = sites("cross_spatial_tiles.cuh", "shared")
+    assert {site["bytes_per_lane"] for site in pixels} == {16}
+    assert all(site["units"] == site["ideal_units"] for site in pixels)
+    weights = max(sites("cross_spatial_tiles.cuh", "global"), key=lambda site: site["bytes"])
+    assert weights["bytes_per_lane"] == 16
+    assert weights["units"] == weights["ideal_units"]
+    loads = [s for s in sites("cross_spatial_branches.cuh", "global") if s["bytes_per_lane"] == 16]
+    passes = sum(site["bytes"] for site in loads) / (example.e.numel() * 2)
+    # Pools, moments, and tiles with their halo of 3; packs of pixels read beyond it.
+    assert 2 + 1.3 < passes < 2 + (1.4 if channels_last else 2.5)
+
+
+# Bug → kind of finding, and whether it is coordinate attention's.
+PLANTS = {
+    1: ("uninitialised", True),
+    2: ("race", False),
+    3: ("race", False),
+    4: ("unwaited", False),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_planted_bugs_are_found(plant: int) -> None:
+    kind, attends = PLANTS[plant]
+    example = case((1, 1, 8, 5, 7), torch.float16, channels_last=True)
+    run = example.single if attends else example.split
+    reports = reports_of(run, plant=plant)
+    _, report = reports["coordinate_cross_spatial" if attends else "cross_spatial"]
+    assert kind in report.kinds, report.findings
