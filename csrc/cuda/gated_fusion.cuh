@@ -153,8 +153,8 @@ struct Epilogue {
 template <class T>
 using Shape = product::Tile<sizeof(T) == 2 ? 128 : 64, 128, 2, 4>;
 
-// Where the moments of a product's tiles are merged by the last block of each channel tile, if it is
-// to: the counters (row tiles,) are zero before and after.
+// Where the last block of each channel tile merges the moments of its tiles, if there are counters:
+// (row tiles,), zero before and after.
 struct Statistics {
   int* counters;
   float* mean;

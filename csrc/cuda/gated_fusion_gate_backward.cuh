@@ -7,7 +7,7 @@
 //   BN1ᵀ(h)                              h, the gradient of BN1's result, comes from a product
 //
 // Three kernels: `gate_sums` (sums of t and t ⊙ n; further blocks write r and its sums),
-// `grad_logits` (z and s; further blocks add up Σr) and `norm_backward` (BN1ᵀ(h), from the sums that
+// `grad_logits` (z and s; further blocks add up Σr), `norm_backward` (BN1ᵀ(h), from the sums that
 // the product left). Grid: (channel block) × (run of pixel tiles), see gated_fusion_maps.cuh; every
 // block of the last two first adds up the sums of its channels, and those of run 0 store what
 // belongs to a channel.

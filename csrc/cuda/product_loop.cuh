@@ -38,8 +38,9 @@ using PlainLoader = Loader<1, false>;
 using ScaledLoader = Loader<1, true>;
 using ScaledThenPlainLoader = Loader<2, true>;
 
-// kMomentsOrProducts: an epilogue has `Map partner` and `const float* partner_mean` (rows,), and where
-// the map has data the sums of the results and of results · (partner − mean) take the moments' place.
+// kMomentsOrProducts: an epilogue has `Map partner` and `const float* partner_mean` (rows,), and
+// where the map has data the sums of the results and of results · (partner − mean) take the
+// moments' place.
 enum class Reduction { kNone, kSums, kMoments, kMomentsOrProducts };
 
 struct Operand {
