@@ -24,6 +24,7 @@
 #pragma once
 
 #include "moments.cuh"
+#include "product_extremes.cuh"
 #include "product_loop.cuh"
 
 namespace ciema::product {
@@ -34,6 +35,7 @@ namespace ciema::product {
 //     using Output = T;                                  // what out holds
 //     static constexpr bool kStores = true;              // whether there is an out, if not null
 //     static constexpr Reduction kReduction = Reduction::kNone;  // into partials, if not null
+//     static constexpr bool kExtremes = true;            // optional: into extremes, if not null
 //     static constexpr int kVectors = 2;                 // numbers that belong to a channel
 //     // The tile computes them once for each of its channels.
 //     __device__ void vectors(int64_t b, int channel, float (&value)[kVectors]) const;
@@ -87,6 +89,7 @@ struct Results {
   static constexpr int kPitch = kLength + (kRows ? 8 : 4);  // pairs and single floats, in turn
   static constexpr int kRunsPerLine = kLength / kRun;
   static constexpr Reduction kReduction = Epilogue::kReduction;
+  static constexpr bool kExtremes = requires { Epilogue::kExtremes; };
   static constexpr int kVectors = Epilogue::kVectors > 0 ? Epilogue::kVectors : 1;
   static_assert(kLines * kRunsPerLine % Shape::kThreads == 0 && kRunsPerLine <= kWarp);
   static_assert(Shape::kM <= Shape::kThreads);
@@ -98,7 +101,9 @@ struct Results {
                                                float* part) {
     CIEMA_SHARED(float, vectors, [kVectors * Shape::kM]);
     fill_vectors(p, corner, epilogue, vectors);
-    Moments sums{};  // channels_last: of channel threadIdx.x
+    Moments sums{};  // channels_last: of channel threadIdx.x, as extremes
+    Extremes extremes;
+    extremes.start();
 #pragma unroll
     for (int index = 0; index < kParts; ++index) {
       if (index > 0) __syncthreads();
@@ -109,10 +114,22 @@ struct Results {
         finish(p, corner, epilogue, index, i / kRunsPerLine, i % kRunsPerLine * kRun,
                vectors, part);
       }
+      if constexpr (!kRows && kExtremes) {
+        if (p.extremes != nullptr) {
+          __syncthreads();
+          find_extremes(p, corner, index, part, extremes);
+        }
+      }
       if constexpr (!kRows && kReduction != Reduction::kNone) {
         if (p.partials == nullptr) continue;
         __syncthreads();
         reduce_pixels(p, corner, index, part, sums);
+      }
+    }
+    if constexpr (!kRows && kExtremes) {
+      const int channel = corner.channel + static_cast<int>(threadIdx.x);
+      if (p.extremes != nullptr && static_cast<int>(threadIdx.x) < Shape::kM && channel < p.rows) {
+        extremes.write(p.extremes, p.positions, corner.part, p.rows, channel);
       }
     }
     if constexpr (!kRows && kReduction != Reduction::kNone) {
@@ -211,6 +228,15 @@ struct Results {
       epilogue.template apply<kLayout>(run, numbers, value);
       if (Epilogue::kStores && p.out.data != nullptr) store_run<Output>(p.out, run, value);
     }
+    if constexpr (kExtremes) {
+      if (p.extremes != nullptr) {
+        if constexpr (kRows) {
+          find_run_extremes(p, corner, run, value);
+        } else {
+          write_floats(own, turn, value);
+        }
+      }
+    }
     if constexpr (kReduction != Reduction::kNone) {
       if (p.partials == nullptr) return;  // no lane of the launch reduces
       if constexpr (kRows) {
@@ -275,6 +301,33 @@ struct Results {
         m2 += deviation * deviation;
       }
       sums.join({count, mean, m2});
+    }
+  }
+
+  // rows: as reduce_run, sum and first maximum.
+  __device__ __forceinline__ static void find_run_extremes(const ProductParams& p,
+                                                           const Corner& corner, const Run& run,
+                                                           const float (&value)[kRun]) {
+    Extremes own;
+    own.start();
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) {
+      if (e < run.count) own.add(value[e], run.pixel + e);
+    }
+    own.template join_lanes<kRunsPerLine>();
+    if (run.pixel == corner.pixel && run.channel < p.rows) {
+      own.write(p.extremes, p.positions, corner.part, p.rows, run.channel);
+    }
+  }
+
+  // channels_last: as reduce_pixels.
+  __device__ __forceinline__ static void find_extremes(const ProductParams& p,
+                                                       const Corner& corner, int index,
+                                                       const float* part, Extremes& extremes) {
+    if (static_cast<int>(threadIdx.x) >= Shape::kM) return;
+    for (int line = 0; line < kLines; ++line) {
+      const int pixel = corner.pixel + position(index, line);
+      if (pixel < p.pixels) extremes.add(part[line * kPitch + threadIdx.x], pixel);
     }
   }
 

@@ -55,6 +55,8 @@ struct ProductParams {
   bool weight_is_float;
   Map out;
   float* partials;  // kSums: (parts, rows), kMoments: (parts, {mean, M2}, rows); parts = B·tiles
+  float* extremes;  // (parts, {sum, max}, rows), and int positions (parts, rows)
+  int* positions;
   int rows, pixels;
   int row_tiles, pixel_tiles;
 };
