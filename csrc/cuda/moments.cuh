@@ -5,8 +5,8 @@
 
 namespace ciema::product {
 
-// Count, mean and sum of squared deviations, joined by Chan's formula: n = n1 + n2, d = mean2 − mean1,
-// mean = mean1 + d n2/n, M2 = M2_1 + M2_2 + d² n1 n2/n.
+// Count, mean and sum of squared deviations, joined by Chan's formula: n = n1 + n2,
+// d = mean2 − mean1, mean = mean1 + d n2/n, M2 = M2_1 + M2_2 + d² n1 n2/n.
 struct Moments {
   float count, mean, m2;
 

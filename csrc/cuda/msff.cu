@@ -8,8 +8,8 @@ namespace {
 
 using namespace msff;
 
-// What is made is what the caller gives room for: `product`, `partials`, or `out` and, if its channel
-// statistics are wanted, `extremes` and `positions`.
+// What is made is what the caller gives room for: `product`, `partials`, or `out` and, if its
+// channel statistics are wanted, `extremes` and `positions`.
 template <class T, Layout kLayout>
 void launch_fuse(const Arguments& a) {
   ProductParams p{};

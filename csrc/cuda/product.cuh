@@ -6,15 +6,15 @@
 //
 // Layouts     x and out both "rows" or both "channels_last" (map.cuh); w any strides; W row-major,
 //             of T or float32 (then rounded to T while loading).
-// Grid        one block for kM channels × kN pixels of one sample; tiles of channels are neighbours,
-//             so that the pixels they share come from the second-level cache.
+// Grid        one block for kM channels × kN pixels of one sample; tiles of channels are
+//             neighbours, so that the pixels they share come from the second-level cache.
 // Loop        steps of 64 bytes of depth; kStages tiles of W and X in shared memory, filled by
 //             cp.async two steps ahead, 16, 8 or 4 bytes at a time as lines are aligned; by single
 //             loads for odd lines of 16-bit values and for W of another dtype. A thread scales its
 //             own copies by w, of which it holds the next step's in registers, before the barrier
 //             that publishes them.
-// Results     through shared memory, a part of the tile at a time, so that the epilogue gets runs of
-//             16 bytes of the output's layout, and loads and stores as wide.
+// Results     through shared memory, a part of the tile at a time, so that the epilogue gets runs
+//             of 16 bytes of the output's layout, and loads and stores as wide.
 // Bytes       x once for every kM channels and W once for every kN pixels, from the second-level
 //             cache; x, W, w and out once from device memory while that holds them.
 // Accuracy    float32 sums in the tensor cores, in a fixed order; float operands as Precision says.
@@ -39,7 +39,7 @@ namespace ciema::product {
 //     static constexpr int kVectors = 2;                 // numbers that belong to a channel
 //     // The tile computes them once for each of its channels.
 //     __device__ void vectors(int64_t b, int channel, float (&value)[kVectors]) const;
-//     // Changes the results of one run, of which run.count are real. (With kVectors = 0 one unused.)
+//     // Changes the results of one run, of which run.count are real. (kVectors 0: one, unused.)
 //     template <Layout kLayout, int kRun>
 //     __device__ void apply(const Run& run, const float (&vectors)[kVectors][kRun],
 //                           float (&value)[kRun]) const;

@@ -6,8 +6,8 @@
 //
 // Layouts     extremes (parts, {sum, max}, rows) float32, positions (parts, rows) int32, parts in
 //             the order of samples, then tiles.
-// Grid        blockIdx.x = 32 channels, blockIdx.y = b; warp w joins the tiles w, w + 8, … in order,
-//             then the first warp joins the warps in order: the same bits every run.
+// Grid        blockIdx.x = 32 channels, blockIdx.y = b; warp w joins the tiles w, w + 8, … in
+//             order, then the first warp joins the warps in order: the same bits every run.
 // Bytes       12 a part and channel; 16 a sample and channel written.
 #pragma once
 
