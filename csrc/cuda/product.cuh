@@ -352,10 +352,20 @@ constexpr int shared_bytes() {
   return kLoop > Out::kBytes ? kLoop : Out::kBytes;
 }
 
-// Blocks that a multiprocessor should hold: 128 registers a thread, in float32 as many as it takes.
+// Whether a multiprocessor has but 100 KB of shared memory, enough for one wide tile.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr bool kSmallShared = true;
+#else
+constexpr bool kSmallShared = false;
+#endif
+
+// Blocks that a multiprocessor should hold, which allows a thread 128 registers; in float32, and
+// where no more than one fits, as many registers as it takes.
 template <class T, class Shape>
 constexpr int min_blocks() {
-  return sizeof(T) == sizeof(float) ? 1 : 512 / Shape::kThreads;
+  const bool one = sizeof(T) == sizeof(float) || (kSmallShared && Shape::kM == WideTile::kM);
+  return one ? 1 : 512 / Shape::kThreads;
 }
 
 template <class T, Precision kPrecision, Layout kLayout, class Shape, class Loading, class Epilogue>
