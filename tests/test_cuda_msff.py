@@ -152,12 +152,33 @@ def counted(
     return names, totals
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channel_statistics_are_those_of_out(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, layout: str
+) -> None:
+    for case, tile in ((1, 0), (0, 2), (2, 1), (3, 0)):
+        monkeypatch.setattr(product, "choose_tile", lambda *_, tile=tile: tile)
+        named = arguments(case, False) | {"statistics": True}
+        named["bn_bias"][0] = torch.nan
+        named["bn_bias"][1] = -100  # a channel of zeros: its maximum is everywhere
+        with emulated():
+            out, _, _, *got = OPS[OP](*convert(OP, named, dtype, layout), backend="cuda")
+            mean, maximum, argmax = OPS["channel_statistics"](out, backend="cuda")
+        torch.testing.assert_close(got[0], mean, rtol=1e-5, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(got[1], maximum, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(got[2], argmax)
+
+
 def test_launches() -> None:
-    for training, want in (
-        (False, ["msff"] * 3),
-        (True, ["msff"] * 3 + ["product_moments", "msff"]),
+    fused, joined = ["msff"] * 3, ["product_moments", "msff"]
+    for training, statistics, want in (
+        (False, False, fused),
+        (False, True, [*fused, "product_extremes"]),
+        (True, True, [*fused, *joined, "product_extremes"]),
     ):
-        args = convert(OP, arguments(0, training), torch.float32, "contiguous")
+        named = arguments(0, training) | {"statistics": statistics}
+        args = convert(OP, named, torch.float32, "contiguous")
         names, _ = counted(lambda args=args: OPS[OP](*args, backend="cuda"))
         assert names == want
 
@@ -197,6 +218,7 @@ def test_many_maps_go_to_the_reference() -> None:
 PLANTS = {
     21: ("product_moments_float32", "race"),
     22: ("product_moments_float32", "out-of-bounds"),
+    23: ("product_extremes_float32", "race"),
     31: ("msff_float32", "out-of-bounds"),
 }
 
@@ -205,7 +227,8 @@ PLANTS = {
 def test_planted_bug_is_found(plant: int) -> None:
     launches: dict[str, Launch] = {}
     with emulated(lambda launch, _: launches.update({launch.entry: launch})):  # keeps the last
-        OPS[OP](*convert(OP, arguments(1, True), torch.float32, "contiguous"), backend="cuda")
+        named = arguments(1, True) | {"statistics": True}
+        OPS[OP](*convert(OP, named, torch.float32, "contiguous"), backend="cuda")
     entry, kind = PLANTS[plant]
     for order in ORDERS:
         assert kind in emulate(launches[entry], order, plant).kinds

@@ -4,7 +4,7 @@
 //
 // What follows, e = a ⊙ x + (1 − a) ⊙ (Wci ∗ x), is the shared product with the epilogue Gate.
 //
-// Layouts     mean, max, gate (B, C) and V1 (hidden, C), V2 (C, hidden) row-major; V1 and V2 of T or
+// Layouts     mean, max, gate (B, C) and V1 (hidden, C), V2 (C, hidden) row-major, of T or
 //             float32.
 // Grid        blockIdx.x = piece of C, blockIdx.y = b; every block computes hidden of its sample, a
 //             warp to a unit, then its own channels, a warp to a channel.

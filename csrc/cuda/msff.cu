@@ -8,7 +8,8 @@ namespace {
 
 using namespace msff;
 
-// What is made is what the caller gives room for: `product`, `partials` or `out`.
+// What is made is what the caller gives room for: `product`, `partials`, or `out` and, if its
+// channel statistics are wanted, `extremes` and `positions`.
 template <class T, Layout kLayout>
 void launch_fuse(const Arguments& a) {
   ProductParams p{};
@@ -17,6 +18,8 @@ void launch_fuse(const Arguments& a) {
   p.rows = static_cast<int>(a.integer("rows"));
   p.pixels = static_cast<int>(a.integer("pixels"));
   p.partials = a.pointer<float>("partials");
+  p.extremes = a.pointer<float>("extremes");
+  p.positions = a.pointer<int>("positions");
   Fuse<T> epilogue{};
   epilogue.out = map_of<float>(a, "product", kLayout);
   epilogue.make = Make::kProduct;

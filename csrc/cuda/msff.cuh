@@ -78,6 +78,7 @@ struct Fuse {
   using Output = T;
   static constexpr bool kStores = false;  // not by the kernel: P is float32
   static constexpr Reduction kReduction = Reduction::kMoments;
+  static constexpr bool kExtremes = true;  // of out, rounded
   static constexpr int kVectors = 2;
   Make make;
   Map out;  // of P or out
@@ -107,7 +108,9 @@ struct Fuse {
     }
     if (make == Make::kMoments) return;
 #pragma unroll
-    for (int e = 0; e < kRun; ++e) value[e] = relu(value[e] * vectors[0][e] + vectors[1][e]);
+    for (int e = 0; e < kRun; ++e) {
+      value[e] = to_float(from_float<T>(relu(value[e] * vectors[0][e] + vectors[1][e])));
+    }
     store_run<T>(out, run, value);
   }
 

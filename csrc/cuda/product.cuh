@@ -6,15 +6,15 @@
 //
 // Layouts     x and out both "rows" or both "channels_last" (map.cuh); w any strides; W row-major,
 //             of T or float32 (then rounded to T while loading).
-// Grid        one block for kM channels × kN pixels of one sample; tiles of channels are neighbours,
-//             so that the pixels they share come from the second-level cache.
+// Grid        one block for kM channels × kN pixels of one sample; tiles of channels are
+//             neighbours, so that the pixels they share come from the second-level cache.
 // Loop        steps of 64 bytes of depth; kStages tiles of W and X in shared memory, filled by
 //             cp.async two steps ahead, 16, 8 or 4 bytes at a time as lines are aligned; by single
 //             loads for odd lines of 16-bit values and for W of another dtype. A thread scales its
 //             own copies by w, of which it holds the next step's in registers, before the barrier
 //             that publishes them.
-// Results     through shared memory, a part of the tile at a time, so that the epilogue gets runs of
-//             16 bytes of the output's layout, and loads and stores as wide.
+// Results     through shared memory, a part of the tile at a time, so that the epilogue gets runs
+//             of 16 bytes of the output's layout, and loads and stores as wide.
 // Bytes       x once for every kM channels and W once for every kN pixels, from the second-level
 //             cache; x, W, w and out once from device memory while that holds them.
 // Accuracy    float32 sums in the tensor cores, in a fixed order; float operands as Precision says.
@@ -24,6 +24,7 @@
 #pragma once
 
 #include "moments.cuh"
+#include "product_extremes.cuh"
 #include "product_loop.cuh"
 
 namespace ciema::product {
@@ -34,10 +35,11 @@ namespace ciema::product {
 //     using Output = T;                                  // what out holds
 //     static constexpr bool kStores = true;              // whether there is an out, if not null
 //     static constexpr Reduction kReduction = Reduction::kNone;  // into partials, if not null
+//     static constexpr bool kExtremes = true;            // optional: into extremes, if not null
 //     static constexpr int kVectors = 2;                 // numbers that belong to a channel
 //     // The tile computes them once for each of its channels.
 //     __device__ void vectors(int64_t b, int channel, float (&value)[kVectors]) const;
-//     // Changes the results of one run, of which run.count are real. (With kVectors = 0 one unused.)
+//     // Changes the results of one run, of which run.count are real. (kVectors 0: one, unused.)
 //     template <Layout kLayout, int kRun>
 //     __device__ void apply(const Run& run, const float (&vectors)[kVectors][kRun],
 //                           float (&value)[kRun]) const;
@@ -87,6 +89,7 @@ struct Results {
   static constexpr int kPitch = kLength + (kRows ? 8 : 4);  // pairs and single floats, in turn
   static constexpr int kRunsPerLine = kLength / kRun;
   static constexpr Reduction kReduction = Epilogue::kReduction;
+  static constexpr bool kExtremes = requires { Epilogue::kExtremes; };
   static constexpr int kVectors = Epilogue::kVectors > 0 ? Epilogue::kVectors : 1;
   static_assert(kLines * kRunsPerLine % Shape::kThreads == 0 && kRunsPerLine <= kWarp);
   static_assert(Shape::kM <= Shape::kThreads);
@@ -98,7 +101,9 @@ struct Results {
                                                float* part) {
     CIEMA_SHARED(float, vectors, [kVectors * Shape::kM]);
     fill_vectors(p, corner, epilogue, vectors);
-    Moments sums{};  // channels_last: of channel threadIdx.x
+    Moments sums{};  // channels_last: of channel threadIdx.x, as extremes
+    Extremes extremes;
+    extremes.start();
 #pragma unroll
     for (int index = 0; index < kParts; ++index) {
       if (index > 0) __syncthreads();
@@ -109,10 +114,22 @@ struct Results {
         finish(p, corner, epilogue, index, i / kRunsPerLine, i % kRunsPerLine * kRun,
                vectors, part);
       }
+      if constexpr (!kRows && kExtremes) {
+        if (p.extremes != nullptr) {
+          __syncthreads();
+          find_extremes(p, corner, index, part, extremes);
+        }
+      }
       if constexpr (!kRows && kReduction != Reduction::kNone) {
         if (p.partials == nullptr) continue;
         __syncthreads();
         reduce_pixels(p, corner, epilogue, index, part, sums);
+      }
+    }
+    if constexpr (!kRows && kExtremes) {
+      const int channel = corner.channel + static_cast<int>(threadIdx.x);
+      if (p.extremes != nullptr && static_cast<int>(threadIdx.x) < Shape::kM && channel < p.rows) {
+        extremes.write(p.extremes, p.positions, corner.part, p.rows, channel);
       }
     }
     if constexpr (!kRows && kReduction != Reduction::kNone) {
@@ -210,6 +227,15 @@ struct Results {
       }
       epilogue.template apply<kLayout>(run, numbers, value);
       if (Epilogue::kStores && p.out.data != nullptr) store_run<Output>(p.out, run, value);
+    }
+    if constexpr (kExtremes) {
+      if (p.extremes != nullptr) {
+        if constexpr (kRows) {
+          find_run_extremes(p, corner, run, value);
+        } else {
+          write_floats(own, turn, value);
+        }
+      }
     }
     if constexpr (kReduction != Reduction::kNone) {
       if (p.partials == nullptr) return;  // no lane of the launch reduces
@@ -327,6 +353,33 @@ struct Results {
     }
   }
 
+  // rows: as reduce_run, sum and first maximum.
+  __device__ __forceinline__ static void find_run_extremes(const ProductParams& p,
+                                                           const Corner& corner, const Run& run,
+                                                           const float (&value)[kRun]) {
+    Extremes own;
+    own.start();
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) {
+      if (e < run.count) own.add(value[e], run.pixel + e);
+    }
+    own.template join_lanes<kRunsPerLine>();
+    if (run.pixel == corner.pixel && run.channel < p.rows) {
+      own.write(p.extremes, p.positions, corner.part, p.rows, run.channel);
+    }
+  }
+
+  // channels_last: as reduce_pixels.
+  __device__ __forceinline__ static void find_extremes(const ProductParams& p,
+                                                       const Corner& corner, int index,
+                                                       const float* part, Extremes& extremes) {
+    if (static_cast<int>(threadIdx.x) >= Shape::kM) return;
+    for (int line = 0; line < kLines; ++line) {
+      const int pixel = corner.pixel + position(index, line);
+      if (pixel < p.pixels) extremes.add(part[line * kPitch + threadIdx.x], pixel);
+    }
+  }
+
   __device__ __forceinline__ static void write_reduction(const ProductParams& p,
                                                          const Corner& corner, int channel,
                                                          float first, float m2) {
@@ -348,10 +401,20 @@ constexpr int shared_bytes() {
   return kLoop > Out::kBytes ? kLoop : Out::kBytes;
 }
 
-// Blocks that a multiprocessor should hold: 128 registers a thread, in float32 as many as it takes.
+// Whether a multiprocessor has but 100 KB of shared memory, enough for one wide tile.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr bool kSmallShared = true;
+#else
+constexpr bool kSmallShared = false;
+#endif
+
+// Blocks that a multiprocessor should hold, which allows a thread 128 registers; in float32, and
+// where no more than one fits, as many registers as it takes.
 template <class T, class Shape>
 constexpr int min_blocks() {
-  return sizeof(T) == sizeof(float) ? 1 : 512 / Shape::kThreads;
+  const bool one = sizeof(T) == sizeof(float) || (kSmallShared && Shape::kM == WideTile::kM);
+  return one ? 1 : 512 / Shape::kThreads;
 }
 
 template <class T, Precision kPrecision, Layout kLayout, class Shape, class Loading, class Epilogue>

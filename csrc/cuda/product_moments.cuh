@@ -11,8 +11,8 @@
 
 #include "moments.cuh"
 
-// Bugs for the tests, none in a build. 21: the barrier before the warps are joined left out, 22: the
-// last channels' tail not cut.
+// Bugs for the tests, none in a build. 21: the barrier before the warps are joined left out, 22:
+// the last channels' tail not cut.
 #ifndef PLANT
 #define PLANT 0
 #endif

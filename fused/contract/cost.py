@@ -158,7 +158,7 @@ LAUNCHES: dict[str, dict[str, tuple[int, int, int]]] = {
         "channel_interaction": (3, 3, 1),
         "coordinate_attention": (1, 1, 2),
         "cross_spatial": (2, 5, 10),
-        "gated_fusion": (2, 7, 10),
+        "gated_fusion": (2, 6, 9),
     },
 }
 

@@ -2,8 +2,8 @@
 
 Launches for n maps: n − 1 products at the other maps' own sizes, and one that multiplies the map of
 the target size, adds them resized, normalises and rectifies (csrc/cuda/msff.cuh). In training that
-one is preceded by itself for the moments of z and by their join; the channel statistics of out, if
-asked for, are another. The backward is the library's.
+one is preceded by itself for the moments of z and by their join. The channel statistics of out, if
+asked for, are left in parts by its tiles and joined by another. The backward is the library's.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Sum:
         made: Mapping[str, torch.Tensor],
         vectors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Make what `made` has room for: "product", "partials" or "out"; `vectors` for the last."""
+        """Make what `made` has room for: "product", "partials", or "out" from `vectors`."""
         reads: dict[str, torch.Tensor | None] = {"x": self.x, "weight": self.weight}
         integers = {
             **product.numbers(self.like, self.weight, self.shape, tile),
@@ -71,7 +71,7 @@ class _Sum:
             integers |= geometry(f"product{index}", one)
             integers |= {f"height{index}": one.shape[2], f"width{index}": one.shape[3]}
         for name, map_ in made.items():
-            if name != "partials":
+            if map_.dim() == 4:
                 integers |= geometry(name, map_)
         launch(
             *("msff", self.like.dtype),
@@ -162,7 +162,10 @@ def forward(
         assert running_var is not None
         mean, var = floats(running_mean), floats(running_var)
     vectors = {"gamma": floats(bn_weight), "beta": floats(bn_bias), "mean": mean, "var": var}
-    z.launch(tile, eps, {"out": out}, vectors)
     if statistics:
-        return out, *of_batch, *channel_statistics.forward(out)
+        batch, rows, pixels = z.shape
+        tiles = product.room_for_extremes(tile, out, rows, pixels)
+        z.launch(tile, eps, {"out": out, **tiles}, vectors)
+        return out, *of_batch, *product.join_extremes(tiles, batch, pixels)
+    z.launch(tile, eps, {"out": out}, vectors)
     return out, *of_batch, *reference.unknown_statistics(like.new_empty(0, dtype=torch.float32))

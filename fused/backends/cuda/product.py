@@ -84,3 +84,30 @@ def join_moments(
         numbers=sizes,
     )
     return mean, var
+
+
+def room_for_extremes(
+    tile: int, like: torch.Tensor, rows: int, pixels: int
+) -> dict[str, torch.Tensor]:
+    """Where the tiles of a product leave their parts of its results' channel statistics."""
+    count = parts(tile, like.shape[0], pixels)
+    return {
+        "extremes": like.new_empty((count, 2, rows), dtype=torch.float32),
+        "positions": like.new_empty((count, rows), dtype=torch.int32),
+    }
+
+
+def join_extremes(
+    parts_of_tiles: dict[str, torch.Tensor], batch: int, pixels: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, maximum and argmax (batch, rows) from what `room_for_extremes` got."""
+    count, rows = parts_of_tiles["positions"].shape
+    mean = parts_of_tiles["extremes"].new_empty((batch, rows))
+    maximum, argmax = torch.empty_like(mean), torch.empty_like(mean, dtype=torch.int64)
+    launch(
+        *("product_extremes", torch.float32),
+        reads=parts_of_tiles,
+        writes={"mean": mean, "maximum": maximum, "argmax": argmax},
+        numbers={"batch": batch, "tiles": count // batch, "rows": rows, "pixels": pixels},
+    )
+    return mean, maximum, argmax
