@@ -41,7 +41,11 @@ class Stage:
 
     def __post_init__(self) -> None:
         batch, channels, height, width = self.e.shape
-        self.c, self.slabs, self.pixels = channels // self.groups, batch * self.groups, height * width
+        self.c, self.slabs, self.pixels = (
+            channels // self.groups,
+            batch * self.groups,
+            height * width,
+        )
         self.padded = 32 if self.c <= 32 else 64
         self.tiles = -(-height // TILE_PIXELS[0]) * -(-width // TILE_PIXELS[1])
         self.shares = min(-(-BLOCKS // (2 * self.slabs)), self.tiles)
