@@ -12,8 +12,8 @@
 //             The slab's last block to arrive draws softmax and w; with coordinate attention there
 //             is one band.
 // Bytes       e once from device memory (with coordinate attention twice more from the second-level
-//             cache), and the tiles' halos again from there: tiles of 8×28 of a 56×56 map read
-//             (8+6)(28+6)/(8·28) = 2.1 of it. y (2·c values a pixel) is written to scratch and read
+//             cache), and the tiles' halos again from there: tiles of 8×32 of a 56×56 map read
+//             (8+6)(32+6)/(8·32) = 2.1 of it. y (2·c values a pixel) is written to scratch and read
 //             once, both in the second-level cache (a slab's 400 KB at c = 32 in 16 bits); w.
 // Registers   up to 255: one block of 8 warps a multiprocessor, two a scheduler. More warps would
 //             halve the pixels of a warp, and then the loads of weights and pixels, 128 bytes a
@@ -21,7 +21,7 @@
 //             phase needs is read again from shared memory (Progress).
 // Accuracy    products as Network says; x1, y's sums, softmax and w's logit float32; y rounds to T.
 //             Sums of y by warp, warps, bands in fixed order: same bits every run.
-// Recomputed  x2 in the halo of 2: (8+4)(28+4)/(8·28) = 1.7 of it, a fifteenth of all products.
+// Recomputed  x2 in the halo of 2: (8+4)(32+4)/(8·32) = 1.7 of it, a fifteenth of all products.
 #pragma once
 
 #include "cross_spatial_attend.cuh"

@@ -77,9 +77,7 @@ struct Network {
   // What is unrolled: more, and the compiler would prepare so many products at once that it spills.
   static constexpr bool kRoomy = sizeof(T) == 2 && kChannels <= 32;
   static constexpr int kTapsUnrolled = kRoomy ? 5 : 1;   // of a window's row
-  static constexpr bool kRoomier = kRoomy && std::is_same_v<T, __half>;  // converts in 1 instruction
-  static constexpr int kPartsUnrolled = kRoomier ? 3 : 1;  // of the attention
-  static constexpr int kStepsUnrolled = sizeof(T) == 2 ? kSteps : 1;
+  static constexpr int kStepsUnrolled = kRoomy ? kSteps : 1;
   // float32 in two terms makes operands of the features for every product; these are in loops, and
   // the features in an array with an index, that is in local memory: 12 bytes a channel and pixel,
   // which the first-level cache holds.
@@ -299,6 +297,7 @@ struct Network {
       if constexpr (!kSplits) __syncwarp();  // keeps loads of weights from filling all registers
 #pragma unroll kFeaturesUnrolled
       for (int step = 0; step < kSteps; ++step) {
+        if constexpr (kChannels == 64) __syncwarp();
         A a[kRows];
 #pragma unroll
         for (int m = 0; m < kRows; ++m) operand(a[m], features.kept[part][m][step]);
@@ -356,7 +355,7 @@ struct Network {
     }
     __syncwarp();
     clear(y);
-#pragma unroll kPartsUnrolled
+#pragma unroll 1
     for (int column = 0; column < 3 * kColumns; column += kLogits) {
       const int k = column / kColumns, first = column % kColumns;
       float part[kRows][kLogits][4];
