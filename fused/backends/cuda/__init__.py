@@ -24,6 +24,7 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "coordinate_attention": ("coordinate_attention", "forward"),
     "coordinate_attention_backward": ("coordinate_attention", "backward"),
     "cross_spatial": ("cross_spatial", "forward"),
+    "cross_spatial_backward": ("cross_spatial_backward", "backward"),
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..maps import readable
+from . import cross_spatial_training
 from .launch import floats, geometry, launch, takes_tf32
 
 # c×c tiles and vectors of c of the packed weights (csrc/cuda/cross_spatial_tiles.cuh).
@@ -165,6 +166,17 @@ def forward(
     reduce_eps: float,
 ) -> tuple[torch.Tensor, ...]:
     """As the reference's forward: w, two softmax vectors, four statistics."""
+    if training:
+        return cross_spatial_training.forward(
+            *(e, alpha_h, alpha_w, mean, rstd, gn_weight, gn_bias, conv3x3_weight, conv3x3_bias),
+            *(spatial_conv1_weight, spatial_conv3_weight, spatial_conv5_weight),
+            *(attention_weight, attention_bn_weight, attention_bn_bias),
+            *(reduce_weight, reduce_bn_weight, reduce_bn_bias, channel_feat_weight, alpha),
+            groups,
+            bn_statistics,
+            attention_eps,
+            reduce_eps,
+        )
     parameters = {
         **{"gn_weight": gn_weight, "gn_bias": gn_bias},
         **{"conv3x3_weight": conv3x3_weight, "conv3x3_bias": conv3x3_bias},

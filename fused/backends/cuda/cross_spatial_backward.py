@@ -9,7 +9,7 @@ import torch
 
 from ...contract import memory_format
 from ..maps import readable
-from .cross_spatial_training import Stage, branches, pack, weights
+from .cross_spatial_training import Stage, branches, pack
 from .launch import floats, geometry
 from .parameter_sums import sum_partials
 
@@ -124,7 +124,9 @@ class _Backward:
             "branches_backward",
             {"e": stage.e, "grad_sheets": grad_sheets, **self.packed, **vectors},
             {"grad_e": grad_e, **grad_vectors, "partials": partials},
-            **{**geometry("e", stage.e), **geometry("grad", grad_e)},
+            None,
+            **geometry("e", stage.e),
+            **geometry("grad", grad_e),
         )
         return partials
 
@@ -208,7 +210,7 @@ def backward(
             "spatial_conv3_weight": spatial_conv3_weight,
             "spatial_conv5_weight": spatial_conv5_weight,
             **{"attention_weight": attention_weight, "reduce_weight": reduce_weight},
-            "channel_feat_weight": channel_feat_weight,
+            **{"channel_feat_weight": channel_feat_weight, "alpha": alpha},
         },
         backward=True,
     )

@@ -41,7 +41,11 @@ class Stage:
 
     def __post_init__(self) -> None:
         batch, channels, height, width = self.e.shape
-        self.c, self.slabs, self.pixels = channels // self.groups, batch * self.groups, height * width
+        self.c, self.slabs, self.pixels = (
+            channels // self.groups,
+            batch * self.groups,
+            height * width,
+        )
         self.padded = 32 if self.c <= 32 else 64
         self.tiles = -(-height // TILE_PIXELS[0]) * -(-width // TILE_PIXELS[1])
         self.shares = min(-(-BLOCKS // (2 * self.slabs)), self.tiles)
@@ -161,7 +165,7 @@ def forward(
             "spatial_conv3_weight": spatial_conv3_weight,
             "spatial_conv5_weight": spatial_conv5_weight,
             **{"attention_weight": attention_weight, "reduce_weight": reduce_weight},
-            "channel_feat_weight": channel_feat_weight,
+            **{"channel_feat_weight": channel_feat_weight, "alpha": alpha},
         },
     )
     vectors = {"alpha_h": alpha_h, "alpha_w": alpha_w, "mean": mean, "rstd": rstd}
