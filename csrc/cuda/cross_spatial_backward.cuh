@@ -145,7 +145,7 @@ template <class N>
 __global__ void __launch_bounds__(kTileThreads<N>, 1)
     attention_backward_kernel(CrossSpatialBackwardParams p) {
   using T = typename N::T;
-  constexpr int kChannels = N::kChannels, kWarps = kTileThreads<N> / kWarp, kCount = kLogits<N>;
+  constexpr int kChannels = N::kChannels, kWarps = kTileThreads<N> / kWarp, kCount = kColumnsAtOnce<N>;
   CIEMA_SHARED(AttentionNorm<kChannels>, norms, [1]);
   CIEMA_SHARED(float, slopes, [4][kChannels]);
   CIEMA_SHARED(float, of_warps, [kWarps][6 * kChannels]);
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1)
   load_slopes<kChannels>(p, row, set, slopes);
   float* sums = of_warps[warp_of_block()];
   for (int i = lane_of_warp(); i < 6 * kChannels; i += kWarp) sums[i] = 0.0f;
-  if (PLANT != 2) __syncthreads();
+  if (PLANT != 1) __syncthreads();
   for (int t = static_cast<int>(blockIdx.y); t < tiles_of_map(s); t += s.shares) {
     const Pixels<N> pixels(s, tile_at(s, t));
     typename N::Result grad_r;
@@ -237,7 +237,7 @@ template <class N>
 __global__ void __launch_bounds__(kTileThreads<N>, 1)
     features_backward_kernel(CrossSpatialBackwardParams p) {
   using T = typename N::T;
-  constexpr int kChannels = N::kChannels, kCount = kLogits<N>;
+  constexpr int kChannels = N::kChannels, kCount = kColumnsAtOnce<N>;
   CIEMA_SHARED(AttentionNorm<kChannels>, norms, [1]);
   CIEMA_SHARED(float, means, [2][3 * kChannels]);  // T0 and T1 over the values of a set
   const CrossSpatialSizes& s = p.sizes;
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1)
     means[i / (3 * kChannels)][i % (3 * kChannels)] =
         real ? p.attention_totals[set * 6 * c + i / kChannels * c + channel] / p.count : 0.0f;
   }
-  __syncthreads();
+  if (PLANT != 1) __syncthreads();
   for (int t = static_cast<int>(blockIdx.y); t < tiles_of_map(s); t += s.shares) {
     const Pixels<N> pixels(s, tile_at(s, t));
     {

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>)
     for (int part = 0; part < 3; ++part) {
       __syncthreads();  // the last window is no longer needed
       load_window<N, 2>(s, tile, grad_features + part * kChannels, window, 3);
-      if (PLANT != 3) __syncthreads();
+      __syncthreads();
       if (part == 0) {
         convolve_square<N, 2, 0>(acc, window, packed, kSpatial1);
       } else if (part == 1) {

@@ -17,11 +17,6 @@
 
 #include "cross_spatial_sheets.cuh"
 
-// Bugs for the tests; none in a build. 4: a barrier left out.
-#ifndef PLANT
-#define PLANT 0
-#endif
-
 namespace ciema {
 
 struct CrossSpatialWeightsParams {
@@ -138,7 +133,7 @@ __global__ void __launch_bounds__(TapRows<kNetwork>::kThreads, 1)
                                     static_cast<const T*>(p.gradients) + row * size * Rows::kParts,
                                     output, gradients);
     load_window<N, kHalo>(s, tile, static_cast<const T*>(p.inputs) + row * size, window);
-    if (PLANT != 4) __syncthreads();
+    __syncthreads();
     multiply_taps<N, kNetwork>(role, window, gradients, input, acc);
   }
   const int c = s.channels, width = 2 * role.radius + 1;

@@ -29,7 +29,8 @@ template <class N>
 constexpr int kBlocks = N::kRoomy ? 0 : 1;
 // Column tiles of logits in registers at once.
 template <class N>
-constexpr int kLogits = N::kTight ? N::kColumns / 2 : N::kColumns;
+constexpr int kColumnsAtOnce =
+    sizeof(typename N::T) == 4 && N::kChannels == 64 ? N::kColumns / 2 : N::kColumns;
 
 // Elements of a tile with a halo in shared memory.
 template <class N>

@@ -19,11 +19,6 @@
 
 #include "cross_spatial_statistics.cuh"
 
-// Bugs for the tests; none in a build. 1, 2: a barrier left out, 3: the last tile is not walked.
-#ifndef PLANT
-#define PLANT 0
-#endif
-
 namespace ciema {
 
 // A batch norm: parameters (c or 3c), and its statistics (sets, c or 3c).
@@ -236,7 +231,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1) features_kernel(CrossSpati
   CIEMA_SHARED(float, of_warps, [kWarps][moments_size(kCount)]);
   CIEMA_SHARED(float, sums, [kTileThreads<N>]);
   const CrossSpatialSizes& s = p.sizes;
-  const int row = static_cast<int>(blockIdx.x), tiles = tiles_of_map(s);
+  const int row = static_cast<int>(blockIdx.x);
   const int64_t size = static_cast<int64_t>(s.height) * s.width * N::kChannels;
   const T* x = static_cast<const T*>(p.sheets) + row * size;
   T* out = static_cast<T*>(p.features) + 3 * row * size;
@@ -246,11 +241,11 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1) features_kernel(CrossSpati
   int count = 0;
   for (int i = lane_of_warp(); i < moments_size(kCount); i += kWarp) moments[i] = 0.0f;
   __syncwarp();
-  for (int t = static_cast<int>(blockIdx.y); t < tiles - (PLANT == 3 ? 1 : 0); t += s.shares) {
+  for (int t = static_cast<int>(blockIdx.y); t < tiles_of_map(s); t += s.shares) {
     const Tile tile = tile_at(s, t);
     __syncthreads();
     load_window<N, 2>(s, tile, x, window);
-    if (PLANT != 1) __syncthreads();
+    __syncthreads();
     sum += window_sum<N, 2>(window);
     const Pixels<N> pixels(s, tile);
     {
@@ -266,8 +261,8 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1) features_kernel(CrossSpati
 #pragma unroll 1
     for (int k = 0; k < 3; ++k) {
 #pragma unroll 1
-      for (int first = 0; first < N::kColumns; first += kLogits<N>) {
-        float logits[N::kRows][kLogits<N>][4];
+      for (int first = 0; first < N::kColumns; first += kColumnsAtOnce<N>) {
+        float logits[N::kRows][kColumnsAtOnce<N>][4];
         N::clear(logits);
         features.multiply(logits, k, packed, kAttention, first);
         float* mean = moments + k * N::kChannels + 8 * first;
@@ -325,7 +320,7 @@ __device__ __forceinline__ void reduce_features(typename N::Result& reduced,
                                                 const Parts<N>& features, const float* scale,
                                                 const float* shift,
                                                 const typename N::Packed& packed) {
-  constexpr int kCount = kLogits<N>;
+  constexpr int kCount = kColumnsAtOnce<N>;
   N::clear(reduced);
 #pragma unroll 1
   for (int k = 0; k < 3; ++k) {
@@ -385,7 +380,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1) reduce_kernel(CrossSpatial
     count += own;
   }
   if (lane_of_warp() == 0) moments[2 * kCount] = static_cast<float>(count);
-  if (PLANT != 2) __syncthreads();
+  __syncthreads();
   store_moments(of_warps[0], kWarps, kCount, p.reduced_moments);
   if (arrive_last(p.counters + (s.per_group ? 2 * s.groups : 1) + set,
                   SetRows(s, set).count * s.shares)) {

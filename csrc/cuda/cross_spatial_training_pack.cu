@@ -20,6 +20,7 @@ void pack(const Arguments& a) {
   p.attention_weight = a.pointer<const void>("attention_weight");
   p.reduce_weight = a.pointer<const void>("reduce_weight");
   p.channel_feat_weight = a.pointer<const void>("channel_feat_weight");
+  p.alpha = a.pointer<const void>("alpha");
   p.packed = a.pointer<void>("packed");
   p.vectors = a.pointer<float>("vectors");
   p.counters = a.pointer<int>("counters");

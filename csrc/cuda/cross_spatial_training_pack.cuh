@@ -27,7 +27,9 @@ __global__ void __launch_bounds__(kPackThreads) training_pack_kernel(CrossSpatia
   CIEMA_SHARED(T, weights, [kChannels * N::kPitch]);
   const int thread = static_cast<int>(threadIdx.x);
   if (blockIdx.x == kTiles) {
-    pack_vectors<float>(p, kChannels);
+    pack_vector<float>(p.vectors + kNormWeight * kChannels, p.gn_weight, p.channels, kChannels);
+    pack_vector<float>(p.vectors + kNormBias * kChannels, p.gn_bias, p.channels, kChannels);
+    pack_vector<float>(p.vectors + kConv3x3Bias * kChannels, p.conv3x3_bias, p.channels, kChannels);
     for (int i = thread; i < p.slabs; i += kPackThreads) p.counters[i] = 0;
     return;
   }

@@ -12,10 +12,6 @@
 
 #include "../common/device.cuh"
 
-#ifndef PLANT
-#define PLANT 0
-#endif
-
 namespace ciema::parameter_sums {
 
 constexpr int kThreads = 256;
@@ -62,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Params params) {
   }
   CIEMA_SHARED(float, sums, [kWarps][kWarp]);
   sums[warp][lane] = sum;
-  if (PLANT != 9) __syncthreads();
+  __syncthreads();
   if (warp != 0 || at >= job.size) return;
   for (int other = 1; other < kWarps; ++other) sum += sums[other][lane];
   const int64_t weights = job.size / job.taps;

@@ -31,6 +31,7 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "gated_fusion_backward": ("gated_fusion_backward", "backward"),
     "cross_spatial": ("cross_spatial", "forward"),
     "spatial_gate": ("spatial_gate", "forward"),
+    "cross_spatial_backward": ("cross_spatial_backward", "backward"),
 }
 
 

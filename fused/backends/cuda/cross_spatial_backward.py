@@ -9,7 +9,7 @@ import torch
 
 from ...contract import memory_format
 from ..maps import readable
-from .cross_spatial_training import Stage, branches, pack, weights
+from .cross_spatial_training import Stage, branches, pack
 from .launch import floats, geometry
 from .parameter_sums import sum_partials
 
@@ -29,7 +29,7 @@ class _Backward:
         gate: dict[str, torch.Tensor],
         packed: dict[str, torch.Tensor],
         sheets: torch.Tensor,
-        numbers: dict[str, float],
+        numbers: dict[str, int | float],
     ) -> None:
         self.stage, self.norms, self.gate, self.numbers = stage, norms, gate, numbers
         self.packed = {"packed": packed["packed"]}
@@ -47,7 +47,7 @@ class _Backward:
     ) -> None:
         """Launch with what most kernels read."""
         common = {**self.packed, **self.norms, **self.gate}
-        self.stage.launch(entry, {**common, **reads}, writes, updates, **self.numbers)
+        self.stage.launch(entry, {**common, **reads}, writes, updates, self.numbers)
 
     def through_gate(self, of_gate: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """f and R again; y's gradient as vectors. Returns T0, T1 of R's norm; partials (G, …)."""
@@ -99,7 +99,7 @@ class _Backward:
         partials = stage.floats(walkers * splits, gradient_parts * 3 * stage.c**2)
         stage.launch(
             *("pointwise", {"inputs": inputs, "gradients": gradients}, {"partials": partials}),
-            **{"rows": self.rows, "walkers": walkers, "gradient_parts": gradient_parts},
+            numbers={"rows": self.rows, "walkers": walkers, "gradient_parts": gradient_parts},
         )
         return partials
 
@@ -124,7 +124,7 @@ class _Backward:
             "branches_backward",
             {"e": stage.e, "grad_sheets": grad_sheets, **self.packed, **vectors},
             {"grad_e": grad_e, **grad_vectors, "partials": partials},
-            **{**geometry("e", stage.e), **geometry("grad", grad_e)},
+            numbers={**geometry("e", stage.e), **geometry("grad", grad_e)},
         )
         return partials
 
@@ -135,7 +135,10 @@ class _Backward:
         partials = stage.floats(walkers, (35 if network else 9) * stage.c**2)
         stage.launch(
             *("taps", {"inputs": inputs, "gradients": gradients}, {"partials": partials}),
-            **{"rows": rows, "walkers": walkers, "network": int(network), "gradient_parts": 1},
+            numbers={
+                **{"rows": rows, "walkers": walkers},
+                **{"network": int(network), "gradient_parts": 1},
+            },
         )
         return partials
 
@@ -208,7 +211,7 @@ def backward(
             "spatial_conv3_weight": spatial_conv3_weight,
             "spatial_conv5_weight": spatial_conv5_weight,
             **{"attention_weight": attention_weight, "reduce_weight": reduce_weight},
-            "channel_feat_weight": channel_feat_weight,
+            **{"channel_feat_weight": channel_feat_weight, "alpha": alpha},
         },
         backward=True,
     )

@@ -5,6 +5,7 @@ Sheets are maps (rows, H·W, parts, padded channels) in e's dtype, rows (branch,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -74,7 +75,7 @@ class Stage:
         reads: dict[str, torch.Tensor],
         writes: dict[str, torch.Tensor],
         updates: dict[str, torch.Tensor] | None = None,
-        **numbers: float,
+        numbers: Mapping[str, int | float] | None = None,
     ) -> None:
         """Launch an entry with the stage's sizes."""
         launch(
@@ -82,7 +83,7 @@ class Stage:
             reads=reads,
             writes=writes,
             updates=updates,
-            numbers={**self.numbers, **numbers},
+            numbers={**self.numbers, **(numbers or {})},
         )
 
 
@@ -101,7 +102,7 @@ def pack(
     }
     reads = {name: floats(weight) for name, weight in parameters.items()}
     numbers = {"counts": counts, "backward": int(backward)}
-    stage.launch("training_pack", reads, packed, **numbers)
+    stage.launch("training_pack", reads, packed, numbers=numbers)
     return packed
 
 
@@ -122,8 +123,7 @@ def branches(
         "branches",
         {"e": stage.e, **{name: floats(v) for name, v in vectors.items()}, **weights(packed)},
         {"sheets": sheets},
-        copies_e=int(copies_e),
-        **geometry("e", stage.e),
+        numbers={"copies_e": int(copies_e), **geometry("e", stage.e)},
     )
     return sheets
 
@@ -165,7 +165,7 @@ def forward(
             "spatial_conv3_weight": spatial_conv3_weight,
             "spatial_conv5_weight": spatial_conv5_weight,
             **{"attention_weight": attention_weight, "reduce_weight": reduce_weight},
-            "channel_feat_weight": channel_feat_weight,
+            **{"channel_feat_weight": channel_feat_weight, "alpha": alpha},
         },
     )
     vectors = {"alpha_h": alpha_h, "alpha_w": alpha_w, "mean": mean, "rstd": rstd}
@@ -193,7 +193,7 @@ def forward(
         {"features": features, **weights(packed), **attention, **norm},
         {"reduced": reduced, "reduced_moments": reduced_moments, **reduce},
         counters,
-        attention_eps=float(attention_eps),
+        {"attention_eps": float(attention_eps)},
     )
 
     batch, _, height, width = e.shape
@@ -206,7 +206,7 @@ def forward(
         **{"reduce_weight": floats(reduce_bn_weight), "reduce_bias": floats(reduce_bn_bias)},
         **{"channel_feat": floats(channel_feat_weight), "alpha": floats(alpha), **reduce},
     }
-    stage.launch("gate", reads, results, reduce_eps=float(reduce_eps))
+    stage.launch("gate", reads, results, numbers={"reduce_eps": float(reduce_eps)})
     return (*results.values(), *attention.values(), *reduce.values())
 
 
