@@ -202,7 +202,8 @@ def compare(
             upstream = [layout_of(g, layout) if g.dim() == 4 else g for g in upstream]
             gradients = torch.autograd.grad(results, leaves, upstream)
         for name, got, wanted in zip(OPS[op].outputs, outputs, reference, strict=True):
-            assert error(got, wanted) <= out_tolerance, f"{told}: {name}"
+            limit = out_tolerance if got.dim() == 4 else grad_tolerance  # maps, statistics
+            assert error(got, wanted) <= limit, f"{told}: {name}"
         for leaf, got, wanted in zip(leaves, gradients, want, strict=True):
             assert got.dtype == leaf.dtype
             shape = tuple(leaf.shape)
@@ -218,7 +219,8 @@ def compare(
 def test_two_runs_give_the_same_bits(place: Place, op: str) -> None:
     if place.backend is not None:
         backends_for(op, torch.float32, place)
-    sizes = Sizes(1, 16, 5, 4, 2) if INTERPRETER else Sizes(2, 64, 11, 9, 4)
+    slow = place.device == "cpu" and place.backend is not None
+    sizes = Sizes(1, 16, 5, 4, 2) if slow else Sizes(2, 64, 11, 9, 4)
     runs = []
     for _ in range(2):
         args = convert(op, arguments(op, sizes, True), torch.float32, "contiguous", place.device)

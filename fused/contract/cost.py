@@ -157,7 +157,7 @@ LAUNCHES: dict[str, dict[str, tuple[int, int, int]]] = {
         "msff": (3, 5, 14),
         "channel_interaction": (3, 3, 1),
         "coordinate_attention": (1, 1, 2),
-        "cross_spatial": (2, 5, 10),
+        "cross_spatial": (2, 5, 13),
         "gated_fusion": (2, 6, 9),
     },
 }
