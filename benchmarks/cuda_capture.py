@@ -6,12 +6,16 @@ notes each launch: grid, threads, dynamic shared memory.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -24,9 +28,11 @@ from emulator.launcher import module_of  # noqa: E402
 from benchmarks.budgets import short_name  # noqa: E402
 from benchmarks.triton_capture import DTYPES, FAKE, LAYOUTS, Call, arguments, calls  # noqa: E402
 from fused.backends import cuda  # noqa: E402
-from fused.backends.cuda.launch import Launch, intercept  # noqa: E402
+from fused.backends.cuda.launch import Launch, intercept, multiprocessors  # noqa: E402
+from fused.spatial_gate import NAME as SPATIAL_GATE  # noqa: E402
 
 BATCHES = (1, 8)
+MULTIPROCESSORS = 108
 _ALIGNED = 4096  # as the GPU's allocator aligns
 
 
@@ -50,11 +56,30 @@ class KernelLaunch:
 
 
 def entries(call: Call, dtype: torch.dtype) -> list[Launch]:
-    """The entries that one call starts, in order; its tensors are fake."""
+    """The entries that one call starts on an A100, in order; its tensors are fake."""
     found: list[Launch] = []
-    with FAKE, intercept(found.append), torch.no_grad():
-        cuda.KERNELS[call.op](*arguments(call, dtype))
+    with FAKE, _a100(), intercept(found.append), torch.no_grad():
+        cuda.KERNELS[call.op](*_arguments(call, dtype))
     return found
+
+
+def _arguments(call: Call, dtype: torch.dtype) -> list[Any]:
+    if call.op != SPATIAL_GATE:
+        return arguments(call, dtype)
+    e, weight, bias, _, eps = arguments(replace(call, op="coordinate_attention"), dtype)
+    return [e, weight, bias, eps, *arguments(replace(call, op="cross_spatial"), dtype)[5:]]
+
+
+@contextlib.contextmanager
+def _a100() -> Iterator[None]:
+    """Let the host code see a GPU."""
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
+        multiprocessors.cache_clear()
+        try:
+            yield
+        finally:
+            multiprocessors.cache_clear()
 
 
 def dry(launches: Iterable[Launch]) -> list[KernelLaunch]:
@@ -94,10 +119,11 @@ def all_launches(batches: Iterable[int] = BATCHES) -> list[KernelLaunch]:
     """Every kernel that an op starts at the paper's size, in all modes, dtypes and layouts."""
     found = []
     for batch in batches:
-        for call in calls(cuda.KERNELS, LAYOUTS):
-            one = Call(call.op, call.training, call.bn_statistics, call.layout, batch)
+        stages = calls([op for op in cuda.KERNELS if op != SPATIAL_GATE], LAYOUTS)
+        gates = [Call(SPATIAL_GATE, training=False, layout=layout) for layout in LAYOUTS]
+        for call in (*stages, *gates):
             for dtype in DTYPES.values():
-                found += dry(entries(one, dtype))
+                found += dry(entries(replace(call, batch=batch), dtype))
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..maps import readable
 from . import cross_spatial_training
-from .launch import floats, geometry, launch, takes_tf32
+from .launch import floats, geometry, launch, multiprocessors, takes_tf32
 
 # c×c tiles and vectors of c of the packed weights (csrc/cuda/cross_spatial_tiles.cuh).
 TILES = 57
@@ -128,11 +128,9 @@ def _launch(
     )
 
 
-def multiprocessors(e: torch.Tensor) -> int:
-    """How many blocks it takes to fill the GPU, one each; a few for the emulator's CPU."""
-    if e.device.type != "cuda":
-        return _EMULATED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(e.device).multi_processor_count
+def slabs_that_fill(e: torch.Tensor) -> int:
+    """How many blocks it takes to fill the GPU, one a multiprocessor."""
+    return multiprocessors(e.device) or _EMULATED_MULTIPROCESSORS
 
 
 def forward(
@@ -206,7 +204,7 @@ def forward(
         {name: floats(t) for name, t in gates.items()},
         {"w": w, "softmax1": softmax1, "softmax2": softmax2},
         {},
-        {"most_bands": MOST_BANDS, "multiprocessors": multiprocessors(e)},
+        {"most_bands": MOST_BANDS, "multiprocessors": slabs_that_fill(e)},
     )
     wide = softmax1.new_empty((0, 3 * channels // groups))
     narrow = softmax1.new_empty((0, channels // groups))

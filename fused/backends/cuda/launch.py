@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -116,6 +117,14 @@ def geometry(name: str, x: torch.Tensor) -> dict[str, int]:
 def floats(vector: torch.Tensor) -> torch.Tensor:
     """A parameter as contiguous float32, as kernels take vectors and small matrices."""
     return vector.float().contiguous()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int | None:
+    """Of a GPU; None for the emulator's CPU."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def takes_tf32() -> int:

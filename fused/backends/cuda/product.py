@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from ..maps import is_channels_last, readable
-from .launch import launch, takes_tf32
+from .launch import launch, multiprocessors, takes_tf32
 
 # Channels and pixels of the tiles 0, 1 and 2 of csrc/cuda/product_launch.cuh.
 TILES = (32, 64, 128)
 _EMULATED_MULTIPROCESSORS = 108  # an A100's
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
-
-
 def choose_tile(like: torch.Tensor, batch: int, rows: int, pixels: int) -> int:
     """The largest tile of which there is one for every multiprocessor, else the smallest."""
-    wanted = _EMULATED_MULTIPROCESSORS
-    if like.is_cuda:
-        wanted = _multiprocessors(like.device.index or 0)
+    wanted = multiprocessors(like.device) or _EMULATED_MULTIPROCESSORS
     for tile in reversed(range(len(TILES))):
         size = TILES[tile]
         if batch * -(-rows // size) * -(-pixels // size) >= wanted:

@@ -26,7 +26,7 @@ def forward(
     """w (B, G, H, W); `rest` as cross-spatial learning takes it after rstd."""
     named = dict(zip(_NAMES, rest, strict=True))
     groups: int = named["groups"]
-    if e.shape[0] * groups >= cross_spatial.multiprocessors(e):
+    if e.shape[0] * groups >= cross_spatial.slabs_that_fill(e):
         parameters = {n: t for n, t in named.items() if isinstance(t, torch.Tensor)}
         return cross_spatial.coordinate_cross_spatial(
             *(e, conv1x1_weight, conv1x1_bias, eps, parameters, groups),
