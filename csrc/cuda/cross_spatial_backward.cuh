@@ -86,6 +86,8 @@ __device__ __forceinline__ void attention_products(const Parts<N>& features,
   N::clear(grad_weighted);
 #pragma unroll
   for (int step = 0; step < N::kSteps; ++step) {
+    // Keeps weights of later steps from filling all registers.
+    if constexpr (sizeof(typename N::T) == 4) __syncwarp();
     typename N::A a[N::kRows];
     operands<N>(a, grad_r, step);
     N::multiply(grad_weighted, a, transposed, kReduce + k, step, first);
