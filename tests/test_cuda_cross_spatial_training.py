@@ -29,8 +29,9 @@ OP = OPS["cross_spatial"]
 FEW_CHANNELS = 0.2  # of a gradient that nearly cancels: see test_stages.py
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last", "sliced")
-# Sizes, whether the batch's statistics are taken, and how they are shared: two groups of two samples,
-# c = 6; a row, c = 1; a column of two tiles, c = 16; two tiles, c = 32; the wide form, c = 40; a pixel.
+# Sizes, whether the batch's statistics are taken, and how they are shared: two groups of two
+# samples, c = 6; a row, c = 1; a column of two tiles, c = 16; two tiles, c = 32; the wide form,
+# c = 40; a pixel.
 CASES = (
     (Sizes(2, 12, 3, 7, 2), True, "sequential"),
     (Sizes(2, 2, 1, 9, 2), True, "pooled"),
