@@ -47,7 +47,8 @@ void pointwise(const Arguments& a) {
   with_network<T>(a, [&](auto network) {
     using N = decltype(network);
     launch(a, "cross_spatial_pointwise",
-           dim3(grid_size(a.integer("walkers")), static_cast<unsigned>(a.integer("gradient_parts"))),
+           dim3(grid_size(a.integer("walkers")),
+                static_cast<unsigned>(a.integer("gradient_parts"))),
            dim3(kPointThreads), PointShape<N>::kElements * sizeof(T), pointwise_kernel<N>,
            params_of(a));
   });

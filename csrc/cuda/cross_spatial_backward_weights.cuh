@@ -5,9 +5,9 @@
 //   pointwise  ∂W[k·c + o, j·c + i] = Σ_pixels g_k[pixel, o]·f_j[pixel, i]
 //              Wa: the logits' gradients with f; Wr: R's gradient with A ⊙ f
 //
-// Grid        (shares, 16 outputs, 32 inputs) or (shares, output parts): a block walks its share of all rows'
-//             tiles and writes one row of partial results (pointwise: one for each quarter or half
-//             of the pixels), which parameter_sums adds in a fixed order.
+// Grid        (shares, 16 outputs, 32 inputs) or (shares, output parts): a block walks its share of
+//             all rows' tiles and writes one row of partial results (pointwise: one for each
+//             quarter or half of the pixels), which parameter_sums adds in a fixed order.
 //             taps: a warp has a row of taps (5 + 3 + 1, or 3) for its outputs; all read one window
 //             of X. pointwise: a warp has 16 outputs and a share of the tile's pixels.
 // Bytes       taps: X (with halos) kChannels/16 times, g once; pointwise: f as often as there are
@@ -166,7 +166,8 @@ struct PointShape {
   static constexpr int kOutputTiles = N::kChannels / kOutputs;
   static constexpr int kSplits = kPointThreads / kWarp / kOutputTiles;  // of the pixels
   static constexpr int kOfSplit = kPoints / kSplits;
-  static constexpr int kInputPitch = 3 * N::kChannels + 16 / static_cast<int>(sizeof(typename N::T));
+  static constexpr int kInputPitch =
+      3 * N::kChannels + 16 / static_cast<int>(sizeof(typename N::T));
   static constexpr int kElements = kPoints * (N::kPitch + kInputPitch);
 };
 

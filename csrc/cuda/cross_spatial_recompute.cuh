@@ -273,7 +273,8 @@ __global__ void __launch_bounds__(kVectorThreads) vectors_kernel(CrossSpatialBac
     }
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      const int at = item * kVectorThreads + thread, output = at / kChannels, input = at % kChannels;
+      const int at = item * kVectorThreads + thread;
+      const int output = at / kChannels, input = at % kChannels;
       for (int of = 0; of < 2; ++of) {
         grad_feat[item] += v.sums[of][kWeightedBranch][input] * v.direct[of][output] +
                            v.sums[of][kTotalBranch][input] * v.offset[of][output];
