@@ -1,5 +1,5 @@
-// cross_spatial's backward (spec.md 2.3), from w's gradient to that of f. Nothing but e, vectors and
-// w was saved. Notation: gl = grad_w·w·(1 − w), the gradient of w's logit, a number a pixel;
+// cross_spatial's backward (spec.md 2.3), from w's gradient to that of f. Nothing but e, vectors
+// and w was saved. Notation: gl = grad_w·w·(1 − w), the gradient of w's logit, a number a pixel;
 // R = Wr∗(A ⊙ f); T0, T1 are Σ g and Σ g·n of a batch norm, n its normalised input. y and its
 // gradient o·gl + m are never stored: what depends on whole groups is linear in Σ gl, Σ gl·R, Σ R,
 // Σ gl·X and Σ X, and Wc's gradient is of rank two a slab.
@@ -86,6 +86,8 @@ __device__ __forceinline__ void attention_products(const Parts<N>& features,
   N::clear(grad_weighted);
 #pragma unroll
   for (int step = 0; step < N::kSteps; ++step) {
+    // Keeps weights of later steps from filling all registers.
+    if constexpr (sizeof(typename N::T) == 4) __syncwarp();
     typename N::A a[N::kRows];
     operands<N>(a, grad_r, step);
     N::multiply(grad_weighted, a, transposed, kReduce + k, step, first);
@@ -145,7 +147,8 @@ template <class N>
 __global__ void __launch_bounds__(kTileThreads<N>, 1)
     attention_backward_kernel(CrossSpatialBackwardParams p) {
   using T = typename N::T;
-  constexpr int kChannels = N::kChannels, kWarps = kTileThreads<N> / kWarp, kCount = kColumnsAtOnce<N>;
+  constexpr int kChannels = N::kChannels, kWarps = kTileThreads<N> / kWarp;
+  constexpr int kCount = kColumnsAtOnce<N>;
   CIEMA_SHARED(AttentionNorm<kChannels>, norms, [1]);
   CIEMA_SHARED(float, slopes, [4][kChannels]);
   CIEMA_SHARED(float, of_warps, [kWarps][6 * kChannels]);

@@ -141,12 +141,12 @@ __device__ void store_map_tile(const CrossSpatialSizes& s, const CrossSpatialMap
   }
 }
 
-// Adds a tile's sums of g_u·e·α along its rows and columns to the gates' gradients: a thread has the
-// same rows and columns of the tile's channels in every tile, so that none meets another's.
+// Adds a tile's sums of g_u·e·α along its rows and columns to the gates' gradients: a thread has
+// the same rows and columns of the tile's channels in every tile, so that none meets another's.
 template <int kChannels>
 __device__ void add_gate_gradients(const CrossSpatialBranchesBackwardParams& p, const Tile& tile,
                                    int64_t slab, const float* through,
-                                   const float (&gates)[kTileHeight + kTileWidth][kGatePitch<kChannels>]) {
+                                   const TileGates<kChannels>& gates) {
   const CrossSpatialSizes& s = p.sizes;
   for (int item = static_cast<int>(threadIdx.x); item < (kTileHeight + kTileWidth) * kChannels;
        item += static_cast<int>(blockDim.x)) {
@@ -179,7 +179,7 @@ __device__ void add_gate_gradients(const CrossSpatialBranchesBackwardParams& p, 
 template <class N>
 __device__ void branch_gradients(const Pixels<N>& pixels, const typename N::T* grad_x1,
                                  const typename N::T* e_tile,
-                                 const float (&gates)[kTileHeight + kTileWidth][kGatePitch<N::kChannels>],
+                                 const TileGates<N::kChannels>& gates,
                                  const float (&affine)[2][N::kChannels], typename N::Result& acc,
                                  typename N::Result& through, float* sums) {
   typename N::Result grad;

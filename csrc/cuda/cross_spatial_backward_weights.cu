@@ -24,8 +24,9 @@ template <class N, bool kNetwork>
 void launch_taps(const Arguments& a) {
   using T = typename N::T;
   using Rows = TapRows<kNetwork>;
-  const int elements =
-      window_size<N>(Rows::kRadius) + Rows::kParts * kTilePixels * kGradientPitch;
+  constexpr int elements =
+      window_size<N>(Rows::kRadius) + Rows::kParts * kTilePixels * kGradientPitch<T>;
+  static_assert(elements * sizeof(T) <= 99 * 1024, "shared memory of a block on sm_86");
   launch(a, kNetwork ? "cross_spatial_taps_of_network" : "cross_spatial_taps_of_map",
          dim3(grid_size(a.integer("walkers")), N::kChannels / kOutputs, N::kChannels / kInputs),
          dim3(Rows::kThreads), elements * sizeof(T), taps_kernel<N, kNetwork>, params_of(a));
@@ -47,7 +48,8 @@ void pointwise(const Arguments& a) {
   with_network<T>(a, [&](auto network) {
     using N = decltype(network);
     launch(a, "cross_spatial_pointwise",
-           dim3(grid_size(a.integer("walkers")), static_cast<unsigned>(a.integer("gradient_parts"))),
+           dim3(grid_size(a.integer("walkers")),
+                static_cast<unsigned>(a.integer("gradient_parts"))),
            dim3(kPointThreads), PointShape<N>::kElements * sizeof(T), pointwise_kernel<N>,
            params_of(a));
   });

@@ -5,9 +5,9 @@
 //   pointwise  ∂W[k·c + o, j·c + i] = Σ_pixels g_k[pixel, o]·f_j[pixel, i]
 //              Wa: the logits' gradients with f; Wr: R's gradient with A ⊙ f
 //
-// Grid        (shares, 16 outputs, 32 inputs) or (shares, output parts): a block walks its share of all rows'
-//             tiles and writes one row of partial results (pointwise: one for each quarter or half
-//             of the pixels), which parameter_sums adds in a fixed order.
+// Grid        (shares, 16 outputs, 32 inputs) or (shares, output parts): a block walks its share of
+//             all rows' tiles and writes one row of partial results (pointwise: one for each
+//             quarter or half of the pixels), which parameter_sums adds in a fixed order.
 //             taps: a warp has a row of taps (5 + 3 + 1, or 3) for its outputs; all read one window
 //             of X. pointwise: a warp has 16 outputs and a share of the tile's pixels.
 // Bytes       taps: X (with halos) kChannels/16 times, g once; pointwise: f as often as there are
@@ -32,7 +32,9 @@ namespace cross_spatial {
 
 constexpr int kOutputs = 16;  // of a warp
 constexpr int kInputs = 32;   // of a warp of taps: more accumulators would spill
-constexpr int kGradientPitch = 24;  // elements from pixel to pixel of 16 outputs
+// Elements from pixel to pixel of 16 outputs; in float32 as wide as 64 channels' windows allow.
+template <class T>
+constexpr int kGradientPitch = sizeof(T) == 4 ? 20 : 24;
 
 // Roles of the warps: rows of taps. Network: 5 rows of k5, 3 of k3, k1; map: 3 of K3.
 template <bool kNetwork>
@@ -71,7 +73,8 @@ __device__ __forceinline__ void load_gradients(const CrossSpatialSizes& s, const
     const int row = tile.top + pixel / kTileWidth, column = tile.left + pixel % kTileWidth;
     const bool inside = row < s.height && column < s.width;
     const int64_t at = inside ? row * s.width + column : 0;
-    ptx::copy_async(to + (part * kTilePixels + pixel) * kGradientPitch + pack * kElements,
+    const int offset = (part * kTilePixels + pixel) * kGradientPitch<typename N::T>;
+    ptx::copy_async(to + offset + pack * kElements,
                     gradients + (at * kParts + part) * N::kChannels + output + pack * kElements,
                     inside);
   }
@@ -88,11 +91,12 @@ __device__ __forceinline__ void multiply_taps(const TapRows<kNetwork>& role,
                                                           [kInputs / 8][4]) {
   constexpr int kHalo = TapRows<kNetwork>::kRadius, kPitch = kTileWidth + 2 * kHalo;
   constexpr int kDepth = N::F::kDepth;
-  const typename N::T* own = gradients + role.part * kTilePixels * kGradientPitch;
+  const typename N::T* own = gradients + role.part * kTilePixels * kGradientPitch<typename N::T>;
 #pragma unroll 1
   for (int pixel = 0; pixel < kTilePixels; pixel += kDepth) {
     typename N::A a;
-    N::F::load_a_columns(a, own + pixel * kGradientPitch, kGradientPitch);
+    constexpr int kPitchOfOutputs = kGradientPitch<typename N::T>;
+    N::F::load_a_columns(a, own + pixel * kPitchOfOutputs, kPitchOfOutputs);
     const int row = pixel / kTileWidth + kHalo + role.dy, column = pixel % kTileWidth + kHalo;
 #pragma unroll
     for (int tap = 0; tap < 2 * kHalo + 1; ++tap) {
@@ -166,7 +170,8 @@ struct PointShape {
   static constexpr int kOutputTiles = N::kChannels / kOutputs;
   static constexpr int kSplits = kPointThreads / kWarp / kOutputTiles;  // of the pixels
   static constexpr int kOfSplit = kPoints / kSplits;
-  static constexpr int kInputPitch = 3 * N::kChannels + 16 / static_cast<int>(sizeof(typename N::T));
+  static constexpr int kInputPitch =
+      3 * N::kChannels + 16 / static_cast<int>(sizeof(typename N::T));
   static constexpr int kElements = kPoints * (N::kPitch + kInputPitch);
 };
 

@@ -76,7 +76,7 @@ __device__ __forceinline__ void load_logit_gradients(const CrossSpatialBackwardP
 
 // Grid (2·slabs, shares).
 template <class N>
-__global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>)
+__global__ void __launch_bounds__(kTileThreads<N>, 1)
     recompute_kernel(CrossSpatialBackwardParams p) {
   using T = typename N::T;
   constexpr int kChannels = N::kChannels, kWarps = kTileThreads<N> / kWarp;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>)
   }
   float* own = of_warps[warp_of_block()];
   for (int i = lane_of_warp(); i < 2 * kChannels; i += kWarp) own[i] = 0.0f;
-  float weighted_x = 0.0f, total_x = 0.0f, total = 0.0f;
+  for (int which = 0; which < 3; ++which) of_threads[which][thread] = 0.0f;
   for (int t = static_cast<int>(blockIdx.y); t < tiles_of_map(s); t += s.shares) {
     const Tile tile = tile_at(s, t);
     __syncthreads();
@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>)
       gradients[i] = inside ? logit_gradient<T>(p, row % s.slabs, y * s.width + column) : 0.0f;
     }
     if (PLANT != 1) __syncthreads();
+    float weighted_x = 0.0f, total_x = 0.0f, total = 0.0f;
     for (int i = thread / kChannels; i < kTilePixels; i += kTileThreads<N> / kChannels) {
       const int at = (i / kTileWidth + 2) * (kTileWidth + 4) + i % kTileWidth + 2;
       const float value = to_float(window[at * N::kPitch + thread % kChannels]);
@@ -118,15 +119,20 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>)
       total_x += value;
       total += gradients[i];
     }
-    const Pixels<N> pixels(s, tile);
+    of_threads[0][thread] += weighted_x;  // in registers they would spill
+    of_threads[1][thread] += total_x;
+    of_threads[2][thread] += total;
     {
       typename N::Addresses first;
       window_addresses<N, 2, 2>(window, first);
       typename N::Result f[3];
       N::convolve(f, first, kWindowPitch<N, 2>, packed);
+      __syncwarp();  // addresses drawn before it would spill
+      const Pixels<N> own_pixels(s, tile);
 #pragma unroll
-      for (int part = 0; part < 3; ++part) store_result<N>(features, pixels, f[part], part, 3);
+      for (int part = 0; part < 3; ++part) store_result<N>(features, own_pixels, f[part], part, 3);
     }
+    const Pixels<N> pixels(s, tile);
     typename N::Result r;
     reduce_features<N>(r, Parts<N>{features, pixels}, affine[0], affine[1], packed);
     store_result<N>(reduced, pixels, r);
@@ -152,9 +158,6 @@ __global__ void __launch_bounds__(kTileThreads<N>, kBlocks<N>)
     }
     add_sums<N>(pixels, r, own);
   }
-  of_threads[0][thread] = weighted_x;
-  of_threads[1][thread] = total_x;
-  of_threads[2][thread] = total;
   __syncthreads();
   float* out = p.sums + partial_of_block() * kGateSums * kChannels;
   for (int i = thread; i < kGateSums * kChannels; i += kTileThreads<N>) {
@@ -270,7 +273,8 @@ __global__ void __launch_bounds__(kVectorThreads) vectors_kernel(CrossSpatialBac
     }
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      const int at = item * kVectorThreads + thread, output = at / kChannels, input = at % kChannels;
+      const int at = item * kVectorThreads + thread;
+      const int output = at / kChannels, input = at % kChannels;
       for (int of = 0; of < 2; ++of) {
         grad_feat[item] += v.sums[of][kWeightedBranch][input] * v.direct[of][output] +
                            v.sums[of][kTotalBranch][input] * v.offset[of][output];

@@ -30,7 +30,7 @@ constexpr int kBlocks = N::kRoomy ? 0 : 1;
 // Column tiles of logits in registers at once.
 template <class N>
 constexpr int kColumnsAtOnce =
-    sizeof(typename N::T) == 4 && N::kChannels == 64 ? N::kColumns / 2 : N::kColumns;
+    sizeof(typename N::T) == 4 && N::kChannels == 64 ? N::kColumns / 4 : N::kColumns;
 
 // Elements of a tile with a halo in shared memory.
 template <class N>
@@ -255,7 +255,7 @@ struct Parts {
                                            int first) const {
 #pragma unroll 1
     for (int part = 0; part < 3; ++part) {
-#pragma unroll(N::kSteps <= 4 ? N::kSteps : 1)
+#pragma unroll(sizeof(typename N::T) == 2 ? N::kSteps : 1)
       for (int step = 0; step < N::kSteps; ++step) {
         typename N::A a[N::kRows];
 #pragma unroll

@@ -1,5 +1,6 @@
-// Sums and moments over the pixels of cross_spatial's sheets: of a warp's results, of a block, and of
-// all blocks of a set of statistics. Float32, variance by Chan's formula, fixed order, no atomics.
+// Sums and moments over the pixels of cross_spatial's sheets: of a warp's results, of a block, and
+// of all blocks of a set of statistics. Float32, variance by Chan's formula, fixed order, no
+// atomics.
 #pragma once
 
 #include "cross_spatial_sheets.cuh"

@@ -1,4 +1,4 @@
-// cross_spatial with the batch's statistics (spec.md 2.3 and 3): e and its gates → w, five launches.
+// cross_spatial with the batch's statistics (spec.md 2.3 and 3): e and its gates → w; launches:
 //
 //   pack       weights as fragments (cross_spatial_pack.cuh)
 //   branches   x1 = (e·αw·αh − mean)·rstd·γ + β,  x2 = K3∗e + b3            to sheets
@@ -63,8 +63,9 @@ namespace cross_spatial {
 
 // A tile of e with a halo to shared memory, zero around the map and past c.
 template <class N, int kHalo>
-__device__ void load_map_window(const CrossSpatialSizes& s, const CrossSpatialMap& map, const Tile& tile,
-                                const typename N::T* e, typename N::T* window) {
+__device__ void load_map_window(const CrossSpatialSizes& s, const CrossSpatialMap& map,
+                                const Tile& tile, const typename N::T* e,
+                                typename N::T* window) {
   using T = typename N::T;
   constexpr int kColumns = kTileWidth + 2 * kHalo, kPixels = (kTileHeight + 2 * kHalo) * kColumns;
   constexpr int kElements = Vector<T>::kElements, kPacks = N::kChannels / kElements;
@@ -98,12 +99,14 @@ __device__ void load_map_window(const CrossSpatialSizes& s, const CrossSpatialMa
 // Floats from one position's gates to the next in shared memory.
 template <int kChannels>
 constexpr int kGatePitch = kChannels + 4;
+template <int kChannels>
+using TileGates = float[kTileHeight + kTileWidth][kGatePitch<kChannels>];
 
 // A tile's gates, zero past c: rows, then columns.
 template <int kChannels>
 __device__ void load_tile_gates(const CrossSpatialSizes& s, const Tile& tile, int64_t slab,
                                 const float* alpha_h, const float* alpha_w,
-                                float (&gates)[kTileHeight + kTileWidth][kGatePitch<kChannels>]) {
+                                TileGates<kChannels>& gates) {
   constexpr int kPositions = kTileHeight + kTileWidth;
   for (int i = static_cast<int>(threadIdx.x); i < kPositions * kChannels;
        i += static_cast<int>(blockDim.x)) {
@@ -120,7 +123,7 @@ __device__ void load_tile_gates(const CrossSpatialSizes& s, const Tile& tile, in
 template <class N>
 __device__ void normalise_tile(const CrossSpatialTrainingParams& p, const Tile& tile,
                                const typename N::T* window,
-                               const float (&gates)[kTileHeight + kTileWidth][kGatePitch<N::kChannels>],
+                               const TileGates<N::kChannels>& gates,
                                const float (&affine)[3][N::kChannels], typename N::T* x1,
                                typename N::T* copy) {
   constexpr int kPairs = N::kChannels / 2;
@@ -224,7 +227,8 @@ __device__ __forceinline__ void store_window_sums(float sum, float* sums, float*
 
 // Grid (2·slabs, shares).
 template <class N>
-__global__ void __launch_bounds__(kTileThreads<N>, 1) features_kernel(CrossSpatialTrainingParams p) {
+__global__ void __launch_bounds__(kTileThreads<N>, 1)
+    features_kernel(CrossSpatialTrainingParams p) {
   using T = typename N::T;
   constexpr int kCount = 3 * N::kChannels, kWarps = kTileThreads<N> / kWarp;
   CIEMA_DYNAMIC_SHARED(T, window);

@@ -1,5 +1,5 @@
 // Weights of spec.md 2.3 as fragments for training (cross_spatial_pack.cuh), and for the backward
-// a second set after the first, transposed: tile (i, o) of W as (o, i), convolutions' taps mirrored,
+// a second set after the first, transposed: tile (i, o) of W as (o, i), taps mirrored,
 // so that the same products give the gradients of their inputs.
 //
 // Grid        58 blocks, or 58 + 57 with the transposed set; weights are float32.
