@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,37 @@ def measure(
     return list(_usages(told, (source.stem, architecture), threads, counted, dynamic or {}))
 
 
+def measure_library(library: Path, dynamic: Mapping[str, int] | None = None) -> list[Usage]:
+    """What the kernels in a built library use, without compiling them again.
+
+    Spills are not told apart from other local memory there: they are in ``stack_bytes``. Kernels
+    are of no source file.
+    """
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(sass.tool_path("cuobjdump")), "--extract-elf", "all", str(library.resolve())]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        for file in sorted(Path(folder).glob("*.cubin")):
+            architecture = int(_captured(r"\.sm_(\d+)\.cubin$", file.name))
+            cubin = file.read_bytes()
+            threads, code = sass.block_threads(cubin), sass.text_sections(cubin)
+            listings = sass.disassemble_code(list(code.values()), f"sm_{architecture}")
+            counted = dict(zip(code, map(sass.counts, listings), strict=True))
+            told = sass.run("cuobjdump", "--dump-resource-usage", str(file))
+            for symbol, numbers in re.findall(r"Function (\w+):\s*([^\n]+)", told):
+                uses = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", numbers)}
+                kernel = short_name(symbol)
+                found.append(
+                    _usage(
+                        ("", kernel, architecture),
+                        *(threads[symbol], uses["REG"], uses["STACK"] + uses["LOCAL"], 0),
+                        uses["SHARED"] - _reserved(architecture) + (dynamic or {}).get(kernel, 0),
+                        counted[symbol],
+                    )
+                )
+    return found
+
+
 def _usages(
     ptxas: str,
     where: tuple[str, int],
@@ -175,20 +206,42 @@ def _usages(
         shared += dynamic.get(kernel, 0)
         stores = int(_captured(r"(\d+) bytes spill stores", entry))
         loads = int(_captured(r"(\d+) bytes spill loads", entry))
-        blocks, limiters = occupancy(architecture, threads[symbol], registers, shared)
-        yield Usage(
-            source=source,
-            kernel=kernel,
-            architecture=architecture,
-            threads=threads[symbol],
-            registers=registers,
-            shared_bytes=shared,
-            spill_bytes=stores + loads,
-            stack_bytes=int(_captured(r"(\d+) bytes stack frame", entry)),
-            occupancy=100 * blocks * threads[symbol] // MULTIPROCESSORS[architecture].threads,
-            limiter=", ".join(limiters),
-            **counted[symbol],
+        stack = int(_captured(r"(\d+) bytes stack frame", entry))
+        yield _usage(
+            (source, kernel, architecture),
+            *(threads[symbol], registers, stack, stores + loads, shared, counted[symbol]),
         )
+
+
+def _usage(
+    where: tuple[str, str, int],
+    threads: int,
+    registers: int,
+    stack: int,
+    spills: int,
+    shared: int,
+    counted: dict[str, int],
+) -> Usage:
+    source, kernel, architecture = where
+    blocks, limiters = occupancy(architecture, threads, registers, shared)
+    return Usage(
+        source=source,
+        kernel=kernel,
+        architecture=architecture,
+        threads=threads,
+        registers=registers,
+        shared_bytes=shared,
+        spill_bytes=spills,
+        stack_bytes=stack,
+        occupancy=100 * blocks * threads // MULTIPROCESSORS[architecture].threads,
+        limiter=", ".join(limiters),
+        **counted,
+    )
+
+
+def _reserved(architecture: int) -> int:
+    """Shared memory that cuobjdump counts beside a kernel's own: the system's, from sm_90 on."""
+    return 1024 if architecture >= 90 else 0
 
 
 def _captured(pattern: str, text: str) -> str:
@@ -202,9 +255,8 @@ def short_name(symbol: str) -> str:
     """``forward_kernel<float, 1>`` for a mangled name: no namespaces, result or parameters."""
     full = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
     head = re.sub(r"^void ", "", full.strip()).replace("(anonymous namespace)::", "")
-    head = re.sub(r"\((int|unsigned int|bool)\)", "", head).partition("(")[0]
-    name, opening, arguments = head.partition("<")
-    return name.rpartition("::")[2] + opening + arguments
+    head = re.sub(r"\([\w: ]+\)(?=-?\d)", "", head).partition("(")[0]  # casts of enumerators
+    return re.sub(r"\b(?:\w+::)+", "", head)
 
 
 def measure_all(nvcc: str, architectures: Iterable[int] = ARCHITECTURES) -> list[Usage]:
@@ -273,6 +325,24 @@ def past_budget(usages: Iterable[Usage], budgets: dict[str, Any]) -> list[str]:
         for kernel in kernels:
             if (source, kernel) not in seen:
                 complaints.append(f"{source}: {kernel} has a budget, but is not built any more")
+    return complaints
+
+
+def past_budget_of_library(usages: Iterable[Usage], budgets: dict[str, Any]) -> list[str]:
+    """`past_budget` for what `measure_library` found, which knows no source files."""
+    sources: dict[str, list[str]] = {}
+    for source, kernels in budgets.items():
+        for kernel in kernels:
+            sources.setdefault(kernel, []).append(source)
+    complaints, seen = [], set()
+    for usage in usages:
+        seen.add(usage.kernel)
+        told: list[list[str]] = []
+        for source in sources.get(usage.kernel, ["?"]):
+            own = {source: {usage.kernel: budgets.get(source, {}).get(usage.kernel, {})}}
+            told.append(past_budget([replace(usage, source=source)], own))
+        complaints += min(told, key=len)  # of kernels of one name in two files the one that fits
+    complaints += [f"{kernel} has a budget, but is not built" for kernel in set(sources) - seen]
     return complaints
 
 

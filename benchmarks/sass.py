@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import importlib.util
 import itertools
+import math
 import re
 import shutil
 import struct
@@ -91,6 +92,22 @@ def _multiply_adds(code: Sequence[Instruction]) -> int:
 
 def text_sections(cubin: bytes) -> dict[str, bytes]:
     """The machine code of each kernel in an ELF file of 64 bits, by its mangled name."""
+    return _sections(cubin, ".text.")
+
+
+def block_threads(cubin: bytes) -> dict[str, int]:
+    """The most threads of a block of each kernel, as its launch bounds say, by its mangled name."""
+    attribute = b"\x04\x05\x0c\x00"  # EIATTR_MAX_THREADS, 12 bytes: x, y, z
+    found = {}
+    for name, info in _sections(cubin, ".nv.info.").items():
+        at = info.find(attribute)
+        if at >= 0:
+            found[name] = math.prod(struct.unpack_from("<III", info, at + len(attribute)))
+    return found
+
+
+def _sections(cubin: bytes, prefix: str) -> dict[str, bytes]:
+    """Sections whose names begin so, by the rest of their names."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
@@ -99,8 +116,8 @@ def text_sections(cubin: bytes) -> dict[str, bytes]:
     for name, _, _, _, offset, length in headers:
         end = cubin.index(b"\0", names + name)
         title = cubin[names + name : end].decode()
-        if title.startswith(".text."):
-            sections[title.removeprefix(".text.")] = cubin[offset : offset + length]
+        if title.startswith(prefix):
+            sections[title.removeprefix(prefix)] = cubin[offset : offset + length]
     return sections
 
 
@@ -119,11 +136,11 @@ def counts(code: Sequence[Instruction]) -> dict[str, int]:
 
 def run(tool: str, *arguments: str) -> str:
     """The output of one of the disassembler's tools."""
-    command = [str(_tool(tool)), *arguments]
+    command = [str(tool_path(tool)), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _tool(name: str) -> Path:
+def tool_path(name: str) -> Path:
     """Where a tool is: Triton brings it along, and so does a CUDA toolkit.
 
     Raises:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import budgets
+from benchmarks import budgets, cuda_capture
+from fused.backends import cuda
 
 NVCC = budgets.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -82,10 +83,37 @@ def test_stored_budgets_allow_no_spill() -> None:
             assert all(row["spill_bytes"] == 0 for row in by_architecture.values()), kernel
 
 
+def is_fresh(library: Path) -> bool:
+    """Whether a library is younger than the sources of its kernels."""
+    sources = [*budgets.ROOT.glob("csrc/cuda/*"), *budgets.ROOT.glob("csrc/common/*")]
+    return library.stat().st_mtime > max(source.stat().st_mtime for source in sources)
+
+
 @needs_nvcc
 def test_every_kernel_is_within_its_budget() -> None:
-    usages = budgets.measure_all(NVCC)
-    assert budgets.past_budget(usages, budgets.stored()) == []
+    """As the library has them, for the architectures that it was built for."""
+    library = cuda.LIBRARY.path
+    if library is None:
+        pytest.skip(str(cuda.LIBRARY.error))
+    if not is_fresh(library):
+        pytest.fail("fused._cuda is older than csrc/cuda: FUSED_BUILD=cuda setup.py build_ext")
+    dynamic = cuda_capture.dynamic_shared_bytes(cuda_capture.all_launches())
+    usages = budgets.measure_library(library, dynamic)
+    assert budgets.past_budget_of_library(usages, budgets.stored()) == []
+
+
+def test_kernels_of_a_library_are_found_by_name() -> None:
+    other = replace(USAGE, source="other", registers=50)
+    known = stored(USAGE, other)
+    found = replace(USAGE, source="")
+    assert budgets.past_budget_of_library([found], known) == []
+    assert budgets.past_budget_of_library([replace(found, registers=50)], known) == []
+    (told,) = budgets.past_budget_of_library([replace(found, registers=51)], known)
+    assert "registers 51 >" in told
+    (told,) = budgets.past_budget_of_library([], stored(USAGE))
+    assert "is not built" in told
+    told = budgets.past_budget_of_library([replace(found, kernel="new"), found], known)
+    assert told == ["?: new on sm_80 has no budget"]
 
 
 @needs_nvcc
