@@ -7,6 +7,8 @@ import torch
 from emulator import Report, emulated, missing_tool
 from stage_cases import OPS, Sizes, arguments, convert, differentiable, require_grad
 
+from benchmarks import cuda_capture
+from benchmarks.triton_capture import Call
 from fused.backends import BACKENDS
 from fused.backends.cuda.launch import Launch
 from fused.contract import LAUNCHES, Problem, cost
@@ -68,3 +70,26 @@ def test_bytes_and_launches_are_those_of_the_contract(
         assert kernels(part) <= LAUNCHES["cuda"][stage][column], direction
         if direction == "forward":
             assert moved(part) == pytest.approx(want.bytes, rel=0.1), direction
+
+
+def launches_of(batch: int, *ops: tuple[str, bool]) -> int:
+    """Kernels that these calls, (op, training), start at the paper's size."""
+    return sum(
+        len(cuda_capture.dry(cuda_capture.entries(Call(*op, batch=batch), torch.float16)))
+        for op in ops
+    )
+
+
+def test_launches_of_a_whole_forward_at_the_papers_size() -> None:
+    """Seven, behind MSFF six, and one more where a batch has too few groups to fill a GPU."""
+    stages = [("channel_interaction", False), ("spatial_gate", False), ("gated_fusion", False)]
+    assert [launches_of(batch, *stages) for batch in (1, 8)] == [7, 6]
+    assert launches_of(8, ("channel_statistics", False)) == 1  # what MSFF else leaves
+
+
+def test_launches_of_a_whole_training_step_at_the_papers_size() -> None:
+    """Beside the library's products, which channel interaction and gated fusion leave to it."""
+    forward = [(stage, True) for stage in STAGES]
+    backward = [(f"{stage}_backward", True) for stage in STAGES]
+    assert launches_of(4, ("channel_statistics", False), *forward) <= 16
+    assert launches_of(4, *forward, *backward) <= 40
