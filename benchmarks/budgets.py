@@ -341,9 +341,8 @@ def past_budget_of_library(usages: Iterable[Usage], budgets: dict[str, Any]) -> 
         for source in sources.get(usage.kernel, ["?"]):
             own = {source: {usage.kernel: budgets.get(source, {}).get(usage.kernel, {})}}
             told.append(past_budget([replace(usage, source=source)], own))
-        complaints += min(
-            told, key=lambda one: len(one)
-        )  # of kernels of one name in two files the one that fits
+        fewest: list[str] = min(told, key=len)  # of two files with such a kernel the one that fits
+        complaints += fewest
     complaints += [f"{kernel} has a budget, but is not built" for kernel in set(sources) - seen]
     return complaints
 
