@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text, found = section(size)
         texts.append(text)
         findings += found
-    options.out.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    options.out.write_text("\n\n".join(text.strip() for text in texts) + "\n", encoding="utf-8")
     print(f"wrote {options.out.name}, {findings} findings")
     return 1 if findings else 0
 
