@@ -13,6 +13,7 @@ from stage_cases import (
     layout_of,
     require_grad,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused.contract import OUTPUTS, SAVED, STAGES
 
@@ -161,3 +162,26 @@ def test_gradient_of_another_layout_than_the_output() -> None:
         results.append(torch.autograd.grad(out, leaves, grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("name", "training", "form"), TRAINING)
+@pytest.mark.parametrize("backend", ["cuda", "triton", "auto"])
+def test_fakes_of_cuda_tensors(name: str, training: bool, form: str, backend: str) -> None:
+    """As when a machine without a GPU traces for one: shapes and devices, and no kernel."""
+
+    def on_cuda(value: object) -> object:
+        if isinstance(value, list):
+            return [on_cuda(one) for one in value]
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+    args = convert(name, arguments(name, SIZES, training, form), torch.float16, "channels_last")
+    with FakeTensorMode():
+        fakes = [on_cuda(value) for value in args]
+        outputs = OPS[name](*fakes, backend=backend)
+        assert all(out.device.type == "cuda" for out in outputs)
+    for spec, out in zip(
+        OUTPUTS[name](dict(zip(OPS[name].inputs, args, strict=True))), outputs, strict=True
+    ):
+        assert (tuple(out.shape), out.dtype) == (tuple(spec.shape), spec.dtype)
