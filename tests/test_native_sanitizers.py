@@ -24,12 +24,17 @@ def run(command: list[str], folder: Path, **environment: str) -> subprocess.Comp
 
 
 def runtime() -> str | None:
-    """The sanitizer's library, which the interpreter must load first; None if there is none."""
+    """What the interpreter must load first; None if it is not there.
+
+    The sanitizer's library, and that of C++, whose exceptions it has to find when it starts.
+    """
     if sys.platform != "linux" or shutil.which("g++") is None:
         return None
-    told = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
-    path = told.stdout.strip()
-    return path if Path(path).is_absolute() and Path(path).exists() else None
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):
+        told = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
+        paths.append(told.stdout.strip())
+    return " ".join(paths) if all(Path(path).is_absolute() for path in paths) else None
 
 
 @pytest.fixture(scope="module")
