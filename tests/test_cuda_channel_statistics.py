@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU, under the emulator: right in every order, with nothing found."""
+"""The CUDA kernels of the channel statistics under the emulator, in every order."""
 
 from __future__ import annotations
 
