@@ -36,7 +36,7 @@ if __package__ in (None, ""):  # run as a file: find the packages beside it
 import torch
 from torch import nn
 
-from benchmarks.budgets import MULTIPROCESSORS
+from benchmarks.occupancy import MULTIPROCESSORS
 from fused.contract import STAGES, Problem, cost
 from mobilesteelnet.model import PAPER_INPUT_SIZE, MobileSteelNet
 

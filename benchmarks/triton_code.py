@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import sass
-from benchmarks.budgets import MULTIPROCESSORS, occupancy
+from benchmarks.occupancy import MULTIPROCESSORS, occupancy
 from benchmarks.triton_compile import Target
 
 # Columns of a multiprocessor's tensor memory (PTX manual, tcgen05.alloc).
@@ -130,7 +130,7 @@ def _inspect_nvidia(compiled: Any, code: list[sass.Instruction], target: Target)
 def nvidia_occupancy(
     target: Target, threads: int, registers: int, shared_bytes: int, tensor_memory_columns: int = 0
 ) -> tuple[int, str]:
-    """`budgets.occupancy` in percent of the threads, with Blackwell's tensor memory as a limit."""
+    """`occupancy` in percent of the threads, with Blackwell's tensor memory as a limit."""
     architecture = int(target.name.removeprefix("sm_"))
     blocks, limiters = occupancy(architecture, threads, registers, shared_bytes)
     limiter = ", ".join(limiters)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import budgets, cuda_capture
+from benchmarks.occupancy import MULTIPROCESSORS, occupancy
 from fused.backends import cuda
 
 NVCC = budgets.find_nvcc()
@@ -168,7 +169,7 @@ def test_occupancy_is_that_of_cuda_occupancy_h(tmp_path: Path) -> None:
     subprocess.run([NVCC, str(source), "-cudart", "none", "-o", str(program)], check=True)
     lines = []
     for architecture, *case in cases:
-        limits = budgets.MULTIPROCESSORS[architecture]
+        limits = MULTIPROCESSORS[architecture]
         numbers = (architecture, *case, limits.threads, limits.shared_bytes, limits.blocks)
         lines.append(" ".join(map(str, numbers)))
     run = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True)
@@ -177,7 +178,7 @@ def test_occupancy_is_that_of_cuda_occupancy_h(tmp_path: Path) -> None:
     names = {1: "warps", 2: "registers", 4: "shared memory", 8: "blocks"}
     for case, (blocks, limiters) in zip(cases, expected, strict=True):
         wanted = (blocks, {name for bit, name in names.items() if limiters & bit})
-        found, reasons = budgets.occupancy(*case)
+        found, reasons = occupancy(*case)
         assert (found, set(reasons)) == wanted, case
 
 

@@ -1,4 +1,4 @@
-// Legality of the channel statistics' arguments: the same words on every device.
+// Legality of the channel statistics' arguments, as the CPU library checks them.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
