@@ -43,6 +43,13 @@ def train_command(  # one parameter an option
         int | None, typer.Option(help="Of the split; left out: --seed.", rich_help_panel=DATA)
     ] = None,
     size: Annotated[int, typer.Option(help="Input size in pixels.", rich_help_panel=DATA)] = 224,
+    small_size: Annotated[
+        int | None,
+        typer.Option(help="Of the first epochs, to save time.", rich_help_panel=DATA),
+    ] = None,
+    small_share: Annotated[
+        float, typer.Option(help="Share of the epochs at --small-size.", rich_help_panel=DATA)
+    ] = 0.75,
     augmentation: Annotated[
         str, typer.Option(help="published, texture or none.", rich_help_panel=DATA)
     ] = "published",

@@ -53,20 +53,32 @@ class SeededDataset(Dataset[tuple[torch.Tensor, int, bool]]):
     Args:
         dataset: Items ``(image, label)``; its transforms draw from torch's global generator.
         seed: The run's seed.
+        small: The same pictures, smaller: what the first ``small_epochs`` epochs see.
+        small_epochs: How many those are.
     """
 
-    def __init__(self, dataset: Dataset[tuple[torch.Tensor, int]], seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[tuple[torch.Tensor, int]],
+        seed: int,
+        *,
+        small: Dataset[tuple[torch.Tensor, int]] | None = None,
+        small_epochs: int = 0,
+    ) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.small = dataset if small is None else small
+        self.small_epochs = small_epochs
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # a map-style dataset has a length
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, bool]:
         epoch, index, counted = key
+        dataset = self.small if epoch < self.small_epochs else self.dataset
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
-            image, label = self.dataset[index]
+            image, label = dataset[index]
         return image, label, counted
 
 
@@ -118,6 +130,7 @@ class PictureDataModule(L.LightningDataModule):
         batch_size: Pictures a batch and process.
         seed: The run's seed.
         workers: Reading processes; None takes 0 on a CPU and 4 on a GPU.
+        small, small_epochs: See :class:`SeededDataset`.
     """
 
     def __init__(
@@ -128,9 +141,11 @@ class PictureDataModule(L.LightningDataModule):
         batch_size: int,
         seed: int,
         workers: int | None = None,
+        small: Dataset[tuple[torch.Tensor, int]] | None = None,
+        small_epochs: int = 0,
     ) -> None:
         super().__init__()
-        self.train = SeededDataset(train, seed)
+        self.train = SeededDataset(train, seed, small=small, small_epochs=small_epochs)
         self.val = SeededDataset(val, seed)
         self.batch_size = batch_size
         self.seed = seed

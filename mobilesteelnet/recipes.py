@@ -49,6 +49,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "higher-rate": {"learning_rate": 3e-3},
     "small-batches": {"batch_size": 16},
     "longer": {"epochs": 300},
+    "small-pictures-first": {"small_size": 128},
     "relu-output": {"activation": "relu-output"},
     "relu": {"activation": "relu"},
 }

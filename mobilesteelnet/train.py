@@ -210,12 +210,18 @@ class _Session:
         self.pictures = pictures
         model = build_model(config, pictures.classes, machine.backend)
         self.module = Classifier(model, config, compile=machine.compile)
+        small = None
+        if config.small_size is not None:
+            transform = _training_transform(config, config.small_size)
+            small = PictureDataset(pictures, split.train, transform)
         self.data = PictureDataModule(
-            PictureDataset(pictures, split.train, _training_transform(config)),
+            PictureDataset(pictures, split.train, _training_transform(config, config.size)),
             PictureDataset(pictures, split.val, eval_transform(config.size)),
             batch_size=config.batch_size,
             seed=config.seed,
             workers=machine.workers,
+            small=small,
+            small_epochs=config.small_epochs,
         )
         card = {
             "classes": pictures.classes,
@@ -264,14 +270,14 @@ class _Session:
         )
 
 
-def _training_transform(config: TrainConfig) -> Transform:
+def _training_transform(config: TrainConfig, size: int) -> Transform:
     if config.augmentation == "none":
-        return eval_transform(config.size)
+        return eval_transform(size)
     if config.augmentation == "texture":
         return texture_transform(
-            config.size, crop_scale=config.crop_scale, quarter_turns=config.quarter_turns
+            size, crop_scale=config.crop_scale, quarter_turns=config.quarter_turns
         )
-    return train_transform(config.size)
+    return train_transform(size)
 
 
 def build_model(config: TrainConfig, classes: list[str], backend: str | None = None) -> nn.Module:

@@ -35,9 +35,10 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "dropout": (0.0, 1.0),
     "average_decay": (0.0, 1.0),
     "average_from": (0.0, 1.0),
+    "small_share": (0.0, 1.0),
 }
 ABOVE_ZERO = ("learning_rate", "width", "crop_scale", "mix_alpha")
-BELOW_ONE = ("label_smoothing", "dropout", "average_decay", "average_from")
+BELOW_ONE = ("label_smoothing", "dropout", "average_decay", "average_from", "small_share")
 SWITCHES = ("quarter_turns", "recalibrate_bn")
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": OPTIMIZERS,
@@ -61,6 +62,9 @@ class TrainConfig:
         seed: Decides the first weights, the order of pictures and the augmentation.
         split_seed: Decides the split; None takes ``seed``.
         size: Height and width of the network's input in pixels.
+        small_size: That of the training pictures in the first ``small_share`` of the epochs, a
+            shorter training (progressive resizing); None trains on ``size`` from the start.
+        small_share: See there.
         augmentation: Of the training pictures: ``published`` (see ``transforms.train_transform``),
             ``texture`` (``transforms.texture_transform``) or ``none``.
         crop_scale: Least share of a picture's area that a crop of ``texture`` keeps.
@@ -101,6 +105,8 @@ class TrainConfig:
     seed: int = 42
     split_seed: int | None = None
     size: int = 224
+    small_size: int | None = None
+    small_share: float = 0.75
     augmentation: str = "published"
     crop_scale: float = 0.5
     quarter_turns: bool = True
@@ -138,6 +144,8 @@ class TrainConfig:
             _check_whole(name, getattr(self, name), low, high)
         if self.split_seed is not None:
             _check_whole("split_seed", self.split_seed, *WHOLE_NUMBERS["seed"])
+        if self.small_size is not None:
+            _check_whole("small_size", self.small_size, 1, self.size)
         for name, (least, most) in NUMBERS.items():
             _check_number(name, getattr(self, name), least, most)
         for name in ABOVE_ZERO:
@@ -185,6 +193,11 @@ class TrainConfig:
     def validates(self, epoch: int) -> bool:
         """Whether an epoch, counted from 1, ends with a validation."""
         return epoch % self.validate_every == 0 or epoch == self.epochs
+
+    @property
+    def small_epochs(self) -> int:
+        """How many epochs from the first train on pictures of ``small_size``."""
+        return 0 if self.small_size is None else int(self.small_share * self.epochs)
 
     def learning_rate_factor(self, step: int, steps_per_epoch: int) -> float:
         """What the peak learning rate is multiplied with at an optimizer step (counted from 0)."""

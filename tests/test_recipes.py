@@ -139,6 +139,7 @@ def test_recalibrated_ciema_is_that_of_the_published_form(statistics: str) -> No
         {"averaging": "swa", "average_from": 0.3},
         {"recalibrate_bn": True, "mix": "cutmix", "augmentation": "texture", "dropout": 0.3},
         {"mix": "mixup", "schedule": "cosine"},
+        {"small_size": 24, "small_share": 0.5, "recalibrate_bn": True},
         {"validate_every": 3, "averaging": "swa", "average_from": 0.0, "select": "last"},
     ],
 )
@@ -160,6 +161,27 @@ def test_a_run_cut_off_gives_the_same(
             train(config, tmp_path / "cut", machine=CPU)
     resume(tmp_path / "cut", machine=CPU)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_the_first_epochs_see_smaller_pictures(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, tuple[int, ...]]] = []
+    original = Classifier.training_step
+
+    def step(self: Classifier, batch: Any, batch_index: int) -> torch.Tensor:
+        seen.append((self.current_epoch, tuple(batch[0].shape[2:])))
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(Classifier, "training_step", step)
+    for augmentation in ("published", "texture", "none"):
+        config = small(
+            pictures, epochs=3, small_size=24, small_share=0.7, augmentation=augmentation
+        )
+        result = train(config, tmp_path / augmentation, machine=CPU)
+        assert load_checkpoint(result.checkpoint).input_size == config.size
+    own = (config.size, config.size)
+    assert set(seen) == {(0, (24, 24)), (1, (24, 24)), (2, own)}
 
 
 def test_validation_of_some_epochs_only(pictures: Path, tmp_path: Path) -> None:

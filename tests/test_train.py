@@ -72,6 +72,9 @@ def test_learning_rate_warms_up_linearly_then_stays_or_falls() -> None:
         ("batch_size", -1),
         ("seed", -1),
         ("size", 0),
+        ("small_size", 225),  # above size
+        ("small_size", 0),
+        ("small_share", 1.0),
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
         ("weight_decay", -1.0),
