@@ -11,7 +11,7 @@ import torch
 from emulator import ORDERS, Report, missing_tool
 from emulator.launcher import emulated
 
-from fused.backends.cuda import cross_spatial
+from fused.backends.cuda import coordinate_attention, cross_spatial, spatial_gate
 from fused.backends.cuda.launch import Launch
 from fused.backends.reference import coordinate_attention as reference_coordinate
 from fused.backends.reference import cross_spatial as reference
@@ -213,6 +213,47 @@ def test_launches_and_bands(monkeypatch: pytest.MonkeyPatch) -> None:
         # Only arrive_last, of several bands, is atomic.
         assert (report.totals.get("global_atomic_requests", 0) > 0) == several
     assert list(reports_of(example.single)) == ["cross_spatial_pack", "coordinate_cross_spatial"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "halves", "tf32"),
+    [
+        ((1, 2, 6, 5, 7), torch.float32, False, 0),
+        ((1, 1, 20, 3, 9), torch.float32, False, 1),
+        ((1, 1, 64, 4, 6), torch.float32, False, 0),
+        ((1, 2, 16, 8, 8), torch.float16, False, 0),
+        ((2, 1, 6, 5, 7), torch.float16, True, 0),
+        ((1, 1, 32, 5, 6), torch.bfloat16, False, 0),
+        ((1, 1, 64, 4, 6), torch.bfloat16, False, 0),
+    ],
+)
+def test_few_slabs_pack_weights_beside_coordinate_attention(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    halves: bool,
+    tf32: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two launches, and the very bits of coordinate attention, packing and learning in three."""
+    monkeypatch.setattr(cross_spatial, "takes_tf32", lambda: tf32)
+    for channels_last in (False, True):
+        example = case(shape, dtype, channels_last)
+        e, groups = example.e, example.groups
+        own = {name: t.half() if halves else t for name, t in example.parameters.items()}
+        first = (example.weight, example.bias)
+        rest = (*own.values(), groups, False, "sequential", *EPS[1:])
+        together: list[torch.Tensor] = []
+        reports = reports_of(
+            lambda e=e, first=first, rest=rest, w=together: w.append(
+                spatial_gate.forward(e, *first, EPS[0], *rest)
+            )
+        )
+        assert list(reports) == ["coordinate_attention", "cross_spatial"]
+        assert all(report.findings == [] for _, report in reports.values())
+        with emulated():
+            vectors = coordinate_attention.forward(e, *first, groups, EPS[0])
+            apart = cross_spatial.forward(e, *vectors, *rest)[0]
+        assert torch.equal(together[0], apart)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["rows", "channels_last"])

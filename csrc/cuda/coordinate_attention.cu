@@ -1,6 +1,7 @@
 // Entries of coordinate attention: which kernel, on which grid. The kernels and what they compute
 // are in coordinate_attention_kernels.cuh.
 #include "coordinate_attention_kernels.cuh"
+#include "cross_spatial_pack_arguments.cuh"
 #include "launch.cuh"
 
 namespace ciema {
@@ -28,6 +29,7 @@ CoordinateAttentionParams params_of(const Arguments& a, bool channels_last) {
   p.grad_rstd = a.pointer<const float>("grad_rstd");
   p.partials = a.pointer<float>("partials");
   p.tables = a.pointer<float>("tables");
+  p.slabs = static_cast<int>(a.integer("slabs"));
   p.groups = static_cast<int>(a.integer("groups"));
   p.channels = static_cast<int>(a.integer("group_channels"));
   p.height = static_cast<int>(a.integer("height"));
@@ -55,10 +57,18 @@ void launch_slabs(const Arguments& a, const CoordinateAttentionParams& p) {
   if (p.tables == nullptr) {
     floats += tables * table_size(kChannelsLast, p.channels, p.height + p.width);
   }
-  constexpr auto kernel = kForward ? forward_kernel<T, kChannelsLast, kVector>
-                                   : backward_kernel<T, kChannelsLast, kVector>;
-  launch(a, kForward ? "coordinate_attention" : "coordinate_attention_backward",
-         dim3(grid_size(a.integer("slabs"))), dim3(kThreads), floats * sizeof(float), kernel, p);
+  if constexpr (kForward) {
+    const bool packs = a.pointer<void>("packed") != nullptr;
+    const auto pack = packs ? cross_spatial::pack_params_of(a, false) : CrossSpatialPackParams{};
+    const int own = floats * static_cast<int>(sizeof(float));
+    const int other = packs ? cross_spatial::pack_bytes<T>(pack.padded) : 0;
+    const int64_t grid = int64_t{p.slabs} + (packs ? cross_spatial::kTiles + 1 : 0);
+    launch(a, "coordinate_attention", dim3(grid_size(grid)), dim3(kThreads),
+           own > other ? own : other, forward_kernel<T, kChannelsLast, kVector>, p, pack);
+  } else {
+    launch(a, "coordinate_attention_backward", dim3(grid_size(p.slabs)), dim3(kThreads),
+           floats * sizeof(float), backward_kernel<T, kChannelsLast, kVector>, p);
+  }
 }
 
 template <class T, bool kForward, bool kChannelsLast>

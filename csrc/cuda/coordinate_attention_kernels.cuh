@@ -12,7 +12,9 @@
 // Grid        slabs, with no second split: a block's passes run at the bandwidth of its
 //             multiprocessor, and batches that train fill the GPU with slabs. A single image
 //             (32 slabs) leaves multiprocessors idle, but a split over rows or channels would cost
-//             another launch, which takes about as long as the passes that it would shorten.
+//             another launch, which takes about as long as the passes that it would shorten. Where
+//             cross_spatial follows in evaluation its weights are packed there: more blocks of the
+//             forward, cross_spatial_pack.cuh, which else would be a launch.
 // Bytes       forward reads e (once from device memory, twice more from the second-level cache),
 //             writes gates; backward reads e so and writes grad_e, and partials of c·c + c a slab,
 //             which parameter_sums adds.
@@ -21,6 +23,7 @@
 #pragma once
 
 #include "coordinate_attention.cuh"
+#include "cross_spatial_pack.cuh"
 
 namespace ciema {
 
@@ -36,13 +39,13 @@ struct CoordinateAttentionParams {
   float* tables;                       // scratch for a slab's tables, null: in shared memory
   int64_t stride_b, stride, grad_stride_b, grad_stride;  // stride: Slab::stride, in elements
   int64_t stride_group, grad_stride_group;               // from a group's first channel to the next
-  int groups, channels, height, width;                   // channels: of a group
+  int slabs, groups, channels, height, width;            // channels: of a group
   float eps;
 };
 
 namespace coordinate {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = cross_spatial::kPackThreads;
 constexpr int kForwardTables = 2, kBackwardTables = 3;
 constexpr int kWidestGroup = 64;
 
@@ -67,9 +70,15 @@ __device__ __forceinline__ S slab_of_block(const CoordinateAttentionParams& p, T
 }
 
 template <class T, bool kChannelsLast, int kVector>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(CoordinateAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    forward_kernel(CoordinateAttentionParams p, CrossSpatialPackParams pack) {
   using S = Slab<const T, kChannelsLast, kVector>;
   CIEMA_DYNAMIC_SHARED(float, workspace);
+  const int to_pack = static_cast<int>(blockIdx.x) - p.slabs;
+  if (to_pack >= 0) {
+    cross_spatial::pack_block<T>(pack, to_pack, reinterpret_cast<T*>(workspace));
+    return;
+  }
   const S slab =
       slab_of_block<S>(p, static_cast<const T*>(p.e), p.stride_b, p.stride_group, p.stride);
   const int c = p.channels;

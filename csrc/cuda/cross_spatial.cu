@@ -1,7 +1,6 @@
-// Entries of cross_spatial in evaluation, and the packing of its weights: which kernel, on which
-// grid. The kernels and what they compute are in cross_spatial.cuh and cross_spatial_pack.cuh.
+// Entries of cross_spatial in evaluation: which kernel, on which grid. The kernels and what they
+// compute are in cross_spatial.cuh.
 #include "cross_spatial.cuh"
-#include "cross_spatial_pack.cuh"
 #include "launch.cuh"
 
 namespace ciema {
@@ -142,44 +141,6 @@ void launch_forward(const Arguments& a, bool attends) {
          forward_kernel<N>, p);
 }
 
-template <class N>
-void launch_pack(const Arguments& a) {
-  CrossSpatialPackParams p{};
-  p.gn_weight = a.pointer<const void>("gn_weight");
-  p.gn_bias = a.pointer<const void>("gn_bias");
-  p.conv3x3_weight = a.pointer<const void>("conv3x3_weight");
-  p.conv3x3_bias = a.pointer<const void>("conv3x3_bias");
-  p.spatial_conv1_weight = a.pointer<const void>("spatial_conv1_weight");
-  p.spatial_conv3_weight = a.pointer<const void>("spatial_conv3_weight");
-  p.spatial_conv5_weight = a.pointer<const void>("spatial_conv5_weight");
-  p.attention_weight = a.pointer<const void>("attention_weight");
-  p.attention_bn_weight = a.pointer<const void>("attention_bn_weight");
-  p.attention_bn_bias = a.pointer<const void>("attention_bn_bias");
-  p.attention_running_mean = a.pointer<const void>("attention_running_mean");
-  p.attention_running_var = a.pointer<const void>("attention_running_var");
-  p.reduce_weight = a.pointer<const void>("reduce_weight");
-  p.reduce_bn_weight = a.pointer<const void>("reduce_bn_weight");
-  p.reduce_bn_bias = a.pointer<const void>("reduce_bn_bias");
-  p.reduce_running_mean = a.pointer<const void>("reduce_running_mean");
-  p.reduce_running_var = a.pointer<const void>("reduce_running_var");
-  p.channel_feat_weight = a.pointer<const void>("channel_feat_weight");
-  p.alpha = a.pointer<const void>("alpha");
-  p.packed = a.pointer<void>("packed");
-  p.vectors = a.pointer<float>("vectors");
-  p.counters = a.pointer<int>("counters");
-  p.slabs = static_cast<int>(a.integer("slabs"));
-  p.channels = static_cast<int>(a.integer("group_channels"));
-  p.attention_eps = a.real("attention_eps");
-  p.reduce_eps = a.real("reduce_eps");
-  if (a.integer("float32_weights") != 0) {
-    launch(a, "cross_spatial_pack", dim3(kTiles + 1), dim3(kPackThreads), 0,
-           pack_kernel<N, float>, p);
-  } else {
-    launch(a, "cross_spatial_pack", dim3(kTiles + 1), dim3(kPackThreads), 0,
-           pack_kernel<N, typename N::T>, p);
-  }
-}
-
 // Calls function(Network) for the width of a group, padded, and float32's precision. float32 has no
 // network of 16 channels, and none of 64 in tf32: they would be compiled for little use.
 template <class T, class Function>
@@ -194,24 +155,16 @@ void with_network(const Arguments& a, Function function) {
   function(Network<T, Precision::kSplit, 64>{});
 }
 
-template <class T>
-void pack(const Arguments& a) {
-  with_network<T>(a, [&](auto network) { launch_pack<decltype(network)>(a); });
-}
-
 template <class T, bool kAttends>
 void forward(const Arguments& a) {
   with_network<T>(a, [&](auto network) { launch_forward<decltype(network)>(a, kAttends); });
 }
 
 const Entry kEntries[] = {
-    {"cross_spatial_pack_float32", pack<float>},
-    {"cross_spatial_pack_bfloat16", pack<__nv_bfloat16>},
     {"cross_spatial_float32", forward<float, false>},
     {"cross_spatial_bfloat16", forward<__nv_bfloat16, false>},
     {"coordinate_cross_spatial_float32", forward<float, true>},
     {"coordinate_cross_spatial_bfloat16", forward<__nv_bfloat16, true>},
-    {"cross_spatial_pack_float16", pack<__half>},
     {"cross_spatial_float16", forward<__half, false>},
     {"coordinate_cross_spatial_float16", forward<__half, true>},
 };

@@ -60,6 +60,23 @@ __device__ __forceinline__ int warp_of_block() { return static_cast<int>(threadI
 // Two roundings more than the exact sigmoid; 0, 1 and NaN where eager has them.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
+// The packed weights of 16 outputs and one depth step: kLoads × 32 lanes × 16 bytes.
+template <class F>
+struct PackedUnit {
+  using B = typename F::B;
+  using Load = Vector<uint32_t>;
+  static constexpr int kLoads = static_cast<int>(2 * sizeof(B) / sizeof(Load));
+
+  // As unit number `unit` of `packed`.
+  __device__ __forceinline__ static void store(void* packed, const B (&b)[2], int unit) {
+    Load* to = static_cast<Load*>(packed) + unit * kLoads * kWarp + lane_of_warp();
+    Load values[kLoads];
+    memcpy(values, b, sizeof(values));
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) store_vector(to + i * kWarp, values[i]);
+  }
+};
+
 template <class T_, Precision kPrecision, int kChannels_>
 struct Network {
   using T = T_;
@@ -91,11 +108,10 @@ struct Network {
 
   // ---- weights -------------------------------------------------------------------------------
 
-  // Where a lane finds its fragments: the weights of 16 outputs and one depth step are a unit of
-  // kLoads × 32 lanes × 16 bytes, a tile is [step][outputs / 16] units.
+  // Where a lane finds its fragments: a tile is [step][outputs / 16] units.
   struct Packed {
-    using Load = Vector<uint32_t>;
-    static constexpr int kLoads = static_cast<int>(2 * sizeof(B) / sizeof(Load));
+    using Load = typename PackedUnit<F>::Load;
+    static constexpr int kLoads = PackedUnit<F>::kLoads;
     static constexpr int kUnit = kLoads * kWarp;  // in Loads
     static constexpr int kTile = kSteps * (kChannels / 16) * kUnit;
     static constexpr int64_t kBytes = int64_t{kTiles} * kTile * sizeof(Load);
@@ -110,15 +126,6 @@ struct Network {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) loaded[i] = load_vector<Load>(unit + i * kWarp);
       memcpy(b, loaded, sizeof(loaded));
-    }
-    __device__ __forceinline__ static void store(void* packed, const B (&b)[2], int tile, int step,
-                                                 int pair) {
-      Load* unit = static_cast<Load*>(packed) + lane_of_warp() + tile * kTile +
-                   (step * (kChannels / 16) + pair) * kUnit;
-      Load values[kLoads];
-      memcpy(values, b, sizeof(values));
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) store_vector(unit + i * kWarp, values[i]);
     }
   };
 

@@ -6,6 +6,7 @@ import torch
 
 from ...contract import memory_format
 from ..maps import is_channels_last, readable
+from .cross_spatial import Packing
 from .launch import floats, geometry, launch
 from .parameter_sums import sum_partials
 
@@ -35,9 +36,17 @@ def _tables(e: torch.Tensor, groups: int, count: int) -> torch.Tensor | None:
 
 
 def forward(
-    e: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+    e: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    also: Packing | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """As the reference's: alpha_h (B, C, H), alpha_w (…, W), mean and rstd (B, C); one launch."""
+    """As the reference's: alpha_h (B, C, H), alpha_w (…, W), mean and rstd (B, C); one launch.
+
+    `also`: weights of cross-spatial learning that the same launch packs.
+    """
     e = readable(e)
     batch, channels, height, width = e.shape
     alpha_h = e.new_empty((batch, channels, height), dtype=torch.float32)
@@ -45,10 +54,20 @@ def forward(
     mean, rstd = alpha_h.new_empty((batch, channels)), alpha_h.new_empty((batch, channels))
     launch(
         *("coordinate_attention", e.dtype),
-        reads={"e": e, "weight": floats(weight), "bias": floats(bias)},
-        writes={"alpha_h": alpha_h, "alpha_w": alpha_w, "mean": mean, "rstd": rstd},
+        reads={
+            **{"e": e, "weight": floats(weight), "bias": floats(bias)},
+            **(also.reads if also is not None else {}),
+        },
+        writes={
+            **{"alpha_h": alpha_h, "alpha_w": alpha_w, "mean": mean, "rstd": rstd},
+            **(also.writes if also is not None else {}),
+        },
         scratch={"tables": _tables(e, groups, 2)},
-        numbers={**_sizes(e, groups), "eps": float(eps)},
+        numbers={
+            **(also.numbers if also is not None else {}),
+            **_sizes(e, groups),
+            "eps": float(eps),
+        },
     )
     return alpha_h, alpha_w, mean, rstd
 

@@ -63,36 +63,64 @@ def _network(e: torch.Tensor, groups: int) -> dict[str, int | float]:
     }
 
 
-def _pack(
+@dataclass(frozen=True)
+class Packing:
+    """The work of packing weights, for a launch of its own or one that does it beside other work.
+
+    Attributes:
+        packed: what is written.
+        reads: the weights.
+        numbers: sizes and flags.
+    """
+
+    packed: Packed
+    reads: dict[str, torch.Tensor]
+    numbers: dict[str, int | float]
+
+    @property
+    def writes(self) -> dict[str, torch.Tensor]:
+        """What is written, by the entry's names."""
+        return {**self.packed.reads, "counters": self.packed.counters}
+
+
+def packing(
     e: torch.Tensor,
     groups: int,
     parameters: Mapping[str, torch.Tensor | None],
     attention_eps: float,
     reduce_eps: float,
-) -> Packed:
-    """Pack the op's parameters, by their names, for maps as `e`; one launch."""
+) -> Packing:
+    """What it takes to pack the op's parameters, by their names, for maps as `e`."""
     slabs, width = e.shape[0] * groups, _width(e, groups)
     given = {name: t for name, t in parameters.items() if t is not None}
     whole = all(t.dtype == e.dtype for t in given.values())
-    reads = {name: t.contiguous() if whole else floats(t) for name, t in given.items()}
     # A float32 product in three tf32 terms reads two of every weight.
     terms = 2 if e.dtype == torch.float32 and not _takes_tf32(e, groups) else 1
-    packed = Packed(
-        e.new_empty((TILES, terms, width, width)),
-        e.new_empty((VECTORS, width), dtype=torch.float32),
-        e.new_empty((slabs,), dtype=torch.int32),
-    )
-    launch(
-        *("cross_spatial_pack", e.dtype),
-        reads=reads,
-        writes={**packed.reads, "counters": packed.counters},
-        numbers={
+    return Packing(
+        Packed(
+            e.new_empty((TILES, terms, width, width)),
+            e.new_empty((VECTORS, width), dtype=torch.float32),
+            e.new_empty((slabs,), dtype=torch.int32),
+        ),
+        {name: t.contiguous() if whole else floats(t) for name, t in given.items()},
+        {
             **_network(e, groups),
+            "counts": slabs,
             "float32_weights": int(not whole or e.dtype == torch.float32),
             **{"attention_eps": float(attention_eps), "reduce_eps": float(reduce_eps)},
         },
     )
-    return packed
+
+
+def pack(e: torch.Tensor, work: Packing) -> Packed:
+    """Pack weights for maps as `e`; one launch."""
+    launch(
+        *("cross_spatial_pack", e.dtype),
+        reads=work.reads,
+        writes=work.writes,
+        numbers=work.numbers,
+    )
+    return work.packed
 
 
 def _launch(
@@ -193,22 +221,30 @@ def forward(
         **{"channel_feat_weight": channel_feat_weight, "alpha": alpha},
     }
     e = readable(e)
-    packed = _pack(e, groups, parameters, attention_eps, reduce_eps)
+    packed = pack(e, packing(e, groups, parameters, attention_eps, reduce_eps))
+    w, softmax1, softmax2 = learn(e, (alpha_h, alpha_w, mean, rstd), packed, groups)
+    wide = softmax1.new_empty((0, 3 * e.shape[1] // groups))
+    narrow = softmax1.new_empty((0, e.shape[1] // groups))
+    return w, softmax1, softmax2, wide, torch.empty_like(wide), narrow, torch.empty_like(narrow)
+
+
+def learn(
+    e: torch.Tensor, vectors: tuple[torch.Tensor, ...], packed: Packed, groups: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """w and two softmax vectors from packed weights and coordinate attention's vectors."""
     batch, channels, height, width = e.shape
     w = e.new_empty((batch, groups, height, width))
     softmax1 = e.new_empty((batch, groups, channels // groups), dtype=torch.float32)
     softmax2 = torch.empty_like(softmax1)
-    gates = {"alpha_h": alpha_h, "alpha_w": alpha_w, "mean": mean, "rstd": rstd}
+    names = ("alpha_h", "alpha_w", "mean", "rstd")
     _launch(
         *("cross_spatial", e, groups, packed),
-        {name: floats(t) for name, t in gates.items()},
+        {name: floats(t) for name, t in zip(names, vectors, strict=True)},
         {"w": w, "softmax1": softmax1, "softmax2": softmax2},
         {},
         {"most_bands": MOST_BANDS, "multiprocessors": slabs_that_fill(e)},
     )
-    wide = softmax1.new_empty((0, 3 * channels // groups))
-    narrow = softmax1.new_empty((0, channels // groups))
-    return w, softmax1, softmax2, wide, torch.empty_like(wide), narrow, torch.empty_like(narrow)
+    return w, softmax1, softmax2
 
 
 def coordinate_cross_spatial(
@@ -234,7 +270,7 @@ def coordinate_cross_spatial(
         reduce_eps: of the reduction's batch norm.
     """
     e = readable(e)
-    packed = _pack(e, groups, parameters, attention_eps, reduce_eps)
+    packed = pack(e, packing(e, groups, parameters, attention_eps, reduce_eps))
     batch, channels, height, width = e.shape
     w = e.new_empty((batch, groups, height, width))
     mean = e.new_empty((batch, channels), dtype=torch.float32)
