@@ -6,7 +6,7 @@
 #include "product_copies.cuh"
 
 // Bugs for the tests, none in a build. 1: the barrier that publishes a step left out, 2: copies not
-// waited for, 3: results stored past the last (product.cuh).
+// waited for, 3: results stored past the last (product_results.cuh).
 #ifndef PLANT
 #define PLANT 0
 #endif
