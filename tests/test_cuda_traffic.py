@@ -20,6 +20,11 @@ SIZES = Sizes(2, 64, 12, 12, 2)
 STAGES = ("channel_interaction", "coordinate_attention", "cross_spatial", "gated_fusion")
 # What the entries call maps; parameters, vectors and partial sums are no part of the model.
 MAPS = {"x", "e", "out", "w", "hidden", "logits", "grad_e", "grad_out", "grad_x", "grad_w"}
+# The stages whose launches name all their maps.
+WHOLE = {
+    "forward": ("channel_interaction", "coordinate_attention", "cross_spatial"),
+    "backward": ("coordinate_attention", "cross_spatial"),
+}
 Log = list[tuple[Launch, Report]]
 
 
@@ -68,8 +73,9 @@ def test_bytes_and_launches_are_those_of_the_contract(
         want = cost(stage, problem, dtype=torch.float16, direction=direction, training=training)
         column = 2 if direction == "backward" else int(training)
         assert kernels(part) <= LAUNCHES["cuda"][stage][column], direction
-        # The products of gated fusion call their operands otherwise; its own tests count them.
-        if direction == "forward" and stage != "gated_fusion":
+        # The products of gated fusion call their operands otherwise; its own tests count them. In
+        # channel interaction's backward they are the library's, which the emulator doesn't see.
+        if stage in WHOLE[direction]:
             assert moved(part) == pytest.approx(want.bytes, rel=0.1), direction
 
 
