@@ -3,9 +3,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BUDGET ?= small
 OUT ?= demo-output
-DATA ?=
+# The pictures of the common ground, if they lie beside the project; else a synthetic set is drawn.
+DATA ?= $(wildcard ../shared/data/neu-det.zip)
+BUDGET ?= $(if $(DATA),shipped,small)
 WORKERS ?= 2
 BIN := $(VENV)/bin
 INTERPRETED := tests/test_stages.py $(addprefix tests/test_triton_,network.py traffic.py \
@@ -15,8 +16,8 @@ SOURCES := $(shell find csrc fused -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 .PHONY: help demo test lint check bench clean
 
 help:
-	@echo "make demo   train, evaluate and report on synthetic steel (BUDGET=tiny|small|full, DATA=PATH)"
-	@echo "            BUDGET=shipped DATA=PATH: the package's weights on your pictures, no training"
+	@echo "make demo   DATA=PATH: classify your pictures with the package's weights, and report"
+	@echo "            without pictures, or BUDGET=tiny|small|full: train first (on synthetic steel)"
 	@echo "make test   lint, types and all tests"
 	@echo "make bench  the benchmarks, as a table"
 	@echo "make clean  remove $(VENV) and build results"

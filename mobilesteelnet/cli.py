@@ -349,32 +349,34 @@ def demo_command(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is put.")] = Path("demo-output"),
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="tiny (a minute), small (some minutes), full (the paper's), or shipped: the "
-            "package's weights on --data, no training."
+            help="shipped: the package's weights on --data, no training; or train: tiny (a minute), "
+            "small (some minutes), full (the paper's). Left out: shipped with --data, else small."
         ),
-    ] = "small",
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 42,
     overwrite: Annotated[bool, typer.Option(help="Start an earlier demo in --out again.")] = False,
 ) -> int:
-    """Draw pictures, train, evaluate, predict and write a report, in minutes on two cores.
+    """Classify pictures with the weights that come with the package, and write the report.
 
-    With --budget shipped, nothing is trained: your pictures are classified with the weights that
-    come with the package.
+    Without --data a small synthetic set is drawn and a narrow network trained on it first, in
+    minutes on two cores; with a budget to train, that is done on your pictures too.
 
     Run again, it continues where it was cut off, or shows what is already there.
+
+    Example: [bold]mobilesteelnet demo --data NEU-DET.zip[/bold]
 
     Example: [bold]mobilesteelnet demo --budget tiny[/bold]
 
     Example: [bold]mobilesteelnet demo --data NEU-DET.zip --budget small[/bold]
     """
-    from .demo import run_demo
+    from .demo import default_budget, run_demo
 
     result = run_demo(
         out,
         data=data,
-        budget=budget,
+        budget=budget or default_budget(data),
         seed=seed,
         overwrite=overwrite,
         console=Console(stderr=True),

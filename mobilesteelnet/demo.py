@@ -1,8 +1,9 @@
-"""The demonstration: from no pictures at all to a trained network and its report.
+"""The demonstration: pictures classified with the package's weights, and the report.
 
-The output folder holds ``demo.json`` (the settings), ``data/`` (the synthetic pictures),
-``run/`` (the training), ``report/`` and ``predictions.json``. Every part that is complete is kept
-when the demo is run again with the same settings, so that it can be cut off at any time.
+Or from no pictures at all: a synthetic set, a network trained on it, and the report. The output
+folder holds ``demo.json`` (the settings), ``data/`` (the synthetic pictures), ``run/`` (the
+training), ``report/`` and ``predictions.json``. Every part that is complete is kept when the demo
+is run again with the same settings, so that it can be cut off at any time.
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ class DemoResult:
     checkpoint: Path
     predictions: Path
     bad: list[BadFile]
+
+
+def default_budget(data: str | os.PathLike[str] | None) -> str:
+    """What the demo does if nothing is said: ``shipped`` where there are pictures and weights."""
+    has_weights = (shipped_folder() / WEIGHTS).is_file()
+    return SHIPPED if data is not None and has_weights else "small"
 
 
 def run_demo(

@@ -287,10 +287,13 @@ def test_pictures_that_a_training_never_saw(pictures: PictureSet) -> None:
         assert unseen_pictures(trained, pictures) == everything
 
 
-@pytest.mark.skipif((shipped_folder() / WEIGHTS).is_file(), reason="weights are shipped")
 def test_without_weights_the_error_says_what_to_do(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(shipped, "shipped_folder", lambda: tmp_path)
     assert main(["predict", str(folder)]) == 4
     assert "no trained weights come with this version" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="mobilesteelnet train"):
