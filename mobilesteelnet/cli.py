@@ -351,7 +351,7 @@ def demo_command(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="shipped: the package's weights on --data, no training; or train: tiny (a minute), "
+            help="shipped: the package's weights on --data, no training; to train: tiny (a minute), "
             "small (some minutes), full (the paper's). Left out: shipped with --data, else small."
         ),
     ] = None,
