@@ -351,8 +351,8 @@ def demo_command(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="shipped: the package's weights on --data, no training; to train: tiny (a minute), "
-            "small (some minutes), full (the paper's). Left out: shipped with --data, else small."
+            help="shipped: the package's weights on --data; or a training: tiny (a minute), small "
+            "(some minutes), full (the paper's). Left out: shipped with --data, else small."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 42,
