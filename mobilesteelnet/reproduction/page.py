@@ -184,6 +184,7 @@ def _ours(found: Results, links: dict[str, str]) -> str:
         f"By class: {classes}.",
         *_strays([row]),
         "The recipe: " + ", ".join(_option(k, options[k]) for k in _changed(options)) + ".",
+        _effort(row),
     ]
     if errors:
         mean = 100 * sum(errors) / len(errors)
@@ -192,6 +193,15 @@ def _ours(found: Results, links: dict[str, str]) -> str:
         parts.append(_image(links, "calibration", "Calibration of our recipe"))
     parts.append(_hard_cases(row))
     return "\n\n".join(part for part in parts if part)
+
+
+def _effort(row: Row) -> str:
+    """What a training took, and on what."""
+    minutes = sum(result["training"]["seconds"] for result in row.results) / len(row.results) / 60
+    places = sorted(
+        {f"{r['machine']['device']}, {r['machine'].get('precision', '?')}" for r in row.results}
+    )
+    return f"A training takes {minutes:.0f} minutes ({'; '.join(places)})."
 
 
 def _changed(options: dict[str, Any]) -> list[str]:

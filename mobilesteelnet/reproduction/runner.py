@@ -187,6 +187,7 @@ def _judge(
         "test": test_figures(test),
         "machine": {
             "device": device_name(device),
+            "precision": machine.precision,
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
         },
