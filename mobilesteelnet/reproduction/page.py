@@ -337,7 +337,7 @@ def _recipe(found: Results) -> str:
     return (
         "## How the recipe was chosen\n\nCross-validation inside the training and validation "
         "pictures (10 % of the set); the test pictures took no part. Each candidate is `ours` with "
-        f"one change, judged on a cheaper network ({search}); but `published`, which is favoured: "
+        f"a change, judged on a cheaper network ({search}); but `published`, which is favoured: "
         "it stops, and chooses its epoch, on the pictures that it is judged on. A fit is judged on "
         "half of those pictures: differences of a few points may be chance, which is why the loss "
         "stands beside the accuracy.\n\n" + "\n".join(lines) + "\n\n"
