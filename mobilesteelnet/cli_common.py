@@ -38,6 +38,10 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="OPTION=VALUE", help="Change an option of train; repeatable."),
 ]
+Fits = Annotated[
+    int | None,
+    typer.Option(help="Only the first so many trainings of a cross-validation (of 4)."),
+]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
 Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed.")]
 Workers = Annotated[int | None, typer.Option(help="Reading processes; changes no result.")]

@@ -13,6 +13,7 @@ from .cli_common import (
     OK,
     Accelerator,
     Backend,
+    Fits,
     Overwrite,
     Precision,
     Settings,
@@ -56,6 +57,7 @@ def reproduce_command(
     part: Annotated[
         str, typer.Option(help="i/n: every n-th run from the i-th, for several machines.")
     ] = "1/1",
+    fits: Fits = None,
     show: Annotated[
         bool, typer.Option("--list", help="Only list the runs and what they would take.")
     ] = False,
@@ -102,7 +104,7 @@ def reproduce_command(
     places = Places(str(data.absolute()), runs, results)
     request = _Request(places, changes, machine, only, part, show, overwrite)
     if what == "recipe":
-        return _candidates(request)
+        return _candidates(request, fits)
     return _accuracies(what, seeds, recipe, request)
 
 
@@ -166,13 +168,13 @@ def _list(planned: list[PlannedRun], request: _Request) -> int:
     return OK
 
 
-def _candidates(request: _Request) -> int:
+def _candidates(request: _Request, fits: int | None) -> int:
     from .recipes import CANDIDATES
     from .reproduction.candidates import judge_candidates, result_file
 
     def tell(path: Path, found: CrossValidation) -> None:
-        figures = f"{100 * found.average_accuracy:.2f} ± {100 * found.deviation:.2f} %"
-        typer.echo(f"{figures}  {path}")
+        spread = "" if found.deviation is None else f" ± {100 * found.deviation:.2f}"
+        typer.echo(f"{100 * found.average_accuracy:.2f}{spread} %  {path}")
 
     names = _share(_chosen(request.only, list(CANDIDATES)), request.part)
     if request.show:
@@ -184,6 +186,7 @@ def _candidates(request: _Request) -> int:
         names,
         request.places,
         request.changes,
+        fits=fits,
         machine=request.machine,
         console=Console(stderr=True),
         overwrite=request.overwrite,

@@ -17,6 +17,7 @@ from .cli_common import (
     BatchSize,
     CheckpointArgument,
     Device,
+    Fits,
     OnBadFile,
     Overwrite,
     Precision,
@@ -43,6 +44,7 @@ def crossval_command(
     settings: Settings = None,
     folds: Annotated[int, typer.Option(help="Parts, each validated on once.")] = 2,
     repeats: Annotated[int, typer.Option(help="How often the pictures are divided anew.")] = 2,
+    fits: Fits = None,
     accelerator: Accelerator = "auto",
     precision: Precision = "32-true",
     workers: Workers = None,
@@ -66,12 +68,14 @@ def crossval_command(
         out,
         folds=folds,
         repeats=repeats,
+        fits=fits,
         machine=make_machine(accelerator, precision, workers, backend),
         console=Console(stderr=True),
         overwrite=overwrite,
     )
+    spread = "" if found.deviation is None else f" ± {100 * found.deviation:.2f}"
     typer.echo(
-        f"average accuracy {100 * found.average_accuracy:.2f} ± {100 * found.deviation:.2f} % over "
+        f"average accuracy {100 * found.average_accuracy:.2f}{spread} % over "
         f"{len(found.folds)} trainings, loss {found.loss:.4f}, calibration error "
         f"{100 * found.calibration_error:.2f} %"
     )

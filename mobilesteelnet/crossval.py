@@ -53,14 +53,15 @@ class CrossValidation:
     Attributes:
         config: The options, without the place of the data.
         folds: One entry a training.
-        average_accuracy, deviation: Mean over the folds and its standard deviation.
+        average_accuracy: Mean over the folds.
+        deviation: Its standard deviation; None of one fold.
         loss, calibration_error: Means over the folds.
     """
 
     config: dict[str, Any]
     folds: list[Fold]
     average_accuracy: float
-    deviation: float
+    deviation: float | None
     loss: float
     calibration_error: float
 
@@ -75,6 +76,7 @@ def cross_validate(
     *,
     folds: int = FOLDS,
     repeats: int = REPEATS,
+    fits: int | None = None,
     machine: Machine | None = None,
     console: Console | None = None,
     overwrite: bool = False,
@@ -89,6 +91,7 @@ def cross_validate(
         out: Folder of the runs and of ``crossval.json``.
         folds: Parts of each repetition, at least 2.
         repeats: How often the pictures are divided anew.
+        fits: Only the first so many of the ``folds``·``repeats`` trainings; None does all.
         machine: Where it is computed.
         console: Where progress is shown.
         overwrite: Start the runs again.
@@ -96,6 +99,8 @@ def cross_validate(
     Raises:
         DataError, RunFolderError, ValueError, TrainingError: As training does.
     """
+    if fits is not None and not 1 <= fits <= folds * repeats:
+        raise ValueError(f"fits={fits}: must be from 1 to folds·repeats = {folds * repeats}")
     machine = machine or Machine()
     folder = Path(out)
     with bar("reading pictures", console) as progress:
@@ -104,7 +109,7 @@ def cross_validate(
     seed = config.seed if config.split_seed is None else config.split_seed
     split = stratified_split(pictures, config.fractions, seed)
     found = []
-    parts = fold_splits(pictures, split, folds, repeats, seed)
+    parts = fold_splits(pictures, split, folds, repeats, seed)[:fits]
     for number, part in enumerate(parts):
         if console is not None:
             console.print(f"fold {number + 1} of {len(parts)}", highlight=False)
@@ -133,7 +138,7 @@ def cross_validate(
         {key: value for key, value in config.to_dict().items() if key != "data"},
         found,
         statistics.fmean(accuracies),
-        statistics.stdev(accuracies),
+        statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         statistics.fmean(fold.loss for fold in found),
         statistics.fmean(fold.calibration_error for fold in found),
     )

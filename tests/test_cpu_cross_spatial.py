@@ -281,6 +281,18 @@ def test_gradients_for_every_number_of_channels_and_size_of_map(op, channels):
             assert error(mine, its) <= limit, (name, sizes, training, whose)
 
 
+def test_pooled_statistics_of_more_groups_than_memory_keeps():
+    """Over 2 GB of scratch each phase computes again what the one before did."""
+    sizes = Sizes(2, 512, 48, 48, 512)
+    named = arguments("cross_spatial", sizes, True, "pooled")
+    args = convert("cross_spatial", named, torch.float32, "contiguous")
+    grads = seeds("cross_spatial", sizes, torch.float32)
+    outputs, got = forward_and_backward(cpu.KERNELS, "cross_spatial", args, grads)
+    want_outputs, want = forward_and_backward(reference.KERNELS, "cross_spatial", args, grads)
+    for mine, its in zip([*outputs, *got], [*want_outputs, *want], strict=True):
+        assert error(mine, its.double()) <= 1e-3  # the float32 sums of either
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, "channel_slice"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", STAGES)

@@ -276,6 +276,11 @@ def test_cross_validation_judges_on_the_folds(pictures: Path, tmp_path: Path) ->
     assert [run.read_json(run.config)["seed"] for run in runs] == [42, 43]
     again = cross_validate(config, tmp_path / "cv", folds=2, repeats=1, machine=CPU)
     assert again == found
+    one = cross_validate(config, tmp_path / "cv", folds=2, repeats=1, fits=1, machine=CPU)
+    assert (one.folds, one.deviation) == (found.folds[:1], None)
+    for fits in (0, 3):
+        with pytest.raises(ValueError, match=f"fits={fits}"):
+            cross_validate(config, tmp_path / "cv", folds=2, repeats=1, fits=fits, machine=CPU)
 
 
 # ------------------------------------------------------------------------ the whole, and the page
@@ -297,7 +302,9 @@ def test_tables_and_page_from_the_command_line(
     assert len(list(Path("results/published").glob("*.json"))) == 8
     assert main(["reproduce", "ours", *data, "--seeds", "1", *set_options()]) == 0
     quick = set_options(epochs=1, attention="none", fusion="none")
-    assert main(["reproduce", "recipe", *data, "--only", "published,mixup", *quick]) == 0
+    judged = ["reproduce", "recipe", *data, "--only"]
+    assert main([*judged, "published,mixup", *quick]) == 0
+    assert main([*judged, "dropout", "--fits", "1", *quick]) == 0
     assert main(["reproduce", "table3", *data]) == 0
     sizes = ["--set", "size=32", "--set", "batch_size=2", "--accelerator", "cpu"]
     assert main(["reproduce", "table8", "--only", "backbone,mobilesteelnet", *sizes]) == 0

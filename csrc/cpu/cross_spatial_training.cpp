@@ -5,12 +5,14 @@
 // Threads  over the groups: batch statistics are taken over a group's samples. Gradients of the
 //          shared parameters are summed group by group in float64, in the order of the groups: the
 //          bits do not depend on the number of threads. Pooled statistics are joined on one thread
-//          between three runs over the groups, each of which recomputes what the earlier ones did.
+//          between three runs over the groups. Where the scratch of all groups fits in 2 GB it is
+//          kept from run to run; else each recomputes what the earlier ones did.
 // Bytes    forward reads e once, backward twice; scratch is 6.4 MB a sample and thread at c = 32,
 //          56x56, and no more threads run than fit in 4 GB of it.
 #include "cross_spatial_training.h"
 
 #include <array>
+#include <optional>
 #include <vector>
 
 #include "isa.h"
@@ -45,6 +47,34 @@ Tensor pack_parameters(const Tensor& e, const CrossSpatialParameters& parameters
   kernels.pack(parameters, c, backward, data_of(packed));
   return packed;
 }
+
+constexpr int64_t kMostKept = int64_t{1} << 29;  // floats
+
+// Runs over the groups: run(group, scratch). If kept(), a later run finds a group's scratch again.
+class GroupRuns {
+ public:
+  GroupRuns(int64_t groups, int64_t floats, bool several)
+      : groups_(groups), floats_((floats + 15) / 16 * 16) {
+    if (several && groups * floats_ <= kMostKept) {
+      scratch_ = torch::stable::empty({groups, floats_}, ScalarType::Float);
+    }
+  }
+  bool kept() const { return scratch_.has_value(); }
+  template <class Run>
+  void operator()(const Run& run) {
+    if (kept()) {
+      for_each_kept_slab(groups_, *scratch_, run);
+      return;
+    }
+    for_each_slab(groups_, floats_, [&](int64_t begin, int64_t end, float* scratch) {
+      for (int64_t g = begin; g < end; ++g) run(g, scratch);
+    });
+  }
+
+ private:
+  int64_t groups_, floats_;
+  std::optional<Tensor> scratch_;
+};
 
 // What forward and backward read of all groups; `of` gives one group's.
 struct Groups {
@@ -138,26 +168,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial
   const CrossSpatialTraining& kernels = *chosen_instruction_set().cross_spatial_training;
   const int64_t plane = all.height * all.width * all.slabs.element_size;
   std::vector<double> moments(pooled ? groups * 12 * c : 0);
-  TrainingForward first = {Phase::kWhole,         w.mutable_data_ptr(),   data_of(softmax1),
-                           data_of(softmax2),     data_of(attention_mean), data_of(attention_var),
-                           data_of(reduce_mean),  data_of(reduce_var),     moments.data()};
+  GroupRuns runs(groups, kernels.forward_scratch(all.shape(), batch), pooled);
+  TrainingForward first = {Phase::kWhole,           runs.kept(),
+                           w.mutable_data_ptr(),    data_of(softmax1),
+                           data_of(softmax2),       data_of(attention_mean),
+                           data_of(attention_var),  data_of(reduce_mean),
+                           data_of(reduce_var),     moments.data()};
   const auto run = [&] {
-    for_each_slab(groups, kernels.forward_scratch(all.shape(), batch),
-                  [&](int64_t begin, int64_t end, float* scratch) {
-                    for (int64_t g = begin; g < end; ++g) {
-                      TrainingForward out = first;
-                      const int64_t set = pooled ? 0 : g * 2 * c;
-                      out.w = static_cast<char*>(first.w) + g * plane;
-                      out.softmax1 += g * c;
-                      out.softmax2 += g * c;
-                      out.attention_mean += 3 * set;
-                      out.attention_var += 3 * set;
-                      out.reduce_mean += set;
-                      out.reduce_var += set;
-                      out.moments += pooled ? g * 12 * c : 0;
-                      kernels.forward(all.of(g), weights, out, scratch);
-                    }
-                  });
+    runs([&](int64_t g, float* scratch) {
+      TrainingForward out = first;
+      const int64_t set = pooled ? 0 : g * 2 * c;
+      out.w = static_cast<char*>(first.w) + g * plane;
+      out.softmax1 += g * c;
+      out.softmax2 += g * c;
+      out.attention_mean += 3 * set;
+      out.attention_var += 3 * set;
+      out.reduce_mean += set;
+      out.reduce_var += set;
+      out.moments += pooled ? g * 12 * c : 0;
+      kernels.forward(all.of(g), weights, out, scratch);
+    });
   };
   if (pooled) {
     const double count = static_cast<double>(batch * all.height * all.width);
@@ -198,8 +228,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
   const Slabs grads(grad_e, groups);
   const CrossSpatialTraining& kernels = *chosen_instruction_set().cross_spatial_training;
   std::vector<double> norm_sums(pooled ? groups * 6 * c : 0);
+  GroupRuns runs(groups, kernels.backward_scratch(all.shape(), batch), pooled);
   TrainingBackward first = {
       Phase::kWhole,
+      runs.kept(),
       float_values(grad_w, "grad_w", batch * groups * plane),
       float_values(w, "w", batch * groups * plane),
       float_values(softmax1, "softmax1", batch * groups * c),
@@ -222,29 +254,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
       data_of(grad_rstd),
       data_of(shares)};
   const auto run = [&] {
-    for_each_slab(groups, kernels.backward_scratch(all.shape(), batch),
-                  [&](int64_t begin, int64_t end, float* scratch) {
-                    for (int64_t g = begin; g < end; ++g) {
-                      TrainingBackward out = first;
-                      const int64_t set = first.shared ? 0 : g * 2 * c;
-                      out.grad_w += g * plane;
-                      out.w += g * plane;
-                      out.softmax1 += g * c;
-                      out.softmax2 += g * c;
-                      out.attention_mean += 3 * set;
-                      out.attention_var += 3 * set;
-                      out.reduce_mean += set;
-                      out.reduce_var += set;
-                      out.grad_e = grads.map(g);
-                      out.grad_alpha_h += g * c * all.height;
-                      out.grad_alpha_w += g * c * all.width;
-                      out.grad_mean += g * c;
-                      out.grad_rstd += g * c;
-                      out.parameters += g * count;
-                      out.norm_sums += pooled ? g * 6 * c : 0;
-                      kernels.backward(all.of(g), weights, out, scratch);
-                    }
-                  });
+    runs([&](int64_t g, float* scratch) {
+      TrainingBackward out = first;
+      const int64_t set = first.shared ? 0 : g * 2 * c;
+      out.grad_w += g * plane;
+      out.w += g * plane;
+      out.softmax1 += g * c;
+      out.softmax2 += g * c;
+      out.attention_mean += 3 * set;
+      out.attention_var += 3 * set;
+      out.reduce_mean += set;
+      out.reduce_var += set;
+      out.grad_e = grads.map(g);
+      out.grad_alpha_h += g * c * all.height;
+      out.grad_alpha_w += g * c * all.width;
+      out.grad_mean += g * c;
+      out.grad_rstd += g * c;
+      out.parameters += g * count;
+      out.norm_sums += pooled ? g * 6 * c : 0;
+      kernels.backward(all.of(g), weights, out, scratch);
+    });
   };
   std::vector<double> reduce_totals, attention_totals;
   if (pooled) {

@@ -103,4 +103,14 @@ void for_each_slab(int64_t slabs, int64_t floats, const Run& run) {
   });
 }
 
+// run(slab, scratch) with scratch that every slab finds again in the next call.
+template <class Run>
+void for_each_kept_slab(int64_t slabs, Tensor& scratch, const Run& run) {
+  float* const memory = data_of(scratch);
+  const int64_t stride = scratch.size(1);
+  torch::stable::parallel_for(0, slabs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slab = begin; slab < end; ++slab) run(slab, memory + slab * stride);
+  });
+}
+
 }  // namespace ciema::cpu

@@ -30,6 +30,7 @@ def judge_candidates(
     places: Places,
     changes: dict[str, Any],
     *,
+    fits: int | None = None,
     machine: Machine | None = None,
     console: Console | None = None,
     overwrite: bool = False,
@@ -41,6 +42,7 @@ def judge_candidates(
         names: Keys of :data:`mobilesteelnet.recipes.CANDIDATES`.
         places: Where things lie.
         changes: Options that replace those of all candidates.
+        fits: Trainings of each; None does all (see :func:`mobilesteelnet.crossval.cross_validate`).
         machine: Where it is computed.
         console: Where progress is shown.
         overwrite: Judge them again, even if their results are there.
@@ -62,6 +64,7 @@ def judge_candidates(
         found = cross_validate(
             config,
             places.runs / "recipe" / name,
+            fits=fits,
             machine=machine,
             console=console,
             overwrite=overwrite,

@@ -330,7 +330,7 @@ def _recipe(found: Results) -> str:
     for name, item in ranked:
         fits = len(item["folds"])
         figure = f"{100 * item['average_accuracy']:.2f}"
-        if fits > 1:
+        if item["deviation"] is not None:
             figure += f" ± {100 * item['deviation']:.2f}"
         error = f"{100 * item['calibration_error']:.2f}"
         lines.append(f"| {name} | {figure} | {item['loss']:.3f} | {error} | {fits} |")
@@ -341,7 +341,7 @@ def _recipe(found: Results) -> str:
         "it stops, and chooses its epoch, on the pictures that it is judged on. A fit is judged on "
         "half of those pictures: differences of a few points may be chance, which is why the loss "
         "stands beside the accuracy.\n\n" + "\n".join(lines) + "\n\n"
-        "Command: `mobilesteelnet reproduce recipe --data NEU-DET.zip`."
+        "Command: `mobilesteelnet reproduce recipe --data NEU-DET.zip --fits FITS`."
     )
 
 

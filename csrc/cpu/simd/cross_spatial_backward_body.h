@@ -276,7 +276,8 @@ inline void reduce_norm_gradient(const BackwardTask& task, int k) {
   }
 }
 
-inline void backward_join(const BackwardTask& task) {
+// What a sample's sums give: m of the softmax, and the gradients of alpha and Wc.
+inline void backward_samples(const BackwardTask& task) {
   const BackwardWork& work = task.work;
   double alpha = 0.0;
   for (int64_t b = 0; b < work.batch; ++b) {
@@ -287,6 +288,11 @@ inline void backward_join(const BackwardTask& task) {
     }
   }
   task.grads.alpha[0] = static_cast<float>(alpha);
+}
+
+// R's batch norm: its gradient, or in the first phase the sums that the groups join.
+inline void backward_join(const BackwardTask& task) {
+  const BackwardWork& work = task.work;
   for (int k = 0; k < 2; ++k) {
     if (task.io.phase != Phase::kFirst) {
       reduce_norm_gradient(task, k);
@@ -359,7 +365,7 @@ inline void backward_weights(const BackwardTask& task, int k) {
   }
 }
 
-// From those sums: the gradients of L's batch norm, and grad_L as a function of grad_A and L.
+// From those sums: the gradients of L's batch norm; in the second phase left to be joined.
 inline void attention_norm_gradient(const BackwardTask& task, int k) {
   const BackwardWork& work = task.work;
   const int64_t c = work.frame.c, cp = work.frame.cp;
@@ -367,14 +373,21 @@ inline void attention_norm_gradient(const BackwardTask& task, int k) {
     const int64_t at = i / c * cp + i % c;
     task.grads.attention_weight[i] += work.norm_dot[at];
     task.grads.attention_bias[i] += work.norm_sum[at];
-    if (task.io.phase == Phase::kSecond) {
-      double* sums = task.io.norm_sums;
-      sums[i] = work.norm_sum[at] + (k == 0 ? 0.0 : sums[i]);
-      sums[3 * c + i] = work.norm_dot[at] + (k == 0 ? 0.0 : sums[3 * c + i]);
-      continue;
-    }
-    if (task.io.constants) continue;
-    const double* totals = task.io.attention_totals;
+    if (task.io.phase != Phase::kSecond) continue;
+    double* sums = task.io.norm_sums;
+    sums[i] = work.norm_sum[at] + (k == 0 ? 0.0 : sums[i]);
+    sums[3 * c + i] = work.norm_dot[at] + (k == 0 ? 0.0 : sums[3 * c + i]);
+  }
+}
+
+// grad_L as a function of grad_A and L.
+inline void attention_norm_factors(const BackwardTask& task, int k) {
+  if (task.io.constants) return;
+  const BackwardWork& work = task.work;
+  const int64_t c = work.frame.c, cp = work.frame.cp;
+  const double* totals = task.io.attention_totals;
+  for (int64_t i = 0; i < 3 * c; ++i) {
+    const int64_t at = i / c * cp + i % c;
     const double scale = work.scale[k * 3 * cp + at];
     const double middle = (totals != nullptr ? totals[i] : work.norm_sum[at]) / task.io.count;
     const double away = (totals != nullptr ? totals[3 * c + i] : work.norm_dot[at]) / task.io.count;

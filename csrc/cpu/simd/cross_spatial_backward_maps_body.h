@@ -241,18 +241,26 @@ inline void training_backward(const TrainingGroup& group, const float* packed,
   const TrainingWeights weights(const_cast<float*>(packed), work.frame.c, true);
   const ParameterGradients grads(io.parameters, work.frame.c);
   const BackwardTask task = {group, io, work, weights, grads};
-  work.clear_frames();
-  memset(scratch + work.zero_from, 0,
-         static_cast<size_t>(work.zero_to - work.zero_from) * sizeof(float));
-  memset(io.parameters, 0,
-         static_cast<size_t>(ParameterGradients::size(work.frame.c)) * sizeof(float));
-  load_attention_norm(task);
-  backward_recompute(task);
-  backward_join(task);
+  const bool kept = io.kept && io.phase != Phase::kFirst;
+  if (!kept) {
+    work.clear_frames();
+    memset(scratch + work.zero_from, 0,
+           static_cast<size_t>(work.zero_to - work.zero_from) * sizeof(float));
+    memset(io.parameters, 0,
+           static_cast<size_t>(ParameterGradients::size(work.frame.c)) * sizeof(float));
+    load_attention_norm(task);
+    backward_recompute(task);
+    backward_samples(task);
+  }
+  const bool last = kept && io.phase == Phase::kLast;
+  if (!last) backward_join(task);
   if (io.phase == Phase::kFirst) return;
   for (int k = 0; k < 2; ++k) {
-    backward_weights(task, k);
-    attention_norm_gradient(task, k);
+    if (!last) {
+      backward_weights(task, k);
+      attention_norm_gradient(task, k);
+    }
+    if (io.phase != Phase::kSecond) attention_norm_factors(task, k);
   }
   if (io.phase == Phase::kSecond) return;
   for (int64_t b = 0; b < group.batch; ++b) backward_sample(task, b);

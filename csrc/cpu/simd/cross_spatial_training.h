@@ -19,11 +19,13 @@ struct TrainingGroup {
 
 // With statistics of each group and branch its own a group is done at one go. Where all groups and
 // branches share them (spec.md 3, "pooled"), the caller joins what a phase leaves of every group
-// before the next; later phases recompute what earlier ones did.
+// before the next. Later phases recompute what earlier ones did, unless `kept` says that the scratch
+// is as the phase before left it: the same operations, done once.
 enum class Phase : int { kWhole, kFirst, kSecond, kLast };
 
 struct TrainingForward {
   Phase phase;
+  bool kept;
   void* w;                               // (B, ., H, W), of e's type
   float *softmax1, *softmax2;            // (B, ., c)
   float *attention_mean, *attention_var; // (2, 3c), of the two branches
@@ -35,6 +37,7 @@ struct TrainingForward {
 
 struct TrainingBackward {
   Phase phase;
+  bool kept;
   const float *grad_w, *w;                     // (B, ., H, W)
   const float *softmax1, *softmax2;            // (B, ., c)
   const float *attention_mean, *attention_var; // (2, 3c), or (1, 3c) of constants

@@ -139,8 +139,10 @@ inline void training_forward(const TrainingGroup& group, const float* packed,
   const int64_t c = work.frame.c, cp = work.frame.cp;
   const int64_t count = group.batch * work.frame.height * work.frame.width;
   const bool whole = out.phase == Phase::kWhole;
-  work.clear_frames();
-  forward_features(group, work, weights);
+  if (!out.kept || out.phase == Phase::kFirst) {
+    work.clear_frames();
+    forward_features(group, work, weights);
+  }
   for (int k = 0; k < 2; ++k) {
     const Moments logits(work.attention_moments + k * 6 * cp, 3 * cp);
     const Moments reduced(work.reduce_moments + k * 2 * cp, cp);
@@ -153,7 +155,7 @@ inline void training_forward(const TrainingGroup& group, const float* packed,
     if (whole) store_moments(logits, 3, c, count, mean, var);
     norm_factors(mean, var, group.attention_eps, weights.attention_weight,
                  weights.attention_bias, 3, c, work.scale + k * 3 * cp, work.shift + k * 3 * cp);
-    forward_reduce(group, work, weights, k);
+    if (!out.kept || out.phase != Phase::kLast) forward_reduce(group, work, weights, k);
     if (out.phase == Phase::kSecond) {
       leave_moments(reduced, 1, c, out.moments + k * 2 * c);
       continue;
