@@ -64,7 +64,8 @@ def make_page(found: Results, links: dict[str, str]) -> str:
         "written by hand but the reasons in `results/notes.json`. Accuracies are the mean of the "
         "classes' accuracies on the test pictures, in per cent, mean ± standard deviation over the "
         f"seeds; the split is fixed (seed {FIRST_SEED}), every network is trained from scratch. "
-        "The test pictures were read once a run, after its training.",
+        "The test pictures were read once a run, after its training (and of the weights that the "
+        "package brings once more, to measure what storing them in eight bits costs).",
         f"Paper: {paper['citation']}.",
         _ours(found, links),
     ]
@@ -178,9 +179,10 @@ def _ours(found: Results, links: dict[str, str]) -> str:
     )
     parts = [
         "## MobileSteelNet by our recipe",
-        f"**{row.accuracy.percent()} %** over {len(row.results)} seeds (paper: 91.36 %{compared}). "
-        "The same network, split and pictures. Command: `mobilesteelnet reproduce ours --data "
-        "NEU-DET.zip`; one network: `mobilesteelnet train --recipe ours --data NEU-DET.zip`.",
+        f"**{row.accuracy.percent()} %** over {_seeds(row)} (paper: 91.36 %{compared}). The same "
+        "split and pictures, from scratch, and the same network but for what the recipe says. "
+        "Command: `mobilesteelnet reproduce ours --data NEU-DET.zip`; one network: "
+        "`mobilesteelnet train --recipe ours --data NEU-DET.zip`.",
         f"By class: {classes}.",
         *_strays([row]),
         "The recipe: " + ", ".join(_option(k, options[k]) for k in _changed(options)) + ".",
@@ -193,6 +195,11 @@ def _ours(found: Results, links: dict[str, str]) -> str:
         parts.append(_image(links, "calibration", "Calibration of our recipe"))
     parts.append(_hard_cases(row))
     return "\n\n".join(part for part in parts if part)
+
+
+def _seeds(row: Row) -> str:
+    count = len(row.results)
+    return f"{count} seeds" if count > 1 else f"one seed ({row.results[0]['seed']})"
 
 
 def _effort(row: Row) -> str:
