@@ -112,7 +112,7 @@ def run_demo(
         raise ValueError(f"budget={budget!r}: must be one of {', '.join((*BUDGETS, SHIPPED))}")
     if budget == SHIPPED and data is None:
         raise ValueError("budget='shipped' needs data: drawn pictures tell nothing about steel")
-    shipped = load_shipped() if budget == SHIPPED else None
+    shipped = load_shipped().frozen() if budget == SHIPPED else None
     folder = Path(out).absolute()
     source = str(Path(data).absolute()) if data is not None else None
     if source is not None and not Path(source).exists():
@@ -134,7 +134,7 @@ def run_demo(
     say(f"trained: {trained.reason}")
     run = RunFolder(trained.run)
     indexes = pick_split(pictures, "test", run)
-    checkpoint = load_checkpoint(trained.checkpoint)
+    checkpoint = load_checkpoint(trained.checkpoint).frozen()
     return _report(folder, checkpoint, pictures, "test", indexes, run, console, command)
 
 
