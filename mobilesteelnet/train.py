@@ -210,17 +210,14 @@ class _Session:
         self.pictures = pictures
         model = build_model(config, pictures.classes, machine.backend)
         self.module = Classifier(model, config, compile=machine.compile)
-        small = None
-        if config.small_size is not None:
-            transform = _training_transform(config, config.small_size)
-            small = PictureDataset(pictures, split.train, transform)
+        small = _training_transform(config, config.small_size or config.size)
         self.data = PictureDataModule(
             PictureDataset(pictures, split.train, _training_transform(config, config.size)),
             PictureDataset(pictures, split.val, eval_transform(config.size)),
             batch_size=config.batch_size,
             seed=config.seed,
             workers=machine.workers,
-            small=small,
+            small=PictureDataset(pictures, split.train, small),
             small_epochs=config.small_epochs,
         )
         card = {

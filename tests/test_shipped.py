@@ -24,7 +24,7 @@ from training_cases import (
     small_network,
 )
 
-from mobilesteelnet import shipped
+from mobilesteelnet import demo, shipped
 from mobilesteelnet.__main__ import main
 from mobilesteelnet.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from mobilesteelnet.data import PictureSet, scan, stratified_split
@@ -257,7 +257,11 @@ def test_pictures_alone_are_predicted_with_the_packages_weights(
 
 
 def test_the_demo_with_the_packages_weights(
-    shipping: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shipping: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "demo"
     arguments = ["demo", "--budget", "shipped", "--out", str(out)]
@@ -267,6 +271,12 @@ def test_the_demo_with_the_packages_weights(
     assert (out / "report" / "report.html").is_file()
     assert not (out / "run").exists()
     assert "on 12 " in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(demo, "shipped_folder", lambda: shipping)
+    assert main(["demo", "--out", str(tmp_path / "plain"), "--data", str(folder)]) == 0
+    assert not (tmp_path / "plain" / "run").exists()
+    assert demo.default_budget(None) == "small"
+    monkeypatch.setattr(demo, "shipped_folder", lambda: tmp_path)
+    assert demo.default_budget(folder) == "small"
 
 
 def test_pictures_that_a_training_never_saw(pictures: PictureSet) -> None:
