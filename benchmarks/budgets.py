@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = ROOT / "benchmarks" / "gpu_budgets.toml"
 TRITON_MARK = "# ---- Triton kernels\n"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-_NVCC_FLAGS = ("-O3", "-std=c++20")  # as setup.py builds them
+_BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="build")  # its flags
 # What a row of the file holds: at most, then at least.
 _AT_MOST = ("registers", "shared_bytes", "spill_bytes", "stack_bytes")
 _AT_LEAST = ("occupancy", "tensor_instructions", "products_per_issue", "wide_loads")
@@ -73,36 +74,57 @@ def find_nvcc() -> str | None:
 
 
 def measure(
-    nvcc: str, source: Path, architecture: int, dynamic: Mapping[str, int] | None = None
+    nvcc: str,
+    source: Path,
+    architectures: Iterable[int],
+    dynamic: Mapping[str, int] | None = None,
 ) -> list[Usage]:
-    """Compiles one file for one architecture and reads what its kernels use.
+    """Compiles one file for several architectures and reads what its kernels use.
 
     Args:
         nvcc: the compiler.
         source: a CUDA file.
-        architecture: a key of ``MULTIPROCESSORS``.
+        architectures: keys of ``MULTIPROCESSORS``.
         dynamic: kernel → bytes of dynamic shared memory.
 
     Raises:
         RuntimeError: nvcc's message, if it does not compile, or warns.
     """
+    found: list[Usage] = []
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        command = [nvcc, *_NVCC_FLAGS, f"-arch=sm_{architecture}", "-Xptxas", "-v"]
-        command += ["--keep", "--keep-dir", folder, "-cubin", str(source), "-o", str(cubin)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        told = result.stdout + result.stderr
-        if result.returncode != 0 or "warning" in told:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{told}")
-        ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
-        code = sass.text_sections(cubin.read_bytes())
-    threads = {
-        name: int(count)
-        for name, count in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx)
-    }
-    listings = sass.disassemble_code(list(code.values()), f"sm_{architecture}")
-    counted = {name: sass.counts(listing) for name, listing in zip(code, listings, strict=True)}
-    return list(_usages(told, (source.stem, architecture), threads, counted, dynamic or {}))
+        cubin, families = Path(folder) / "kernels.cubin", set()
+        for architecture in architectures:
+            flag = _BUILD["code_flag"](f"{architecture // 10}.{architecture % 10}")
+            family = _captured(r"arch=(compute_\d+)", flag)
+            ptx = Path(folder) / family / f"{source.stem}.ptx"
+            if family not in families:
+                families.add(family)
+                ptx.parent.mkdir()
+                flags = [*_BUILD["NVCC_FLAGS"], f"-arch={family}"]
+                _compile([nvcc, *flags, "-ptx", str(source), "-o", str(ptx)])
+            command = [nvcc, flag, "-Xptxas", "-O3,-v", "-cubin", str(ptx), "-o", str(cubin)]
+            told = _compile(command)
+            code = sass.text_sections(cubin.read_bytes())
+            listings = sass.disassemble_code(list(code.values()), f"sm_{architecture}")
+            counted = dict(zip(code, map(sass.counts, listings), strict=True))
+            threads = _block_threads(ptx.read_text())
+            found += _usages(told, (source.stem, architecture), threads, counted, dynamic or {})
+    return found
+
+
+def _block_threads(ptx: str) -> dict[str, int]:
+    """Kernel → the most threads of a block, where its ``__launch_bounds__`` say so."""
+    entries = re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx)
+    return {name: int(count) for name, count in entries}
+
+
+def _compile(command: list[str]) -> str:
+    """What a compiler said; a warning is an error."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    told = result.stdout + result.stderr
+    if result.returncode != 0 or "warning" in told:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{told}")
+    return told
 
 
 def measure_library(library: Path, dynamic: Mapping[str, int] | None = None) -> list[Usage]:
@@ -210,12 +232,11 @@ def short_name(symbol: str) -> str:
 
 
 def measure_all(nvcc: str, architectures: Iterable[int] = ARCHITECTURES) -> list[Usage]:
-    """``measure`` for every ``csrc/cuda/*.cu`` and architecture, two compilers at a time."""
+    """``measure`` for every ``csrc/cuda/*.cu``, two compilers at a time."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    jobs = [(source, architecture) for source in sources for architecture in architectures]
-    dynamic = _dynamic_shared_bytes()
+    dynamic, wanted = _dynamic_shared_bytes(), list(architectures)
     with ThreadPoolExecutor(max_workers=2) as pool:
-        found = list(pool.map(lambda job: measure(nvcc, job[0], job[1], dynamic), jobs))
+        found = list(pool.map(lambda source: measure(nvcc, source, wanted, dynamic), sources))
     usages = [usage for usages in found for usage in usages]
     return sorted(usages, key=lambda u: (u.source, u.kernel, u.architecture))
 

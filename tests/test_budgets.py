@@ -134,7 +134,7 @@ def test_spills_and_shared_memory_are_read(tmp_path: Path) -> None:
         }
         """
     )
-    (usage,) = budgets.measure(NVCC, source, 80)
+    (usage,) = budgets.measure(NVCC, source, [80])
     assert usage.kernel == "greedy"
     assert usage.threads == 1024
     assert usage.registers <= 32  # 2 blocks of 1024 threads share 65536
@@ -148,7 +148,7 @@ def test_a_kernel_that_does_not_compile_gives_the_compilers_words(tmp_path: Path
     source = tmp_path / "wrong.cu"
     source.write_text("__global__ void wrong() { return 1 }")
     with pytest.raises(RuntimeError, match="expected"):
-        budgets.measure(NVCC, source, 80)
+        budgets.measure(NVCC, source, [80])
 
 
 @needs_nvcc

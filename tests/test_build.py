@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,30 @@ def test_unknown_mode_is_refused(tree):
     done = plan_of(tree, FUSED_BUILD="gpu")
     assert done.returncode != 0
     assert "FUSED_BUILD='gpu' is unknown, use one of auto, cpu, cuda, none" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["7.5", "Hopper", "9.0a", "8"])
+def test_an_architecture_that_cannot_be_built_for_is_refused(tree, name):
+    done = plan_of(tree, FUSED_BUILD="cuda", TORCH_CUDA_ARCH_LIST=f"8.6 {name}")
+    if "FUSED_BUILD=cuda: " in done.stderr:
+        pytest.skip("no nvcc")
+    assert done.returncode != 0
+    assert f"TORCH_CUDA_ARCH_LIST names '{name}': must be numbers from 8.0 on" in done.stderr
+
+
+def test_a_file_is_compiled_to_ptx_once_for_a_family_of_gpus():
+    flags = runpy.run_path(str(ROOT / "setup.py"), run_name="build")["cuda_flags"]
+    assert flags(["8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "12.0+PTX"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_80,code=sm_87",
+        "-gencode=arch=compute_86,code=sm_89",
+        "-gencode=arch=compute_80,code=sm_90",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=sm_103",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
 
 
 def test_cuda_without_nvcc_is_an_error_and_auto_goes_without(tree):

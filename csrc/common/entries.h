@@ -10,20 +10,18 @@
 //   const Entry kEntries[] = {{"scale_float32", scale}};
 //
 // Nothing of the C++ library is inline here: the emulator instruments all code of a kernel file,
-// and the linker keeps one copy of an inline function.
+// and the linker keeps one copy of an inline function. Nothing of it is included either: nvcc would
+// read it again for every file and family of architectures.
 #pragma once
 
 #include <cstdint>
-#include <map>
-#include <string>
 
 namespace ciema {
 
-class Arguments {
- public:
-  std::map<std::string, void*> pointers;
-  std::map<std::string, int64_t> integers;
-  std::map<std::string, double> reals;
+struct ArgumentValues;  // argument_values.h
+
+struct Arguments {
+  const ArgumentValues& values;
   void* stream = nullptr;  // cudaStream_t
 
   // Null when the caller gave an empty tensor or none.
@@ -34,8 +32,6 @@ class Arguments {
   // Throws std::invalid_argument when the caller did not give it.
   int64_t integer(const char* name) const;
   float real(const char* name) const;
-
- private:
   void* address(const char* name) const;
 };
 
@@ -46,7 +42,7 @@ struct Entry {
 };
 
 // The entry of that name, or null.
-Entry::Function find_entry(const std::string& name);
+Entry::Function find_entry(const char* name);
 
 constexpr int64_t kGridX = 2147483647;  // most blocks along x; along y and z
 constexpr int64_t kGridY = 65535;

@@ -3,6 +3,8 @@
 
 #include <stdexcept>
 
+#include "../common/argument_values.h"
+
 namespace ciema {
 namespace {
 
@@ -20,18 +22,18 @@ Value need(const std::map<std::string, Value>& values, const char* name) {
 
 }  // namespace
 
-int64_t Arguments::integer(const char* name) const { return need(integers, name); }
+int64_t Arguments::integer(const char* name) const { return need(values.integers, name); }
 
-float Arguments::real(const char* name) const { return static_cast<float>(need(reals, name)); }
+float Arguments::real(const char* name) const { return static_cast<float>(need(values.reals, name)); }
 
 void* Arguments::address(const char* name) const {
-  const auto found = pointers.find(name);
-  return found == pointers.end() ? nullptr : found->second;
+  const auto found = values.pointers.find(name);
+  return found == values.pointers.end() ? nullptr : found->second;
 }
 
 Entry::Entry(const char* name, Function function) { table()[name] = function; }
 
-Entry::Function find_entry(const std::string& name) {
+Entry::Function find_entry(const char* name) {
   const auto found = table().find(name);
   return found == table().end() ? nullptr : found->second;
 }

@@ -175,23 +175,9 @@ __device__ __forceinline__ void store_statistics(const Statistics& statistics, i
   }
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr bool kHopper = true;
-#else
-constexpr bool kHopper = false;
-#endif
-
-// As product::min_blocks; on sm_90 ptxas would spill a few of bfloat16's 128 registers in rows.
-template <class T, product::Layout kLayout>
-constexpr int min_blocks() {
-  constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
-  const bool crowded = kHopper && kBfloat16 && kLayout == product::Layout::kRows;
-  return crowded ? 1 : product::min_blocks<T, Shape<T>>();
-}
-
 // A product in the first `product_blocks` blocks, and folding in the others, if there are any.
 template <class T, Precision kPrecision, Layout kLayout, product::Reduction kReduce>
-__global__ void __launch_bounds__(Shape<T>::kThreads, (min_blocks<T, kLayout>()))
+__global__ void __launch_bounds__(Shape<T>::kThreads, (product::min_blocks<T, Shape<T>>()))
     product_kernel(product::ProductParams p, Epilogue<T, kReduce> epilogue, int product_blocks,
                    FoldParams folding, Statistics statistics) {
   using Loading = product::ScaledThenPlainLoader;  // w and the second operand may be absent

@@ -2,6 +2,8 @@
 // gated_fusion_backward.cuh.
 #include "gated_fusion_backward.cuh"
 
+#include <initializer_list>
+
 #include "gated_fusion_entries.cuh"
 
 namespace ciema {

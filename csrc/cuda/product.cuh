@@ -33,7 +33,7 @@ constexpr int shared_bytes() {
 
 // Whether a multiprocessor has but 100 KB of shared memory, enough for one wide tile.
 #if defined(__CUDA_ARCH__) && \
-    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+    ((__CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1200)
 constexpr bool kSmallShared = true;
 #else
 constexpr bool kSmallShared = false;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../common/argument_values.h"
 #include "../common/entries.h"
 #include "findings.h"
 #include "launch.h"
@@ -72,15 +73,15 @@ py::bytes read(uintptr_t address) {
 void launch_entry(const std::string& name, const std::map<std::string, uintptr_t>& pointers,
                   const std::map<std::string, int64_t>& integers,
                   const std::map<std::string, double>& reals) {
-  const ciema::Entry::Function entry = ciema::find_entry(name);
+  const ciema::Entry::Function entry = ciema::find_entry(name.c_str());
   if (entry == nullptr) throw std::invalid_argument("no entry named " + name);
-  ciema::Arguments arguments;
+  ciema::ArgumentValues values;
   for (const auto& [key, value] : pointers) {
-    arguments.pointers[key] = reinterpret_cast<void*>(value);
+    values.pointers[key] = reinterpret_cast<void*>(value);
   }
-  arguments.integers = integers;
-  arguments.reals = reals;
-  entry(arguments);
+  values.integers = integers;
+  values.reals = reals;
+  entry({values});
 }
 
 // What an entry would launch with these arguments: (name, place of the kernel's code, grid, block,

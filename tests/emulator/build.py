@@ -71,7 +71,8 @@ def build(kernel: Path) -> ModuleType:
 def _objects() -> list[Path]:
     """The compiled files of the emulator itself."""
     sources = [*sorted(_EMULATOR.glob("*.cpp")), CSRC / "cuda" / "entries.cpp"]
-    headers = [*sorted(_EMULATOR.glob("*.h")), CSRC / "common" / "entries.h"]
+    headers = [*sorted(_EMULATOR.glob("*.h"))]
+    headers += [CSRC / "common" / "entries.h", CSRC / "common" / "argument_values.h"]
     missing = [source for source in sources if not _object(source, headers).exists()]
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(lambda source: _compile(source, _object(source, headers)), missing))
