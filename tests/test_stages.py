@@ -292,3 +292,24 @@ def test_nan_and_infinity_propagate_as_in_eager(place: Place) -> None:
         x = x.to(place.device)
         assert torch.equal(block(x).isnan(), published(x).isnan()), value
         assert block(x)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_infinity_passes_channel_interaction_as_published(place: Place) -> None:
+    """a·x + (1 − a)·W x with a = 0 here: whatever adds a difference instead makes it NaN."""
+    op, dtype = "channel_interaction", torch.float32
+    for backend in backends_for(op, dtype, place):
+        named = arguments(op, Sizes(2, 20, 6, 7, 1))
+        named["x"][0, 3, 2, 2] = float("inf")
+        named["squeeze_weight"].abs_()
+        named["excite_weight"].abs_().neg_()
+        args = convert(op, named, dtype, "contiguous", place.device)
+        with chosen(backend) as name:
+            e, gate, *_ = OPS[op](*args, backend=name)
+        assert (gate[0] == 0).all()
+        x, share = args[0], gate[:, :, None, None]
+        want = share * x + (1 - share) * torch.nn.functional.conv2d(x, args[3])
+        assert want.isinf().sum() == 19
+        assert want.isnan().sum() == 1
+        assert torch.equal(e.isnan(), want.isnan())
+        assert torch.equal(e.isinf(), want.isinf())

@@ -57,7 +57,8 @@ def forward(
     hidden = (mean @ squeeze.T).relu() + (maximum @ squeeze.T).relu()
     gate = (hidden @ excite.T).sigmoid()
     product = convolve(x, interaction_weight).to(dtype)
-    e = torch.lerp(product, x.to(dtype), gate[:, :, None, None]).to(x.dtype)
+    share = gate[:, :, None, None]  # not lerp: where the product is infinite, it gives NaN
+    e = torch.addcmul(share * x.to(dtype), 1 - share, product).to(x.dtype)
     return e.contiguous(memory_format=memory_format(x)), gate, mean, maximum, argmax
 
 
