@@ -167,7 +167,7 @@ def package_weights_command(
         )
     typer.echo(
         f"{made.bytes:,} bytes as {storage}: {100 * made.after.average_accuracy:.2f} % "
-        f"({made.loss:.2f} points less than before)"
+        f"({abs(made.loss):.2f} points {'less' if made.loss > 0 else 'more'} than before)"
     )
     typer.echo(f"weights: {made.file}")
     return OK
