@@ -7,11 +7,12 @@ notes each launch: grid, threads, dynamic shared memory.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT / "tests") not in sys.path:  # the emulator's Python face
     sys.path.append(str(ROOT / "tests"))
 
-from emulator.launcher import module_of  # noqa: E402
+from emulator.launcher import file_of_entries, module_of  # noqa: E402
 
 from benchmarks.budgets import short_name  # noqa: E402
 from benchmarks.triton_capture import DTYPES, FAKE, LAYOUTS, Call, arguments, calls  # noqa: E402
@@ -33,7 +34,6 @@ from fused.spatial_gate import NAME as SPATIAL_GATE  # noqa: E402
 
 BATCHES = (1, 8)
 MULTIPROCESSORS = 108
-_ALIGNED = 4096  # as the GPU's allocator aligns
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,27 @@ class KernelLaunch:
         entry: of `csrc/cuda`, with the dtype.
         kernel: as `budgets.short_name` gives it.
         grid: blocks along x, y and z.
-        threads: of a block.
+        block: threads along x, y and z.
         dynamic_shared_bytes: of a block.
+        parameters: bytes of what the kernel is handed; pointers are `pointer(0)`, `pointer(1)`, …
     """
 
     entry: str
     kernel: str
     grid: tuple[int, int, int]
-    threads: int
+    block: tuple[int, int, int]
     dynamic_shared_bytes: int
+    parameters: tuple[bytes, ...] = field(default=(), repr=False)
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return math.prod(self.block)
+
+
+def pointer(index: int) -> int:
+    """Where the tensor of that number is said to lie: no size or stride is as large."""
+    return (index + 1) << 40
 
 
 def entries(call: Call, dtype: torch.dtype) -> list[Launch]:
@@ -84,20 +96,23 @@ def _a100() -> Iterator[None]:
 
 def dry(launches: Iterable[Launch]) -> list[KernelLaunch]:
     """The kernels that these entries start."""
-    raw: list[tuple[Launch, str, str, tuple[int, int, int], tuple[int, int, int], int]] = []
+    raw: list[tuple[str, str, str, tuple[Any, ...]]] = []
     for launch in launches:
         module = module_of(launch)
-        pointers = {name: _ALIGNED * (i + 1) for i, name in enumerate(launch.buffers)}
+        pointers = {name: pointer(i) for i, name in enumerate(launch.buffers)}
         made = module.launch_dry(launch.entry, pointers, launch.integers, launch.reals)
         file = module.__file__ or ""
-        raw += [(launch, file, place, grid, block, size) for _, place, grid, block, size in made]
-    names = _kernel_names({(file, place) for _, file, place, *_ in raw})
+        raw += [(launch.entry, file, place, tuple(rest)) for _, place, *rest in made]
+    names = _kernel_names({(file, place) for _, file, place, _ in raw})
     return [
-        KernelLaunch(
-            launch.entry, names[file, place], grid, block[0] * block[1] * block[2], dynamic
-        )
-        for launch, file, place, grid, block, dynamic in raw
+        KernelLaunch(entry, names[file, place], grid, block, dynamic, tuple(parameters))
+        for entry, file, place, (grid, block, dynamic, parameters) in raw
     ]
+
+
+def file_of(made: KernelLaunch) -> str:
+    """Stem of the file of `csrc/cuda` that holds the launch's kernel."""
+    return file_of_entries()[made.entry.rpartition("_")[0]]
 
 
 def _kernel_names(places: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
@@ -115,16 +130,23 @@ def _kernel_names(places: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return names
 
 
+def all_calls(ops: Iterable[str] | None = None) -> list[Call]:
+    """Every op of the backend, or those named, in all modes and layouts."""
+    wanted = list(cuda.KERNELS if ops is None else ops)
+    gates = [Call(SPATIAL_GATE, training=False, layout=layout) for layout in LAYOUTS]
+    stages = calls([op for op in wanted if op != SPATIAL_GATE], LAYOUTS)
+    return [*stages, *(gates if SPATIAL_GATE in wanted else ())]
+
+
 def all_launches(batches: Iterable[int] = BATCHES) -> list[KernelLaunch]:
     """Every kernel that an op starts at the paper's size, in all modes, dtypes and layouts."""
-    found = []
-    for batch in batches:
-        stages = calls([op for op in cuda.KERNELS if op != SPATIAL_GATE], LAYOUTS)
-        gates = [Call(SPATIAL_GATE, training=False, layout=layout) for layout in LAYOUTS]
-        for call in (*stages, *gates):
-            for dtype in DTYPES.values():
-                found += dry(entries(replace(call, batch=batch), dtype))
-    return found
+    return [
+        made
+        for batch in batches
+        for call in all_calls()
+        for dtype in DTYPES.values()
+        for made in dry(entries(replace(call, batch=batch), dtype))
+    ]
 
 
 def dynamic_shared_bytes(launches: Iterable[KernelLaunch]) -> Mapping[str, int]:

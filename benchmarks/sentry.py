@@ -12,6 +12,7 @@ finding counts as "not proven", one in global memory as a failure.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
@@ -117,15 +118,22 @@ def find_verifier() -> str | None:
 
 def launches(ops: Iterable[str] = tuple(LAUNCHERS)) -> Iterator[Launch]:
     """Launches of the ops at a small size, in float16, with one warp a program."""
+    with small_sizes():
+        for call in triton_capture.calls(ops, ["contiguous"]):
+            for launch in triton_capture.capture(call, torch.float16, TARGET):
+                config = replace(launch.config, num_warps=1, num_stages=1)
+                yield replace(launch, config=config)
+
+
+@contextlib.contextmanager
+def small_sizes() -> Iterator[None]:
+    """Within it launches are captured at sizes that the verifier can go through."""
     triton_capture.module_tensors.cache_clear()
     try:
         with mock.patch.multiple(
             triton_capture, CHANNELS=32, GROUPS=2, SIZE=8, FEATURES=((16, 8), (32, 4))
         ):
-            for call in triton_capture.calls(ops, ["contiguous"]):
-                for launch in triton_capture.capture(call, torch.float16, TARGET):
-                    config = replace(launch.config, num_warps=1, num_stages=1)
-                    yield replace(launch, config=config)
+            yield
     finally:
         triton_capture.module_tensors.cache_clear()
 

@@ -15,10 +15,11 @@ EMULATOR_UNCHECKED void launch(const Arguments&, const char* name, dim3 grid, di
                                size_t shared_bytes, void (*kernel)(Parameters...),
                                std::type_identity_t<Parameters>... parameters) {
   const auto call = [=]() EMULATOR_UNCHECKED { kernel(parameters...); };
+  const emulator::Parameter values[] = {{&parameters, sizeof(parameters)}..., {nullptr, 0}};
   emulator::launch_body(
       name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
       [](const void* closure) EMULATOR_UNCHECKED { (*static_cast<decltype(&call)>(closure))(); },
-      &call);
+      &call, values);
 }
 
 #else

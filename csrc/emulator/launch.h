@@ -5,8 +5,15 @@
 
 namespace emulator {
 
-// `kernel`: the function's address, by which a dry launch names it.
+struct Parameter {
+  const void* value;
+  size_t bytes;
+};
+
+// `kernel`: the function's address, by which a dry launch names it; `parameters`: what a GPU would
+// be handed, ends with a null value.
 void launch_body(const char* name, const void* kernel, dim3 grid, dim3 block,
-                 size_t dynamic_shared_bytes, void (*body)(const void*), const void* closure);
+                 size_t dynamic_shared_bytes, void (*body)(const void*), const void* closure,
+                 const Parameter* parameters);
 
 }  // namespace emulator

@@ -85,7 +85,7 @@ void launch_entry(const std::string& name, const std::map<std::string, uintptr_t
 }
 
 // What an entry would launch with these arguments: (name, place of the kernel's code, grid, block,
-// bytes of dynamic shared memory) each. No kernel runs, so the pointers may lead nowhere.
+// bytes of dynamic shared memory, the kernel's parameters) each. No kernel runs, so the pointers may lead nowhere.
 py::list launch_dry(const std::string& name, const std::map<std::string, uintptr_t>& pointers,
                     const std::map<std::string, int64_t>& integers,
                     const std::map<std::string, double>& reals) {
@@ -142,12 +142,17 @@ py::list site_traffic() {
 }  // namespace
 
 void launch_body(const char* name, const void* kernel, dim3 grid, dim3 block,
-                 size_t dynamic_shared_bytes, void (*body)(const void*), const void* closure) {
+                 size_t dynamic_shared_bytes, void (*body)(const void*), const void* closure,
+                 const Parameter* parameters) {
   if (dry_launches != nullptr) {
+    py::list values;
+    for (; parameters->value != nullptr; ++parameters) {
+      values.append(py::bytes(static_cast<const char*>(parameters->value), parameters->bytes));
+    }
     const std::string place = Site::at_return_address(static_cast<const char*>(kernel) + 1).text();
     dry_launches->append(py::make_tuple(name, place, py::make_tuple(grid.x, grid.y, grid.z),
                                         py::make_tuple(block.x, block.y, block.z),
-                                        dynamic_shared_bytes));
+                                        dynamic_shared_bytes, values));
     return;
   }
   machine().launch(name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
