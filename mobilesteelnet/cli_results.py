@@ -18,6 +18,7 @@ from .cli_common import (
     CheckpointArgument,
     Device,
     Fits,
+    FrozenOption,
     OnBadFile,
     Overwrite,
     Precision,
@@ -94,6 +95,7 @@ def robustness_command(
     batch_size: BatchSize = 32,
     device: Device = "auto",
     backend: Backend = None,
+    frozen: FrozenOption = True,
     on_bad_file: OnBadFile = "skip",
 ) -> int:
     """Measure a checkpoint on darker, brighter, blurred, noisy and compressed pictures.
@@ -105,7 +107,7 @@ def robustness_command(
     from .tables import robustness_table
 
     console = Console(stderr=True)
-    checkpoint, run = open_checkpoint(source, device, backend, None)
+    checkpoint, run = open_checkpoint(source, device, backend, None, frozen)
     pictures = _pictures(source, data, run, on_bad_file, console)
     indexes = pick_split(pictures, split, run)
     with bar("classifying changed pictures", console) as progress:
