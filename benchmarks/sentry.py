@@ -151,17 +151,23 @@ def prove_all(verifier: str, found: Iterable[Launch], seconds: int = SECONDS) ->
 
 def prove(verifier: str, launch: Launch, compiled: Any, seconds: int = SECONDS) -> Proof:
     """Runs the verifier on one compiled kernel with the grid and numbers of its launch."""
+    given = launch_input(launch, compiled)
+    return ask(verifier, launch.name, compiled.asm["ptx"], given, seconds)
+
+
+def ask(verifier: str, kernel: str, ptx: str, given: dict[str, Any], seconds: int) -> Proof:
+    """What the verifier says of a kernel, its PTX and its input."""
     with tempfile.TemporaryDirectory() as folder:
-        ptx, given = Path(folder) / "kernel.ptx", Path(folder) / "input.json"
-        ptx.write_text(compiled.asm["ptx"])
-        given.write_text(json.dumps(launch_input(launch, compiled)))
-        command = [verifier, str(ptx), "--input", str(given), "--timeout", str(seconds)]
+        file, numbers = Path(folder) / "kernel.ptx", Path(folder) / "input.json"
+        file.write_text(ptx)
+        numbers.write_text(json.dumps(given))
+        command = [verifier, str(file), "--input", str(numbers), "--timeout", str(seconds)]
         command += ["--memory-limit-mib", str(MEBIBYTES)]
         told = subprocess.run(command, capture_output=True, text=True)
     try:
-        return judge(launch.name, json.loads(told.stdout))
+        return judge(kernel, json.loads(told.stdout))
     except json.JSONDecodeError:
-        return Proof(launch.name, "not proven", told.stderr[-200:] or "the verifier said nothing")
+        return Proof(kernel, "not proven", told.stderr[-200:] or "the verifier said nothing")
 
 
 def judge(kernel: str, told: dict[str, Any]) -> Proof:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import re
 import subprocess
 import sys
@@ -29,7 +28,7 @@ if __package__ in (None, ""):  # run as a file: find the packages beside it
 from benchmarks import cuda_capture, triton_capture
 from benchmarks.budgets import find_nvcc, short_name
 from benchmarks.cuda_capture import KernelLaunch
-from benchmarks.sentry import MEBIBYTES, SECONDS, Proof, find_verifier, judge, small_sizes
+from benchmarks.sentry import SECONDS, Proof, ask, find_verifier, small_sizes
 
 FAMILY = "compute_120"  # of nvcc's, the verifier knows this one and compute_100a
 DTYPE = "float16"
@@ -158,17 +157,7 @@ def prove(verifier: str, made: KernelLaunch, ptx: str, seconds: int = SECONDS) -
         scalars, parts = with_scalars(ptx)
     except ValueError as error:
         return Proof(made.kernel, "not proven", str(error))
-    with tempfile.TemporaryDirectory() as folder:
-        file, given = Path(folder) / "kernel.ptx", Path(folder) / "input.json"
-        file.write_text(scalars)
-        given.write_text(json.dumps(verifiers_input(made, parts)))
-        command = [verifier, str(file), "--input", str(given), "--timeout", str(seconds)]
-        command += ["--memory-limit-mib", str(MEBIBYTES)]
-        told = subprocess.run(command, capture_output=True, text=True)
-    try:
-        return judge(made.kernel, json.loads(told.stdout))
-    except json.JSONDecodeError:
-        return Proof(made.kernel, "not proven", told.stderr[-200:] or "the verifier said nothing")
+    return ask(verifier, made.kernel, scalars, verifiers_input(made, parts), seconds)
 
 
 def prove_all(
