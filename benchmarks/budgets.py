@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = ROOT / "benchmarks" / "gpu_budgets.toml"
 TRITON_MARK = "# ---- Triton kernels\n"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-_BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="build")  # its flags
+BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="build")  # its flags
 # What a row of the file holds: at most, then at least.
 _AT_MOST = ("registers", "shared_bytes", "spill_bytes", "stack_bytes")
 _AT_LEAST = ("occupancy", "tensor_instructions", "products_per_issue", "wide_loads")
@@ -94,16 +94,16 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         cubin, families = Path(folder) / "kernels.cubin", set()
         for architecture in architectures:
-            flag = _BUILD["code_flag"](f"{architecture // 10}.{architecture % 10}")
+            flag = BUILD["code_flag"](f"{architecture // 10}.{architecture % 10}")
             family = _captured(r"arch=(compute_\d+)", flag)
             ptx = Path(folder) / family / f"{source.stem}.ptx"
             if family not in families:
                 families.add(family)
                 ptx.parent.mkdir()
-                flags = [*_BUILD["NVCC_FLAGS"], f"-arch={family}"]
-                _compile([nvcc, *flags, "-ptx", str(source), "-o", str(ptx)])
+                flags = [*BUILD["NVCC_FLAGS"], f"-arch={family}"]
+                run_compiler([nvcc, *flags, "-ptx", str(source), "-o", str(ptx)])
             command = [nvcc, flag, "-Xptxas", "-O3,-v", "-cubin", str(ptx), "-o", str(cubin)]
-            told = _compile(command)
+            told = run_compiler(command)
             code = sass.text_sections(cubin.read_bytes())
             listings = sass.disassemble_code(list(code.values()), f"sm_{architecture}")
             counted = dict(zip(code, map(sass.counts, listings), strict=True))
@@ -118,7 +118,7 @@ def _block_threads(ptx: str) -> dict[str, int]:
     return {name: int(count) for name, count in entries}
 
 
-def _compile(command: list[str]) -> str:
+def run_compiler(command: list[str]) -> str:
     """What a compiler said; a warning is an error."""
     result = subprocess.run(command, capture_output=True, text=True)
     told = result.stdout + result.stderr

@@ -4,7 +4,8 @@
 launches of the cuda backend at a small size, hands the PTX of each kernel to the verifier with the
 grid, the block and the numbers of its launch, and exits with 1 if one of `PROVEN` is not proven in
 any launch or a race is found in global memory. The verifier knows scalar parameters only: a
-structure is taken apart into what the kernel loads of it. It gives up on kernels that ask whether a
+structure is taken apart into what the kernel loads of it. That different pointers lead to different
+tensors is assumed: outputs and scratch are new ones. It gives up on kernels that ask whether a
 pointer is null, that index a parameter, or that take longer than it is given: those are what the
 emulator alone has checked.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # run as a file: find the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import cuda_capture, triton_capture
-from benchmarks.budgets import find_nvcc, short_name
+from benchmarks.budgets import BUILD, find_nvcc, run_compiler, short_name
 from benchmarks.cuda_capture import KernelLaunch
 from benchmarks.sentry import SECONDS, Proof, ask, find_verifier, small_sizes
 
@@ -70,10 +70,8 @@ def kernels_of(stem: str) -> dict[str, str]:
     source = cuda_capture.ROOT / "csrc" / "cuda" / f"{stem}.cu"
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernels.ptx"
-        command = [str(find_nvcc()), "-O3", "-std=c++20", f"-arch={FAMILY}", "-ptx", str(source)]
-        told = subprocess.run([*command, "-o", str(ptx)], capture_output=True, text=True)
-        if told.returncode != 0:
-            raise RuntimeError(told.stderr)
+        flags = [*BUILD["NVCC_FLAGS"], f"-arch={FAMILY}", "-ptx"]
+        run_compiler([str(find_nvcc()), *flags, str(source), "-o", str(ptx)])
         return split(ptx.read_text())
 
 
