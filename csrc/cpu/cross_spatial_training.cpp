@@ -57,6 +57,7 @@ class GroupRuns {
       : groups_(groups), floats_((floats + 15) / 16 * 16) {
     if (several && groups * floats_ <= kMostKept) {
       scratch_ = torch::stable::empty({groups, floats_}, ScalarType::Float);
+      ask_for_huge_pages(data_of(*scratch_), groups * floats_ * static_cast<int64_t>(sizeof(float)));
     }
   }
   bool kept() const { return scratch_.has_value(); }

@@ -10,11 +10,9 @@
 // Sums     float32; of bfloat16 maps the products of bfloat16 are exact.
 #include "products.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cstring>
+
+#include "huge_pages.h"
 
 namespace ciema::cpu {
 namespace {
@@ -72,20 +70,6 @@ void round_to_pairs(const float* floats, int64_t columns, int64_t panel_rows, fl
       std::memcpy(panel + k / 2 * panel_rows + r, &word, sizeof(word));
     }
   }
-}
-
-// A large map's memory is new each time, and its pages are mapped one by one while it is written: a
-// tenth of a product's time with pages of 4 KiB, next to nothing with those of 2 MiB, where the
-// system has them. Smaller maps mostly get memory that was mapped before.
-void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHuge = 2 << 20;
-  constexpr int64_t kMostlyNew = 16 << 20;  // glibc seldom keeps so much (from 32 MiB on never)
-  if (bytes < kMostlyNew) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #include "../common/layout.h"
+#include "huge_pages.h"
 #include "simd/slab.h"
 
 namespace ciema::cpu {
@@ -95,7 +96,8 @@ void for_each_slab(int64_t slabs, int64_t floats, const Run& run) {
   const int64_t runs = std::max<int64_t>(1, std::min(slabs, threads));
   const int64_t stride = (floats + 15) / 16 * 16;
   Tensor scratch = torch::stable::empty({runs * stride}, ScalarType::Float);
-  float* const memory = static_cast<float*>(scratch.mutable_data_ptr());
+  float* const memory = data_of(scratch);
+  ask_for_huge_pages(memory, runs * stride * static_cast<int64_t>(sizeof(float)));
   torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       run(i * slabs / runs, (i + 1) * slabs / runs, memory + i * stride);

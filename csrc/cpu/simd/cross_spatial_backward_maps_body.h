@@ -179,7 +179,9 @@ inline void backward_branch(const BackwardTask& task, int64_t b, int k) {
 
 inline void backward_sample(const BackwardTask& task, int64_t b) {
   const BackwardWork& work = task.work;
-  load_sample(task.group, work, task.weights, b);
+  load_map(task.group, work, b);
+  restore_map(work.frame, work.rows(b, 0), work.x1);
+  restore_map(work.frame, work.rows(b, 1), work.x2);
   backward_branch(task, b, 1);
   backward_conv3x3(task);
   backward_branch(task, b, 0);

@@ -122,20 +122,38 @@ struct TrainingWork {
   }
 };
 
-// The maps of a sample: e, x1 and x2, framed.
-inline void load_sample(const TrainingGroup& group, const TrainingWork& work,
-                        const TrainingWeights& weights, int64_t sample) {
+// The framed map e of a sample, and its gates.
+inline Gates load_map(const TrainingGroup& group, const TrainingWork& work, int64_t sample) {
   const Frame& f = work.frame;
   const int64_t slab = sample * group.groups;
   SlabMap map = group.map;
   map.e = static_cast<const char*>(map.e) + sample * group.sample_bytes;
   pack_map(map, f, work.e);
-  // Not by Winograd: alpha's gradient cancels to a thousandth of its terms, each a sum of X.
-  conv3x3_direct(f, work.e, weights.conv3x3, weights.conv3x3_bias, work.x2);
   const Gates gates(f, work.gates);
   load_gates(group.alpha_h + slab * f.c * f.height, group.alpha_w + slab * f.c * f.width,
              group.mean + slab * f.c, group.rstd + slab * f.c, f, gates);
+  return gates;
+}
+
+// The maps of a sample: e, x1 and x2, framed.
+inline void load_sample(const TrainingGroup& group, const TrainingWork& work,
+                        const TrainingWeights& weights, int64_t sample) {
+  const Frame& f = work.frame;
+  const Gates gates = load_map(group, work, sample);
   normalise_map(gates, weights.gn_weight, weights.gn_bias, f, work.e, work.x1);
+  // Not by Winograd: alpha's gradient cancels to a thousandth of its terms, each a sum of X.
+  conv3x3_direct(f, work.e, weights.conv3x3, weights.conv3x3_bias, work.x2);
+}
+
+// A branch's X from its rows back into a framed map.
+inline void restore_map(const Frame& f, const Rows4& rows, float* map) {
+  for (int64_t y = 0; y < f.height; ++y) {
+    for (int64_t x = 0; x < f.width; ++x) {
+      const float* from = rows.x(tile_place(f, y, x));
+      float* to = map + f.at(y, x);
+      for (int64_t c = 0; c < f.cp; c += kLanes) Simd::store(to + c, Simd::load(from + c));
+    }
+  }
 }
 
 struct Sections {
@@ -172,12 +190,15 @@ inline void norm_factors(const float* mean, const float* var, double eps, const 
   }
 }
 
+constexpr int64_t kRowsAhead = 8;  // rows asked for before they are read: they lie in the L3 cache
+
 // A f of a chunk of branch k into work.weighted, and if wanted A into `attention`.
 inline void weigh_rows(const TrainingWork& work, int k, const Rows4& rows, int64_t first,
                        int64_t count, float* attention) {
   const int64_t columns = 3 * work.frame.cp;
   const float *scale = work.scale + k * columns, *shift = work.shift + k * columns;
   for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < 2 * columns; c += kLanes) prefetch(rows.f(first + i + kRowsAhead) + c);
     for (int64_t c = 0; c < columns; c += kLanes) {
       const Floats logit = Simd::fma(Simd::load(rows.l(first + i) + c), Simd::load(scale + c),
                                      Simd::load(shift + c));

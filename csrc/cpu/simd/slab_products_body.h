@@ -10,6 +10,13 @@
 #define CIEMA_INLINE inline
 #endif
 
+// Asks for the cache line of an address, which need not be readable.
+inline void prefetch([[maybe_unused]] const void* address) {
+#ifdef __GNUC__
+  __builtin_prefetch(address);
+#endif
+}
+
 using Floats = Simd::Floats;
 constexpr int kLanes = Simd::kLanes;
 
