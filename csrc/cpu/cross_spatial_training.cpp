@@ -8,7 +8,7 @@
 //          between three runs over the groups. Where the scratch of all groups fits in 2 GB it is
 //          kept from run to run; else each recomputes what the earlier ones did.
 // Bytes    forward reads e once, backward twice; scratch is 6.4 MB a sample and thread at c = 32,
-//          56x56, and no more threads run than fit in 4 GB of it.
+//          56x56 (half of it for bfloat16), and no more threads run than fit in 4 GB of it.
 #include "cross_spatial_training.h"
 
 #include <array>
@@ -40,9 +40,20 @@ CrossSpatialParameters read_parameters(const std::vector<Tensor>& all, int64_t c
           reduce_eps, nullptr};
 }
 
+// bfloat16 maps are multiplied as such where the processor does it. Not so few channels that a
+// register is mostly padding, nor so few values that a batch norm is made of their rounding.
+const CrossSpatialTraining& kernels_for(const Tensor& e, int64_t c) {
+  constexpr int64_t kFewestChannels = 16, kFewestValues = 64;
+  const InstructionSet& set = chosen_instruction_set();
+  const bool rounded = e.scalar_type() == ScalarType::BFloat16 && c >= kFewestChannels &&
+                       e.size(0) * e.size(2) * e.size(3) >= kFewestValues;
+  return rounded && set.cross_spatial_training_bf16 != nullptr ? *set.cross_spatial_training_bf16
+                                                              : *set.cross_spatial_training;
+}
+
 Tensor pack_parameters(const Tensor& e, const CrossSpatialParameters& parameters, int64_t c,
                        bool backward) {
-  const CrossSpatialTraining& kernels = *chosen_instruction_set().cross_spatial_training;
+  const CrossSpatialTraining& kernels = kernels_for(e, c);
   Tensor packed = empty_floats(e, {kernels.packed_size(c, backward)});
   kernels.pack(parameters, c, backward, data_of(packed));
   return packed;
@@ -57,7 +68,8 @@ class GroupRuns {
       : groups_(groups), floats_((floats + 15) / 16 * 16) {
     if (several && groups * floats_ <= kMostKept) {
       scratch_ = torch::stable::empty({groups, floats_}, ScalarType::Float);
-      ask_for_huge_pages(data_of(*scratch_), groups * floats_ * static_cast<int64_t>(sizeof(float)));
+      const int64_t bytes = groups * floats_ * static_cast<int64_t>(sizeof(float));
+      ask_for_huge_pages(data_of(*scratch_), bytes);
     }
   }
   bool kept() const { return scratch_.has_value(); }
@@ -166,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial
   Tensor reduce_mean = empty_floats(e, {sets, c}), reduce_var = empty_floats(e, {sets, c});
   e = readable_slabs(e);
   const Groups all(e, groups, alpha_h, alpha_w, mean, rstd, attention_eps, reduce_eps);
-  const CrossSpatialTraining& kernels = *chosen_instruction_set().cross_spatial_training;
+  const CrossSpatialTraining& kernels = kernels_for(e, c);
   const int64_t plane = all.height * all.width * all.slabs.element_size;
   std::vector<double> moments(pooled ? groups * 12 * c : 0);
   GroupRuns runs(groups, kernels.forward_scratch(all.shape(), batch), pooled);
@@ -227,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
   e = readable_slabs(e);
   const Groups all(e, groups, alpha_h, alpha_w, mean, rstd, attention_eps, reduce_eps);
   const Slabs grads(grad_e, groups);
-  const CrossSpatialTraining& kernels = *chosen_instruction_set().cross_spatial_training;
+  const CrossSpatialTraining& kernels = kernels_for(e, c);
   std::vector<double> norm_sums(pooled ? groups * 6 * c : 0);
   GroupRuns runs(groups, kernels.backward_scratch(all.shape(), batch), pooled);
   TrainingBackward first = {

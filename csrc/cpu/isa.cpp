@@ -23,12 +23,14 @@ std::vector<InstructionSet> find_available() {
                                   .cross_spatial = &kAvx512CrossSpatial,
                                   .cross_spatial_training = &kAvx512CrossSpatialTraining,
                                   .cross_spatial_bf16 = nullptr,
+                                  .cross_spatial_training_bf16 = nullptr,
                                   .products = &kAvx512Products,
                                   .separable = &kAvx512Separable};
     if (__builtin_cpu_supports("avx512bf16")) {
       found.push_back(plain);
       found.back().name = "avx512bf16";
       found.back().cross_spatial_bf16 = &kAvx512CrossSpatialBf16;
+      found.back().cross_spatial_training_bf16 = &kAvx512bf16CrossSpatialTraining;
       found.back().products = &kAvx512bf16Products;
       found.back().separable = &kAvx512bf16Separable;
     }
@@ -41,6 +43,7 @@ std::vector<InstructionSet> find_available() {
                      .cross_spatial = &kAvx2CrossSpatial,
                      .cross_spatial_training = &kAvx2CrossSpatialTraining,
                      .cross_spatial_bf16 = nullptr,
+                     .cross_spatial_training_bf16 = nullptr,
                      .products = &kAvx2Products,
                      .separable = &kAvx2Separable});
   }
@@ -51,6 +54,7 @@ std::vector<InstructionSet> find_available() {
                    .cross_spatial = &kPortableCrossSpatial,
                    .cross_spatial_training = &kPortableCrossSpatialTraining,
                    .cross_spatial_bf16 = nullptr,
+                   .cross_spatial_training_bf16 = nullptr,
                    .products = &kPortableProducts,
                    .separable = &kPortableSeparable});
   return found;

@@ -18,7 +18,9 @@ struct InstructionSet {
   const CoordinateAttention* coordinate_attention;
   const CrossSpatial* cross_spatial;
   const CrossSpatialTraining* cross_spatial_training;
-  const CrossSpatialBf16* cross_spatial_bf16;  // null where the processor has no such product
+  // With products in bfloat16; null where the processor has none.
+  const CrossSpatialBf16* cross_spatial_bf16;
+  const CrossSpatialTraining* cross_spatial_training_bf16;
   const Products* products;
   const Separable* separable;
 };

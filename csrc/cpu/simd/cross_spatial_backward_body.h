@@ -23,7 +23,9 @@ struct BackwardWork : TrainingWork {
   float *p, *q;                    // (B, 2, cp)
   float* t;                        // (2, cp)
   float *feat_g, *feat;            // (B, 2, cp): grad_X of alpha Wc X is feat_g g + feat
-  float *attention, *grad_r, *grad_af, *grad_l, *grad_rows;  // of a chunk
+  float *attention, *grad_af, *grad_rows, *through;  // of a chunk; through: grad_X by way of k1
+  Stored *grad_r, *grad_l, *grad_f1;                 // of a chunk, to be multiplied
+  float *left_words, *right_words;                   // of a chunk, along the pixels
   float *z_scale, *z_shift;        // (2, 3cp): normalised L
   float *norm_sum, *norm_dot;      // (3cp): of grad A and grad A times normalised L, of a branch
   float *l_shift, *l_slope;        // (2, 3cp): grad_L = scale grad_A + l_shift + l_slope L
@@ -41,10 +43,14 @@ struct BackwardWork : TrainingWork {
     feat_g = take(batch * 2 * cp);
     feat = take(batch * 2 * cp);
     attention = take(kChunkPixels * 3 * cp);
-    grad_r = take(kChunkPixels * cp);
     grad_af = take(kChunkPixels * 3 * cp);
-    grad_l = take(kChunkPixels * 3 * cp);
     grad_rows = take(kChunkPixels * 3 * cp);
+    through = take(kChunkPixels * cp);
+    grad_r = take_stored(kChunkPixels * cp);
+    grad_l = take_stored(kChunkPixels * 3 * cp);
+    grad_f1 = take_stored(kChunkPixels * cp);
+    left_words = take(pixel_words_size(3 * cp));
+    right_words = take(pixel_words_size(3 * cp));
     z_scale = take(6 * cp);
     z_shift = take(6 * cp);
     norm_sum = take(3 * cp);
@@ -73,39 +79,6 @@ struct BackwardWork : TrainingWork {
   int64_t of(int64_t sample, int branch) const { return (sample * 2 + branch) * frame.cp; }
 };
 
-// A group's gradients of the parameters, in the order of the op's results.
-struct ParameterGradients {
-  float *gn_weight, *gn_bias, *conv3x3_weight, *conv3x3_bias;
-  float *spatial1, *spatial3, *spatial5, *attention, *attention_weight, *attention_bias;
-  float *reduce, *reduce_weight, *reduce_bias, *feat, *alpha;
-
-  ParameterGradients(float* base, int64_t c) {
-    const int64_t square = c * c;
-    float* next = base;
-    const auto take = [&](int64_t count) {
-      float* here = next;
-      next += count;
-      return here;
-    };
-    gn_weight = take(c);
-    gn_bias = take(c);
-    conv3x3_weight = take(9 * square);
-    conv3x3_bias = take(c);
-    spatial1 = take(square);
-    spatial3 = take(9 * square);
-    spatial5 = take(25 * square);
-    attention = take(9 * square);
-    attention_weight = take(3 * c);
-    attention_bias = take(3 * c);
-    reduce = take(3 * square);
-    reduce_weight = take(c);
-    reduce_bias = take(c);
-    feat = take(square);
-    alpha = take(1);
-  }
-  static int64_t size(int64_t c) { return 57 * c * c + 11 * c + 1; }
-};
-
 struct BackwardTask {
   const TrainingGroup& group;
   const TrainingBackward& io;
@@ -115,7 +88,8 @@ struct BackwardTask {
 };
 
 // sum += factor[i] * row i
-inline void add_weighted_rows(const float* rows, int64_t stride, const float* factor,
+template <class T>
+inline void add_weighted_rows(const T* rows, int64_t stride, const float* factor,
                               int64_t count, int64_t columns, float* sum) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     Floats even = Simd::zero(), odd = Simd::zero();
@@ -150,20 +124,24 @@ inline void load_g(const BackwardTask& task, int64_t sample) {
 // Pass 1.
 inline void backward_recompute(const BackwardTask& task) {
   const BackwardWork& work = task.work;
-  const int64_t columns = 2 * work.frame.cp;
+  const int64_t cp = work.frame.cp;
   for (int64_t b = 0; b < work.batch; ++b) {
     load_sample(task.group, work, task.weights, b);
     load_g(task, b);
     for (int64_t first = 0; first < work.pixels; first += kChunkPixels) {
       const int64_t count = smaller(work.pixels - first, kChunkPixels);
       for (int k = 0; k < 2; ++k) {
-        const Rows4 rows = work.rows(b, k);
+        const RowsOf<Stored> rows = work.rows(b, k);
         fill_rows(work, task.weights, k == 0 ? work.x1 : work.x2, rows, first, count);
         weigh_rows(work, k, rows, first, count, nullptr);
         reduce_rows(work, task.weights, rows, first, count);
-        add_rows(rows.r(first), rows.stride, count, columns, work.sums + 2 * work.of(b, k));
-        add_weighted_rows(rows.r(first), rows.stride, work.g + b * work.pixels + first, count,
-                          columns, work.g_sums + 2 * work.of(b, k));
+        const float* g = work.g + b * work.pixels + first;
+        float *sums = work.sums + 2 * work.of(b, k), *g_sums = work.g_sums + 2 * work.of(b, k);
+        const ExactRows x = work.exact_x(rows, first);
+        add_rows(rows.r(first), rows.stride, count, cp, sums);
+        add_rows(x.at, x.stride, count, cp, sums + cp);
+        add_weighted_rows(rows.r(first), rows.stride, g, count, cp, g_sums);
+        add_weighted_rows(x.at, x.stride, g, count, cp, g_sums + cp);
       }
     }
   }
@@ -313,7 +291,7 @@ inline void weighted_gradient(const BackwardTask& task, int64_t b, int k, int64_
                               int64_t count) {
   const BackwardWork& work = task.work;
   const int64_t cp = work.frame.cp;
-  const Rows4 rows = work.rows(b, k);
+  const RowsOf<Stored> rows = work.rows(b, k);
   weigh_rows(work, k, rows, first, count, work.attention);
   const float* g = work.g + b * work.pixels + first;
   for (int64_t c = 0; c < cp; c += kLanes) {
@@ -321,12 +299,11 @@ inline void weighted_gradient(const BackwardTask& task, int64_t b, int k, int64_
     const Floats q = Simd::load(work.q + work.of(b, k) + c), t = Simd::load(work.t + k * cp + c);
     for (int64_t i = 0; i < count; ++i) {
       const Floats r = Simd::load(rows.r(first + i) + c);
-      Simd::store(work.grad_r + i * cp + c,
-                  Simd::fma(p, Simd::set(g[i]), Simd::fma(t, r, q)));
+      put(work.grad_r + i * cp + c, Simd::fma(p, Simd::set(g[i]), Simd::fma(t, r, q)));
     }
   }
-  product({work.grad_r, cp, kOneTap, work.frame.c}, count, task.weights.reduce_back,
-          3 * cp / kLanes, Store{work.grad_af, 3 * cp});
+  multiply_rows(work.frame, work.grad_r, cp, 1, count, task.weights.reduce_back, 3 * cp / kLanes,
+                Store{work.grad_af, 3 * cp});
 }
 
 // grad_A = grad_Af f A (1 - A), where a chunk's A, A f and grad_Af are at hand.
@@ -343,12 +320,15 @@ inline void backward_weights(const BackwardTask& task, int k) {
   memset(work.norm_dot, 0, static_cast<size_t>(columns) * sizeof(float));
   const float *z_scale = work.z_scale + k * columns, *z_shift = work.z_shift + k * columns;
   for (int64_t b = 0; b < work.batch; ++b) {
-    const Rows4 rows = work.rows(b, k);
+    const RowsOf<Stored> rows = work.rows(b, k);
     for (int64_t first = 0; first < work.pixels; first += kChunkPixels) {
       const int64_t count = smaller(work.pixels - first, kChunkPixels);
       weighted_gradient(task, b, k, first, count);
-      add_outer(work.grad_r, cp, work.frame.c, work.weighted, columns, columns / kLanes, count,
-                work.grad_reduce, columns);
+      const PixelWords left = pixel_words(work.grad_r, cp, count, cp, work.left_words);
+      const PixelWords right = pixel_words(work.weighted, columns, count, columns,
+                                           work.right_words);
+      add_outer<StoredWords>(left.at, left.stride, work.frame.c, right.at, right.stride,
+                             columns / kLanes, count / kPerWord, work.grad_reduce, columns);
       for (int64_t c = 0; c < columns; c += kLanes) {
         const Floats slope = Simd::load(z_scale + c), start = Simd::load(z_shift + c);
         Floats sum = Simd::zero(), dotted = Simd::zero();

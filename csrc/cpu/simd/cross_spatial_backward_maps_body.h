@@ -19,13 +19,31 @@ struct AddWeighted {
   }
 };
 
+// From work.grad_rows: grad_k1 and through it grad_X, into work.through.
+inline void backward_spatial1(const BackwardTask& task, const Stored* x, int64_t stride,
+                              int64_t count) {
+  const BackwardWork& work = task.work;
+  const int64_t cp = work.frame.cp;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t at = 0; at < cp; at += kLanes) {
+      put(work.grad_f1 + i * cp + at, Simd::load(work.grad_rows + i * 3 * cp + at));
+    }
+  }
+  const PixelWords left = pixel_words(work.grad_f1, cp, count, cp, work.left_words);
+  const PixelWords right = pixel_words(x, stride, count, cp, work.right_words);
+  add_outer<StoredWords>(left.at, left.stride, work.frame.c, right.at, right.stride, cp / kLanes,
+                         count / kPerWord, work.grad_spatial1, cp);
+  multiply_rows(work.frame, work.grad_f1, cp, 1, count, task.weights.spatial1_back, cp / kLanes,
+                Store{work.through, cp});
+}
+
 // A chunk: grad_L, grad_Wa, grad_f, grad_k1; grad_f3 and grad_f5 into their map, and grad_X as far
 // as it comes through k1 and Wc.
 inline void backward_chunk(const BackwardTask& task, int64_t b, int k, int64_t first,
                            int64_t count, float* grad_x) {
   const BackwardWork& work = task.work;
   const int64_t c = work.frame.c, cp = work.frame.cp, columns = 3 * cp;
-  const Rows4 rows = work.rows(b, k);
+  const RowsOf<Stored> rows = work.rows(b, k);
   weighted_gradient(task, b, k, first, count);
   for (int64_t at = 0; at < columns; at += kLanes) {
     const Floats scale = Simd::load(work.scale + k * columns + at);
@@ -33,22 +51,22 @@ inline void backward_chunk(const BackwardTask& task, int64_t b, int k, int64_t f
     const Floats slope = Simd::load(work.l_slope + k * columns + at);
     for (int64_t i = 0; i < count; ++i) {
       const Floats rest = Simd::fma(Simd::load(rows.l(first + i) + at), slope, shift);
-      Simd::store(work.grad_l + i * columns + at,
-                  Simd::fma(gate_gradient(work, i * columns + at), scale, rest));
+      put(work.grad_l + i * columns + at,
+          Simd::fma(gate_gradient(work, i * columns + at), scale, rest));
     }
   }
+  const PixelWords grad_l = pixel_words(work.grad_l, columns, count, columns, work.left_words);
+  const PixelWords features = pixel_words(rows.f(first), rows.stride, count, columns,
+                                          work.right_words);
   for (int64_t section = 0; section < 3; ++section) {
-    add_outer(work.grad_l + section * cp, columns, c, rows.f(first), rows.stride,
-              columns / kLanes, count, work.grad_attention + section * c * columns, columns);
+    add_outer<StoredWords>(grad_l.at + section * cp, grad_l.stride, c, features.at,
+                           features.stride, columns / kLanes, count / kPerWord,
+                           work.grad_attention + section * c * columns, columns);
   }
-  const Sections sections(cp);
-  product({work.grad_l, columns, sections.taps(), c}, count, task.weights.attention_back,
-          columns / kLanes,
-          AddWeighted{work.grad_af, work.attention, work.grad_rows, columns});
-  add_outer(work.grad_rows, columns, c, rows.x(first), rows.stride, cp / kLanes, count,
-            work.grad_spatial1, cp);
-  product({work.grad_rows, columns, kOneTap, c}, count, task.weights.spatial1_back, cp / kLanes,
-          Store{work.grad_r, cp});
+  multiply_rows(work.frame, work.grad_l, columns, 3, count, task.weights.attention_back,
+                columns / kLanes,
+                AddWeighted{work.grad_af, work.attention, work.grad_rows, columns});
+  backward_spatial1(task, rows.x(first), rows.stride, count);
   const float* g = work.g + b * work.pixels + first;
   const float *feat_g = work.feat_g + work.of(b, k), *feat = work.feat + work.of(b, k);
   const int64_t inside = work.find_valid(first, count);
@@ -63,9 +81,9 @@ inline void backward_chunk(const BackwardTask& task, int64_t b, int k, int64_t f
     }
     to = grad_x + work.frame.at(y, x);
     for (int64_t at = 0; at < cp; at += kLanes) {
-      const Floats through = Simd::fma(Simd::load(feat_g + at), Simd::set(g[i]),
+      const Floats by_feat = Simd::fma(Simd::load(feat_g + at), Simd::set(g[i]),
                                        Simd::load(feat + at));
-      Simd::store(to + at, Simd::add(Simd::load(work.grad_r + i * cp + at), through));
+      Simd::store(to + at, Simd::add(Simd::load(work.through + i * cp + at), by_feat));
     }
   }
 }

@@ -5,8 +5,7 @@
 
 #include "slab_products_body.h"
 #include "attend_body.h"
-
-using Pairs = __m512i;  // 16 pairs of bfloat16
+#include "bf16_words_body.h"
 
 inline int64_t pairs_of(int64_t channels) { return 3 * padded(channels) / 2; }
 
@@ -31,43 +30,6 @@ inline int64_t bf16_scratch_size(int64_t channels, int64_t pixels) {
   return pixels * pairs_of(channels);
 }
 
-template <int M, int N>
-inline void bf16_block(const int32_t* a, int64_t stride, const float* b, int64_t pairs,
-                       int64_t row, int64_t vector, const Attend& finish) {
-  Floats sum[M][N];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[m][n] = Simd::zero();
-  }
-  a += row * stride;
-  for (int64_t k = 0; k < pairs; ++k) {
-    Pairs column[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) column[n] = _mm512_loadu_si512(b + (k * N + n) * kLanes);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      const Pairs left = _mm512_set1_epi32(a[m * stride + k]);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        sum[m][n] = _mm512_dpbf16_ps(sum[m][n], reinterpret_cast<__m512bh>(left),
-                                     reinterpret_cast<__m512bh>(column[n]));
-      }
-    }
-  }
-  finish(sum, row, vector);
-}
-
-template <int N>
-inline void bf16_panel(const int32_t* a, int64_t stride, int64_t rows, const float* b,
-                       int64_t pairs, int64_t vector, const Attend& finish) {
-  constexpr int M = rows_at_once(N);
-  int64_t row = 0;
-  for (; row + M <= rows; row += M) bf16_block<M, N>(a, stride, b, pairs, row, vector, finish);
-  for (; row + 4 <= rows; row += 4) bf16_block<4, N>(a, stride, b, pairs, row, vector, finish);
-  for (; row < rows; ++row) bf16_block<1, N>(a, stride, b, pairs, row, vector, finish);
-}
-
 inline void bf16_attend(int64_t channels, const void* packed, const float* bias,
                         const float* features, int64_t count, float* rows, int64_t stride_rows,
                         void* scratch) {
@@ -78,20 +40,9 @@ inline void bf16_attend(int64_t channels, const void* packed, const float* bias,
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + i),
                         reinterpret_cast<__m256i>(half));
   }
-  const int32_t* a = static_cast<const int32_t*>(scratch);
-  const Attend finish = {bias, features, columns, rows, stride_rows};
-  const Panels panels(columns / kLanes);
-  for (int64_t p = 0; p < panels.count; ++p) {
-    const int64_t vector = panels.first(p);
-    const float* b = static_cast<const float*>(packed) + vector * kLanes * pairs;
-    switch (panels.width(p)) {
-      case 3:
-        bf16_panel<3>(a, pairs, count, b, pairs, vector, finish);
-        break;
-      default:  // 3 * padded / lanes is a multiple of 3: panels have 3 or 4 vectors
-        bf16_panel<4>(a, pairs, count, b, pairs, vector, finish);
-    }
-  }
+  const Operand left = {static_cast<const float*>(scratch), pairs, kOneTap, pairs};
+  product<Bf16Words>(left, count, static_cast<const float*>(packed), columns / kLanes,
+                     Attend{bias, features, columns, rows, stride_rows});
 }
 
 constexpr CrossSpatialBf16 kTable = {bf16_packed_size, bf16_pack, bf16_scratch_size, bf16_attend};

@@ -118,7 +118,7 @@ inline void branch(const CrossSpatialShape& shape, const Work& work, const Packe
   for (int64_t start = 0; start < work.pixels; start += kChunkPixels) {
     const int64_t count = smaller(work.pixels - start, kChunkPixels);
     float* rows = first ? work.rows1 + start * columns : work.rows2;
-    const Rows to = {work.features, rows + 3 * f.cp, 3 * f.cp, columns};
+    const Rows<float> to = {work.features, rows + 3 * f.cp, 3 * f.cp, columns};
     if (shape.form == kWinogradForm) {
       feature_tiles(f, work.tiles, map, weights.spatial_winograd, start / kTilePixels,
                     count / kTilePixels, to);

@@ -71,6 +71,7 @@ extern const CrossSpatialTraining kPortableCrossSpatialTraining;
 #ifdef CIEMA_X86_SIMD
 extern const CrossSpatialTraining kAvx2CrossSpatialTraining;
 extern const CrossSpatialTraining kAvx512CrossSpatialTraining;
+extern const CrossSpatialTraining kAvx512bf16CrossSpatialTraining;  // products in bfloat16
 #endif
 
 }  // namespace ciema::cpu

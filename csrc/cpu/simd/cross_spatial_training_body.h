@@ -23,7 +23,8 @@ struct Moments {
     memset(mean, 0, static_cast<size_t>(2 * columns) * sizeof(double));
   }
   // count: pixels joined before.
-  void join(const float* rows, int64_t stride, const int32_t* valid, int64_t pixels,
+  template <class T>
+  void join(const T* rows, int64_t stride, const int32_t* valid, int64_t pixels,
             int64_t columns, int64_t count) const {
     if (pixels == 0) return;
     const double total = static_cast<double>(count + pixels);
@@ -51,17 +52,6 @@ struct Moments {
   }
 };
 
-// One branch of one sample: rows (f, L, R, X) of its pixels in the order of tiles.
-struct Rows4 {
-  int64_t cp, stride;
-  float* start;
-
-  float* f(int64_t pixel) const { return start + pixel * stride; }
-  float* l(int64_t pixel) const { return f(pixel) + 3 * cp; }
-  float* r(int64_t pixel) const { return f(pixel) + 6 * cp; }
-  float* x(int64_t pixel) const { return f(pixel) + 7 * cp; }
-};
-
 // Scratch that forward and backward share.
 struct TrainingWork {
   Frame frame;
@@ -69,8 +59,9 @@ struct TrainingWork {
   int64_t batch, pixels;  // pixels of a sample in tiles, those outside the map included
   float *e, *x1, *x2;     // framed maps of the sample at work
   float* gates;
-  float* store;           // (B, 2, pixels, 8cp)
-  float* weighted;        // A f of a chunk (chunk, 3cp)
+  Stored* store;          // (B, 2, pixels, 8cp)
+  float* exact;           // (chunk, cp): X before it is rounded, if it is
+  Stored* weighted;       // A f of a chunk (chunk, 3cp)
   float *scale, *shift;   // (2, 3cp), L's batch norm in the two branches
   int32_t* valid;         // pixels of a chunk inside the map
   int64_t size;
@@ -90,8 +81,9 @@ struct TrainingWork {
     gates = take(Gates::size(frame));
     tiles.in = take(tiles.size_in());
     tiles.out = take(tiles.size_out());
-    store = take(batch * 2 * pixels * 8 * cp);
-    weighted = take(kChunkPixels * 3 * cp);
+    store = take_stored(batch * 2 * pixels * 8 * cp);
+    exact = take(exact_size(cp));
+    weighted = take_stored(kChunkPixels * 3 * cp);
     scale = take(6 * cp);
     shift = take(6 * cp);
     valid = reinterpret_cast<int32_t*>(take(kChunkPixels));
@@ -102,12 +94,19 @@ struct TrainingWork {
     size += rounded_up(count, 16);
     return here;
   }
+  Stored* take_stored(int64_t count) {
+    return reinterpret_cast<Stored*>(take(rounded_up(count, kPerWord) / kPerWord));
+  }
   void clear_frames() const {
     memset(e, 0, static_cast<size_t>(3 * rounded_up(frame.size(), 16)) * sizeof(float));
   }
-  Rows4 rows(int64_t sample, int branch) const {
+  RowsOf<Stored> rows(int64_t sample, int branch) const {
     const int64_t stride = 8 * frame.cp;
     return {frame.cp, stride, store + (sample * 2 + branch) * pixels * stride};
+  }
+  // X of the pixels from `first` on, as fill_rows leaves it.
+  ExactRows exact_x(const RowsOf<Stored>& rows, int64_t first) const {
+    return exact_rows(rows, first, exact);
   }
   // Lists the pixels of [first, first + count) that are in the map.
   int64_t find_valid(int64_t first, int64_t count) const {
@@ -141,15 +140,18 @@ inline void load_sample(const TrainingGroup& group, const TrainingWork& work,
   const Frame& f = work.frame;
   const Gates gates = load_map(group, work, sample);
   normalise_map(gates, weights.gn_weight, weights.gn_bias, f, work.e, work.x1);
-  // Not by Winograd: alpha's gradient cancels to a thousandth of its terms, each a sum of X.
-  conv3x3_direct(f, work.e, weights.conv3x3, weights.conv3x3_bias, work.x2);
+  if (kDirectConv3x3) {
+    conv3x3_direct(f, work.e, weights.conv3x3, weights.conv3x3_bias, work.x2);
+  } else {
+    conv3x3_tiles(f, work.tiles, work.e, weights.conv3x3, weights.conv3x3_bias, work.x2);
+  }
 }
 
 // A branch's X from its rows back into a framed map.
-inline void restore_map(const Frame& f, const Rows4& rows, float* map) {
+inline void restore_map(const Frame& f, const RowsOf<Stored>& rows, float* map) {
   for (int64_t y = 0; y < f.height; ++y) {
     for (int64_t x = 0; x < f.width; ++x) {
-      const float* from = rows.x(tile_place(f, y, x));
+      const Stored* from = rows.x(tile_place(f, y, x));
       float* to = map + f.at(y, x);
       for (int64_t c = 0; c < f.cp; c += kLanes) Simd::store(to + c, Simd::load(from + c));
     }
@@ -163,17 +165,44 @@ struct Sections {
   Taps taps(int64_t count = 3) const { return {tap, count, count}; }
 };
 
-// f, L and X of a chunk of pixels.
+// Rows of `sections` times c channels times packed sections.
+template <class Finish>
+inline void multiply_rows(const Frame& f, const Stored* rows, int64_t stride, int64_t sections,
+                          int64_t count, const float* weights, int64_t vectors,
+                          const Finish& finish) {
+  const Sections taps(f.cp / kPerWord);
+  const Operand left = {reinterpret_cast<const float*>(rows), stride / kPerWord,
+                        taps.taps(sections), words_of_section(f.c)};
+  product<StoredWords>(left, count, weights, vectors, finish);
+}
+
+struct Keep {
+  Stored* out;
+  int64_t stride;
+
+  template <int M, int N>
+  CIEMA_INLINE void operator()(const Floats (&sum)[M][N], int64_t row, int64_t vector) const {
+    Stored* at = out + row * stride + vector * kLanes;
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) put(at + m * stride + n * kLanes, sum[m][n]);
+    }
+  }
+};
+
+// f, L and X of a chunk of pixels; X unrounded too, in work.exact_x(rows, first).
 inline void fill_rows(const TrainingWork& work, const TrainingWeights& weights, const float* map,
-                      const Rows4& rows, int64_t first, int64_t count) {
+                      const RowsOf<Stored>& rows, int64_t first, int64_t count) {
   const Frame& f = work.frame;
+  const ExactRows exact = work.exact_x(rows, first);
   feature_tiles(f, work.tiles, map, weights.spatial, first / kTilePixels, count / kTilePixels,
-                Rows{rows.f(first), rows.x(first), rows.stride, rows.stride});
-  product({rows.x(first), rows.stride, kOneTap, f.c}, count, weights.spatial1, f.cp / kLanes,
-          Store{rows.f(first), rows.stride});
-  const Sections sections(f.cp);
-  product({rows.f(first), rows.stride, sections.taps(), f.c}, count, weights.attention,
-          3 * f.cp / kLanes, Store{rows.l(first), rows.stride});
+                Rows<Stored>{rows.f(first), exact.at, rows.stride, exact.stride});
+  keep_rows(exact, count, f.cp, rows.x(first), rows.stride);
+  multiply_rows(f, rows.x(first), rows.stride, 1, count, weights.spatial1, f.cp / kLanes,
+                Keep{rows.f(first), rows.stride});
+  multiply_rows(f, rows.f(first), rows.stride, 3, count, weights.attention, 3 * f.cp / kLanes,
+                Keep{rows.l(first), rows.stride});
 }
 
 // Scale and shift of a batch norm from its statistics; zero in the padding.
@@ -193,28 +222,30 @@ inline void norm_factors(const float* mean, const float* var, double eps, const 
 constexpr int64_t kRowsAhead = 8;  // rows asked for before they are read: they lie in the L3 cache
 
 // A f of a chunk of branch k into work.weighted, and if wanted A into `attention`.
-inline void weigh_rows(const TrainingWork& work, int k, const Rows4& rows, int64_t first,
+inline void weigh_rows(const TrainingWork& work, int k, const RowsOf<Stored>& rows, int64_t first,
                        int64_t count, float* attention) {
   const int64_t columns = 3 * work.frame.cp;
   const float *scale = work.scale + k * columns, *shift = work.shift + k * columns;
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < 2 * columns; c += kLanes) prefetch(rows.f(first + i + kRowsAhead) + c);
+    for (int64_t c = 0; c < 2 * columns; c += kLanes * kPerWord) {
+      prefetch(rows.f(first + i + kRowsAhead) + c);
+    }
     for (int64_t c = 0; c < columns; c += kLanes) {
       const Floats logit = Simd::fma(Simd::load(rows.l(first + i) + c), Simd::load(scale + c),
                                      Simd::load(shift + c));
-      const Floats gate = sigmoid(logit);
+      const Floats gate = gate_of(logit);
       if (attention != nullptr) Simd::store(attention + i * columns + c, gate);
-      Simd::store(work.weighted + i * columns + c,
-                  Simd::mul(gate, Simd::load(rows.f(first + i) + c)));
+      put(work.weighted + i * columns + c, Simd::mul(gate, Simd::load(rows.f(first + i) + c)));
     }
   }
 }
 
+// R of a chunk.
 inline void reduce_rows(const TrainingWork& work, const TrainingWeights& weights,
-                        const Rows4& rows, int64_t first, int64_t count) {
-  const Sections sections(work.frame.cp);
-  product({work.weighted, 3 * work.frame.cp, sections.taps(), work.frame.c}, count,
-          weights.reduce, work.frame.cp / kLanes, Store{rows.r(first), rows.stride});
+                        const RowsOf<Stored>& rows, int64_t first, int64_t count) {
+  const int64_t cp = work.frame.cp;
+  multiply_rows(work.frame, work.weighted, 3 * cp, 3, count, weights.reduce, cp / kLanes,
+                Keep{rows.r(first), rows.stride});
 }
 
 inline void store_moments(const Moments& moments, int64_t sections, int64_t c, int64_t count,

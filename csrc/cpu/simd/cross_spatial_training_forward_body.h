@@ -21,14 +21,18 @@ struct ForwardWork : TrainingWork {
     logits = take(pixels);
     plane = take(frame.height * frame.width);
   }
+  float* sample_mean(int64_t sample, int branch) const {
+    return mean + (branch * batch + sample) * 2 * frame.cp;
+  }
 };
 
 inline void forward_features(const TrainingGroup& group, const ForwardWork& work,
                              const TrainingWeights& weights) {
-  const int64_t columns = 3 * work.frame.cp;
+  const int64_t cp = work.frame.cp, columns = 3 * cp;
   for (int k = 0; k < 2; ++k) {
     Moments(work.attention_moments + k * 2 * columns, columns).clear(columns);
   }
+  memset(work.mean, 0, static_cast<size_t>(4 * work.batch * cp) * sizeof(float));
   for (int64_t b = 0; b < group.batch; ++b) {
     load_sample(group, work, weights, b);
     int64_t seen = b * work.frame.height * work.frame.width;
@@ -36,26 +40,27 @@ inline void forward_features(const TrainingGroup& group, const ForwardWork& work
       const int64_t count = smaller(work.pixels - first, kChunkPixels);
       const int64_t inside = work.find_valid(first, count);
       for (int k = 0; k < 2; ++k) {
-        const Rows4 rows = work.rows(b, k);
+        const RowsOf<Stored> rows = work.rows(b, k);
         fill_rows(work, weights, k == 0 ? work.x1 : work.x2, rows, first, count);
         Moments(work.attention_moments + k * 2 * columns, columns)
             .join(rows.l(first), rows.stride, work.valid, inside, columns, seen);
+        const ExactRows x = work.exact_x(rows, first);
+        add_rows(x.at, x.stride, count, cp, work.sample_mean(b, k) + cp);
       }
       seen += inside;
     }
   }
 }
 
-// R of a branch, its moments, and the samples' means of R and X.
+// R of a branch, its moments, and the samples' means of R (those of X were sums).
 inline void forward_reduce(const TrainingGroup& group, const ForwardWork& work,
                            const TrainingWeights& weights, int k) {
   const int64_t cp = work.frame.cp, plane = work.frame.height * work.frame.width;
   const Moments moments(work.reduce_moments + k * 2 * cp, cp);
   moments.clear(cp);
   for (int64_t b = 0; b < group.batch; ++b) {
-    const Rows4 rows = work.rows(b, k);
-    float* mean = work.mean + (k * work.batch + b) * 2 * cp;
-    memset(mean, 0, static_cast<size_t>(2 * cp) * sizeof(float));
+    const RowsOf<Stored> rows = work.rows(b, k);
+    float* mean = work.sample_mean(b, k);
     int64_t seen = b * plane;
     for (int64_t first = 0; first < work.pixels; first += kChunkPixels) {
       const int64_t count = smaller(work.pixels - first, kChunkPixels);
@@ -63,7 +68,7 @@ inline void forward_reduce(const TrainingGroup& group, const ForwardWork& work,
       weigh_rows(work, k, rows, first, count, nullptr);
       reduce_rows(work, weights, rows, first, count);
       moments.join(rows.r(first), rows.stride, work.valid, inside, cp, seen);
-      add_rows(rows.r(first), rows.stride, count, 2 * cp, mean);
+      add_rows(rows.r(first), rows.stride, count, cp, mean);
       seen += inside;
     }
     for (int64_t i = 0; i < 2 * cp; ++i) mean[i] /= static_cast<float>(plane);
@@ -74,7 +79,7 @@ inline void forward_reduce(const TrainingGroup& group, const ForwardWork& work,
 inline void forward_softmax(const ForwardWork& work, const TrainingWeights& weights, int64_t b,
                             int k, float* softmax) {
   const int64_t c = work.frame.c, cp = work.frame.cp;
-  const float* mean = work.mean + (k * work.batch + b) * 2 * cp;
+  const float* mean = work.sample_mean(b, k);
   const float *scale = work.reduce_scale + k * cp, *shift = work.reduce_shift + k * cp;
   for (int64_t o = 0; o < c; ++o) {
     const float feat = dot(weights.feat + o * cp, mean + cp, cp);
@@ -95,7 +100,7 @@ inline float forward_logits(const ForwardWork& work, const TrainingWeights& weig
     constant += softmax[o] * work.reduce_shift[k * cp + o];
     add_scaled(weights.alpha[0] * softmax[o], weights.feat + o * cp, cp, vector + cp);
   }
-  const Rows4 rows = work.rows(b, k);
+  const RowsOf<Stored> rows = work.rows(b, k);
   for (int64_t i = 0; i < work.pixels; ++i) work.logits[i] += dot(rows.r(i), vector, 2 * cp);
   return constant;
 }

@@ -1,15 +1,9 @@
-// Words of two bfloat16, multiplied and added by one instruction of AVX512-BF16. Included after
-// products_body.h where the target has it. Subnormal bfloat16 count as zero there; products are
-// exact, sums float32.
+// Panels of two bfloat16 a word. Included after products_body.h where the target has AVX512-BF16.
 
-struct Pairs {
-  using Vector = __m512i;
+#include "bf16_words_body.h"
+
+struct Pairs : Bf16Words {
   static constexpr int kPerStep = 2;
-  static Vector load(const float* word) { return _mm512_loadu_si512(word); }
-  static Vector spread(const float* word) { return _mm512_castps_si512(_mm512_set1_ps(*word)); }
-  static Simd::Floats multiply_add(Vector a, Vector b, Simd::Floats sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
   static __m512i low_halves(Simd::Floats a) {
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
   }

@@ -42,7 +42,8 @@ inline void conv3x3_direct(const Frame& f, const float* from, const float* weigh
 
 // f3, f5 and X of pixels [first, first + count).
 inline void feature_pixels(const Frame& f, const float* map, const float* weights3,
-                           const float* weights5, int64_t first, int64_t count, const Rows& rows) {
+                           const float* weights5, int64_t first, int64_t count,
+                           const Rows<float>& rows) {
   for (int64_t done = 0; done < count;) {
     const int64_t y = (first + done) / f.width, x = (first + done) % f.width;
     const int64_t run = smaller(f.width - x, count - done);

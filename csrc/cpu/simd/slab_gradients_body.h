@@ -1,7 +1,8 @@
-// Gradients of products and of tiled convolutions for their weights.
+// Gradients of products and of tiled convolutions for their weights. Operands are words of 4 bytes:
+// a float of a pixel, or two bfloat16 of neighbouring pixels.
 // Included inside the namespace of an instruction-set file, after slab_tiles_body.h.
 
-template <int M, int N>
+template <class Words, int M, int N>
 inline void outer_block(const float* a, int64_t stride_a, const float* b, int64_t stride_b,
                         int64_t count, float* out, int64_t stride_out) {
   Floats sum[M][N];
@@ -11,14 +12,14 @@ inline void outer_block(const float* a, int64_t stride_a, const float* b, int64_
     for (int n = 0; n < N; ++n) sum[m][n] = Simd::load(out + m * stride_out + n * kLanes);
   }
   for (int64_t k = 0; k < count; ++k) {
-    Floats column[N];
+    typename Words::Vector column[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) column[n] = Simd::load(b + k * stride_b + n * kLanes);
+    for (int n = 0; n < N; ++n) column[n] = Words::load(b + k * stride_b + n * kLanes);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const Floats left = Simd::set(a[k * stride_a + m]);
+      const auto left = Words::spread(a + k * stride_a + m);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[m][n] = Simd::fma(left, column[n], sum[m][n]);
+      for (int n = 0; n < N; ++n) sum[m][n] = Words::multiply_add(left, column[n], sum[m][n]);
     }
   }
 #pragma GCC unroll 12
@@ -28,26 +29,33 @@ inline void outer_block(const float* a, int64_t stride_a, const float* b, int64_
   }
 }
 
-template <int N>
+template <class Words, int N>
 inline void outer_panel(const float* a, int64_t stride_a, int64_t rows, const float* b,
                         int64_t stride_b, int64_t count, float* out, int64_t stride_out) {
   constexpr int M = rows_at_once(N);
   int64_t m = 0;
   for (; m + M <= rows; m += M) {
-    outer_block<M, N>(a + m, stride_a, b, stride_b, count, out + m * stride_out, stride_out);
+    outer_block<Words, M, N>(a + m, stride_a, b, stride_b, count, out + m * stride_out, stride_out);
   }
   for (; m + 4 <= rows; m += 4) {
-    outer_block<4, N>(a + m, stride_a, b, stride_b, count, out + m * stride_out, stride_out);
+    outer_block<Words, 4, N>(a + m, stride_a, b, stride_b, count, out + m * stride_out, stride_out);
   }
   for (; m + 2 <= rows; m += 2) {
-    outer_block<2, N>(a + m, stride_a, b, stride_b, count, out + m * stride_out, stride_out);
+    outer_block<Words, 2, N>(a + m, stride_a, b, stride_b, count, out + m * stride_out, stride_out);
   }
   if (m < rows) {
-    outer_block<1, N>(a + m, stride_a, b, stride_b, count, out + m * stride_out, stride_out);
+    outer_block<Words, 1, N>(a + m, stride_a, b, stride_b, count, out + m * stride_out, stride_out);
   }
 }
 
+// Rows of words along the pixels: a row for each pixel, or for two.
+struct PixelWords {
+  const float* at;
+  int64_t stride;
+};
+
 // out[m][n] += sum over k < count of a[k][m] b[k][n]; m < rows, n < vectors * lanes.
+template <class Words = FloatWords>
 inline void add_outer(const float* a, int64_t stride_a, int64_t rows, const float* b,
                       int64_t stride_b, int64_t vectors, int64_t count, float* out,
                       int64_t stride_out) {
@@ -58,16 +66,17 @@ inline void add_outer(const float* a, int64_t stride_a, int64_t rows, const floa
     float* to = out + first;
     switch (panels.width(p)) {
       case 1:
-        outer_panel<1>(a, stride_a, rows, columns, stride_b, count, to, stride_out);
+        outer_panel<Words, 1>(a, stride_a, rows, columns, stride_b, count, to, stride_out);
         break;
       case 2:
-        outer_panel<2>(a, stride_a, rows, columns, stride_b, count, to, stride_out);
+        outer_panel<Words, 2>(a, stride_a, rows, columns, stride_b, count, to, stride_out);
         break;
       case 3:
-        outer_panel<3>(a, stride_a, rows, columns, stride_b, count, to, stride_out);
+        outer_panel<Words, 3>(a, stride_a, rows, columns, stride_b, count, to, stride_out);
         break;
       default:
-        outer_panel<kWidestPanel>(a, stride_a, rows, columns, stride_b, count, to, stride_out);
+        outer_panel<Words, kWidestPanel>(a, stride_a, rows, columns, stride_b, count, to,
+                                         stride_out);
     }
   }
 }

@@ -1,7 +1,7 @@
 // Products of pixel-major maps with packed weights: out[row][n] = sum over taps and k of
 // a[row * stride + offset[tap] + k] * b[tap][k][n]. One tap is a plain product, several are a
 // direct convolution or a product over sections of a row. Sums in float32, in the order of (tap,
-// k).
+// k). Operands are words of 4 bytes: a float, or two bfloat16 of neighbouring k.
 // Included inside the namespace of an instruction-set file, after `struct Simd`.
 
 #ifdef __GNUC__
@@ -19,6 +19,13 @@ inline void prefetch([[maybe_unused]] const void* address) {
 
 using Floats = Simd::Floats;
 constexpr int kLanes = Simd::kLanes;
+
+struct FloatWords {
+  using Vector = Floats;
+  static Vector load(const float* word) { return Simd::load(word); }
+  static Vector spread(const float* word) { return Simd::set(*word); }
+  static Floats multiply_add(Vector a, Vector b, Floats sum) { return Simd::fma(a, b, sum); }
+};
 
 constexpr int64_t rounded_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -75,29 +82,29 @@ struct Taps {
 };
 
 struct Operand {
-  const float* a;
-  int64_t stride;  // from row to row
+  const float* a;  // words
+  int64_t stride;  // from row to row, in words
   Taps taps;
-  int64_t depth;  // k of each tap
+  int64_t depth;  // words of each tap
 };
 
-template <int M, int N>
+template <class Words, int M, int N>
 CIEMA_INLINE void accumulate(const float* a, int64_t stride, const float* b, int64_t depth,
                              Floats (&sum)[M][N]) {
   for (int64_t k = 0; k < depth; ++k) {
-    Floats column[N];
+    typename Words::Vector column[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) column[n] = Simd::load(b + (k * N + n) * kLanes);
+    for (int n = 0; n < N; ++n) column[n] = Words::load(b + (k * N + n) * kLanes);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const Floats left = Simd::set(a[m * stride + k]);
+      const auto left = Words::spread(a + m * stride + k);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[m][n] = Simd::fma(left, column[n], sum[m][n]);
+      for (int n = 0; n < N; ++n) sum[m][n] = Words::multiply_add(left, column[n], sum[m][n]);
     }
   }
 }
 
-template <int M, int N, class Finish>
+template <class Words, int M, int N, class Finish>
 inline void block(const Operand& left, const float* b, int64_t row, int64_t vector,
                   const Finish& finish) {
   Floats sum[M][N];
@@ -109,25 +116,25 @@ inline void block(const Operand& left, const float* b, int64_t row, int64_t vect
   const float* a = left.a + row * left.stride;
   for (int64_t i = 0; i < left.taps.count; ++i) {
     const Tap tap = left.taps.tap[i];
-    accumulate(a + tap.offset, left.stride, b + tap.weight * left.depth * N * kLanes, left.depth,
-               sum);
+    accumulate<Words>(a + tap.offset, left.stride, b + tap.weight * left.depth * N * kLanes,
+                      left.depth, sum);
   }
   finish(sum, row, vector);
 }
 
-template <int N, class Finish>
+template <class Words, int N, class Finish>
 inline void panel_product(const Operand& left, int64_t rows, const float* b, int64_t vector,
                           const Finish& finish) {
   constexpr int M = rows_at_once(N);
   int64_t row = 0;
-  for (; row + M <= rows; row += M) block<M, N>(left, b, row, vector, finish);
-  for (; row + 4 <= rows; row += 4) block<4, N>(left, b, row, vector, finish);
-  for (; row + 2 <= rows; row += 2) block<2, N>(left, b, row, vector, finish);
-  if (row < rows) block<1, N>(left, b, row, vector, finish);
+  for (; row + M <= rows; row += M) block<Words, M, N>(left, b, row, vector, finish);
+  for (; row + 4 <= rows; row += 4) block<Words, 4, N>(left, b, row, vector, finish);
+  for (; row + 2 <= rows; row += 2) block<Words, 2, N>(left, b, row, vector, finish);
+  if (row < rows) block<Words, 1, N>(left, b, row, vector, finish);
 }
 
 // finish(sums[M][N], first row, first vector of columns) takes each block of results.
-template <class Finish>
+template <class Words = FloatWords, class Finish>
 inline void product(const Operand& left, int64_t rows, const float* b, int64_t vectors,
                     const Finish& finish) {
   const Panels panels(vectors);
@@ -137,16 +144,16 @@ inline void product(const Operand& left, int64_t rows, const float* b, int64_t v
     const float* weights = b + vector * kLanes * depth;
     switch (panels.width(p)) {
       case 1:
-        panel_product<1>(left, rows, weights, vector, finish);
+        panel_product<Words, 1>(left, rows, weights, vector, finish);
         break;
       case 2:
-        panel_product<2>(left, rows, weights, vector, finish);
+        panel_product<Words, 2>(left, rows, weights, vector, finish);
         break;
       case 3:
-        panel_product<3>(left, rows, weights, vector, finish);
+        panel_product<Words, 3>(left, rows, weights, vector, finish);
         break;
       default:
-        panel_product<kWidestPanel>(left, rows, weights, vector, finish);
+        panel_product<Words, kWidestPanel>(left, rows, weights, vector, finish);
     }
   }
 }

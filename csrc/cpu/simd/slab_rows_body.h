@@ -1,8 +1,27 @@
 // Rows of numbers, one a pixel: sums, products with a vector, softmax, and the way back to a plane.
 // Included inside the namespace of an instruction-set file, after slab_tiles_body.h.
 
+// Rows (f, L, R, X) of the pixels of one branch of one sample in training, in the order of tiles.
+template <class T>
+struct RowsOf {
+  int64_t cp, stride;
+  T* start;
+
+  T* f(int64_t pixel) const { return start + pixel * stride; }
+  T* l(int64_t pixel) const { return f(pixel) + 3 * cp; }
+  T* r(int64_t pixel) const { return f(pixel) + 6 * cp; }
+  T* x(int64_t pixel) const { return f(pixel) + 7 * cp; }
+};
+
+// X of a chunk of pixels, before it is rounded.
+struct ExactRows {
+  float* at;
+  int64_t stride;
+};
+
 // sum += all rows
-inline void add_rows(const float* rows, int64_t stride, int64_t count, int64_t columns,
+template <class T>
+inline void add_rows(const T* rows, int64_t stride, int64_t count, int64_t columns,
                      float* sum) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     Floats even = Simd::zero(), odd = Simd::zero();
@@ -16,7 +35,8 @@ inline void add_rows(const float* rows, int64_t stride, int64_t count, int64_t c
   }
 }
 
-inline float dot(const float* a, const float* b, int64_t columns) {
+template <class T>
+inline float dot(const T* a, const float* b, int64_t columns) {
   Floats sum = Simd::zero();
   for (int64_t c = 0; c < columns; c += kLanes) {
     sum = Simd::fma(Simd::load(a + c), Simd::load(b + c), sum);

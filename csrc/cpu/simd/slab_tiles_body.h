@@ -78,15 +78,21 @@ inline void conv3x3_tiles(const Frame& f, const Tiles& tiles, const float* from,
   }
 }
 
+inline void put(float* out, Floats value) { Simd::store(out, value); }
+
 // Rows of a chunk's pixels: f = [f1; f3; f5] and X, of which other things may lie between.
+template <class T>
 struct Rows {
-  float *f, *x;
+  T* f;
+  float* x;
   int64_t stride_f, stride_x;
 };
 
 // f3, f5 and X of tiles [first, first + count); zeros where a tile leaves the map.
+template <class T>
 inline void feature_tiles(const Frame& f, const Tiles& tiles, const float* map,
-                          const float* weights, int64_t first, int64_t count, const Rows& rows) {
+                          const float* weights, int64_t first, int64_t count,
+                          const Rows<T>& rows) {
   const Cut cut = cut5(f);
   transform_tiles(f, tiles, map, cut, first, count);
   multiply_tiles(tiles, f.cp, kOneTap, f.c, count, weights, 2 * f.cp / kLanes);
@@ -96,12 +102,11 @@ inline void feature_tiles(const Frame& f, const Tiles& tiles, const float* map,
     for (int64_t c = 0; c < 2 * f.cp; c += kLanes) {
       Floats out[kOutputs5][kOutputs5];
       output_transform<kOutputs5>(tiles.out + t * 2 * f.cp + c, tiles.stride_out, out);
-      float* to = rows.f + t * kTilePixels * rows.stride_f + f.cp + c;
+      T* to = rows.f + t * kTilePixels * rows.stride_f + f.cp + c;
       for (int64_t y = 0; y < kOutputs5; ++y) {
         for (int64_t x = 0; x < kOutputs5; ++x) {
           const bool inside = y0 + y < f.height && x0 + x < f.width;
-          Simd::store(to + (y * kOutputs5 + x) * rows.stride_f,
-                      inside ? out[y][x] : Simd::zero());
+          put(to + (y * kOutputs5 + x) * rows.stride_f, inside ? out[y][x] : Simd::zero());
         }
       }
     }
