@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 from typing import Any
 
 import pytest
 import torch
 
-from fused.backends import cpu, native
-
-from . import table
+from . import machine, table
 from .measure import case_of
 from .providers import PROVIDERS, SLOW_PROVIDERS, Provider
 from .stages import MODES, SHAPES, Case
@@ -111,24 +106,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(table.inference(found))
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
     """What the figures depend on besides the processor, which pytest-benchmark describes itself."""
-    machine_info["threads"] = config.getoption("--threads")
-    machine_info["cores"] = os.cpu_count()
-    machine_info["load_average"] = os.getloadavg() if hasattr(os, "getloadavg") else None
-    machine_info["platform"] = platform.platform()
-    machine_info["torch_capability"] = torch.backends.cpu.get_cpu_capability()
-    isa = None if cpu.LIBRARY.error is not None else native.kernel("cpu_isa")()
-    machine_info["fused_cpu_isa"] = isa or str(cpu.LIBRARY.error)
-    names = ("onnxruntime", "openvino", "onnx", "numpy")
-    versions = {"torch": torch.__version__} | {name: _version(name) for name in names}
-    machine_info["versions"] = versions
+    machine_info.update(machine.facts(config.getoption("--threads")))

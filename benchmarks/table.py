@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import machine
+
 Record = dict[str, Any]
 # (subject, size, mode): one row.
 Row = tuple[str, str, str]
@@ -55,7 +57,7 @@ def _grid(found: Sequence[Record]) -> tuple[dict[Row, dict[str, Record]], list[s
     return rows, providers
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -66,7 +68,7 @@ def _table(found: Sequence[Record], cell: Callable[[Record, dict[str, Record]], 
         [*row, *(cell(cells[p], cells) if p in cells else "–" for p in providers)]
         for row, cells in grid.items()
     ]
-    return _markdown(["subject", "size", "mode", *providers], body)
+    return markdown_table(["subject", "size", "mode", *providers], body)
 
 
 def best_alternative(cells: dict[str, Record], dtype: str) -> str | None:
@@ -115,36 +117,18 @@ def inference(found: Sequence[Record]) -> str:
             texts = (f"**{name}**" if name == best else name, _milliseconds(record), ratio)
             body.append([subject, size, _dtype(record), *texts, f"{rate:.0f}", share, megabytes])
     columns = ("provider", "ms", "ratio", "GFLOP/s", "of peak", "MB")
-    return _markdown(["subject", "size", "maps", *columns], body)
+    return markdown_table(["subject", "size", "maps", *columns], body)
 
 
 def _rate(record: Record, cells: dict[str, Record]) -> str:
     return f"{record['flop'] / record['ms'] / 1e6:.1f}"
 
 
-def machine(result: dict[str, Any]) -> str:
-    """A line on what the figures were taken on."""
-    info = result.get("machine_info", {})
-    versions = info.get("versions", {})
-    parts = [
-        info.get("cpu", {}).get("brand_raw") or info.get("processor") or "unknown processor",
-        f"{info.get('cores')} cores, {info.get('threads')} threads",
-        f"torch kernels {info.get('torch_capability')}, fused.cpu {info.get('fused_cpu_isa')}",
-        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        f"Python {info.get('python_version')}",
-        str(result.get("datetime", ""))[:19],
-    ]
-    load = info.get("load_average")
-    if load:
-        parts.append(f"load average at the end {load[0]:.1f}")
-    return "; ".join(parts)
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The whole report."""
     found = records(result)
     sections = [
-        machine(result),
+        machine.line(result.get("machine_info", {}), str(result.get("datetime", ""))),
         "## Time\n\nMedian ms a call, and how many times quicker than the best alternative "
         "of the same dtype (bold: all but `fused-*` are alternatives) it is.",
         _table(found, _time),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT
 
 import fused
-from benchmarks import measure, memory, providers, stages, table
+from benchmarks import measure, memory, providers, stages, table, turns
 
 pytest.importorskip("pytest_benchmark", reason="extra [bench] is not installed")
 
@@ -129,6 +130,50 @@ def test_k_cpu_prints_one_table_of_all_forwards(tmp_path: Path) -> None:
         expected = 100 * record["gflop_per_second"] / record["peak_gflop_per_second"]
         assert int(share.removesuffix(" %")) == round(expected)
         assert (ratio == "–") == (record["dtype"] == "bfloat16")  # nothing to compare it with
+
+
+def test_turns_give_medians_and_ratios(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    command = ["--shape", "tiny", "--subjects", "cross_spatial", "--threads", "1", "2"]
+    try:
+        done = turns.main([*command, "--rounds", "3", "--json", str(tmp_path / "turns.json")])
+    finally:
+        torch.set_num_threads(threads)
+    assert done == 0
+    rows = json.loads((tmp_path / "turns.json").read_text())["rows"]
+    names = ("published", "fused-auto", "published-autocast", "fused-autocast")
+    assert [(r["threads"], r["provider"]) for r in rows] == [(t, n) for t in (1, 2) for n in names]
+    assert all(len(r["seconds"]) == 3 for r in rows)
+    shown = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    shown = [cells for cells in shown if cells[0] == "cross_spatial"]
+    medians = [1e3 * statistics.median(r["seconds"]) / 2 for r in rows]  # two samples
+    assert [float(cells[6]) for cells in shown] == pytest.approx(medians, rel=0.01)
+    for published, ours in ((0, 1), (2, 3), (4, 5), (6, 7)):
+        ratio = medians[published] / medians[ours]
+        assert float(shown[ours][8].strip("×")) == pytest.approx(ratio, rel=0.01, abs=0.006)
+    scaling = medians[1] / medians[5]
+    assert float(shown[5][9].strip("×")) == pytest.approx(scaling, rel=0.01, abs=0.006)
+
+
+def test_turns_refuse_wrong_results(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(case: stages.Case, mode: str, threads: int) -> providers.Runnable:
+        right = by_name("fused-auto").build(case, mode, threads)
+        return providers.Runnable(
+            lambda *inputs: tuple(1.2 * y for y in right.run(*inputs)), right.module
+        )
+
+    for name in ("fused-auto", "fused-autocast"):
+        planted = dataclasses.replace(turns.BY_NAME[name], build=wrong)
+        monkeypatch.setitem(turns.BY_NAME, name, planted)
+        command = ["--shape", "tiny", "--subjects", "cross_spatial", "--providers", name]
+        assert turns.main([*command, "--rounds", "1"]) == 1
+        out, err = capsys.readouterr()
+        assert "cross_spatial |" not in out
+        assert f"error: cross_spatial: {name}: output" in err
 
 
 def test_a_planted_wrong_provider_is_not_timed(tmp_path: Path) -> None:
