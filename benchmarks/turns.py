@@ -28,6 +28,9 @@ from .table import is_alternative, markdown_table
 
 # Under autocast the published form may itself be beyond the tolerance: ours may err twice as much.
 TIMES_PUBLISHED = 2.0
+# alpha's gradient is one number, in which large sums cancel and no errors average out: over six
+# seeds the published form's was off by 1.1 to 3.4 %.
+TIMES_FOR_A_NUMBER = 4.0
 
 
 def _autocast(provider: Provider) -> Provider:
@@ -91,6 +94,7 @@ def check(case: Case, mode: str, provider: Provider, runnable: Runnable) -> None
         for key, value in want.gradients.items()
     ]
     for what, ours, theirs, exact, limit in found:
+        limit = limit * TIMES_FOR_A_NUMBER if exact.numel() == 1 else limit
         allowed = max(limit, TIMES_PUBLISHED * relative_error(theirs, exact))
         error = relative_error(ours, exact)
         if not error <= allowed:  # NaN too

@@ -39,8 +39,10 @@ def _run(arguments: list[str]) -> int:
         import typer
     except ModuleNotFoundError as error:
         return _fail(f'{error.name} is missing: pip install "mobilesteelnet[cli]"', USAGE)
+    from .allocator import keep_freed_memory
     from .cli import app
 
+    keep_freed_memory()
     try:
         code = typer.main.get_command(app).main(
             args=arguments, prog_name="mobilesteelnet", standalone_mode=False

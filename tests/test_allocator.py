@@ -1,0 +1,57 @@
+"""The program keeps freed memory: a map of the same size costs no new pages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FAULTS = """
+import resource, torch
+from mobilesteelnet.allocator import keep_freed_memory
+print(keep_freed_memory() if {keep} else "untouched")
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(12 << 20).fill_(1).sum()  # 48 MiB
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(keep: bool, **variables: str) -> list[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS.format(keep=keep)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_maps_are_used_again() -> None:
+    did, *counts = faults(True)
+    if did != "True":
+        pytest.skip("this C library has no mallopt, or the environment sets its variables")
+    pages = (48 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert all(int(count) < pages / 10 for count in counts[-3:])  # its heap has settled
+    assert all(int(count) > pages / 2 for count in faults(False)[-3:])  # what it is for
+
+
+def test_a_users_own_setting_is_respected() -> None:
+    assert faults(True, MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+
+
+def test_the_program_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mobilesteelnet import allocator
+    from mobilesteelnet.__main__ import main
+
+    asked = []
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: asked.append(True))
+    assert main(["--version"]) == 0
+    assert asked == [True]
