@@ -8,9 +8,10 @@
 // y is read through R and X only: s.y = (s D).R + (alpha Wc^T s).X + const (spec.md 5.4).
 //
 // Scratch  rows (f: 3c, L: 3c, R: c, X: c) of every sample and branch, in the order of tiles: at
-//          c = 32, 56x56 that is 6.4 MB a sample.
-// Sums     statistics: mean and centred squares of a chunk in float32, chunks joined in float64;
-//          means of a sample's R and X float32 by chunks. Everything in a fixed order.
+//          c = 32, 56x56 that is 6.4 MB a sample, or 3.2 MB where they are kept in bfloat16.
+// Sums     statistics (of L and R as they are kept): mean and centred squares of a chunk in float32,
+//          chunks joined in float64; means of a sample's R and X float32 by chunks. Everything in a
+//          fixed order.
 // Included inside the namespace of an instruction-set file, after slab_rows_body.h.
 
 // Mean and sum of squares about it, of each column; joined chunk by chunk.
