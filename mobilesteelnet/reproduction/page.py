@@ -203,12 +203,14 @@ def _seeds(row: Row) -> str:
 
 
 def _effort(row: Row) -> str:
-    """What a training took, and on what."""
-    minutes = sum(result["training"]["seconds"] for result in row.results) / len(row.results) / 60
+    """What the trainings took, and on what."""
+    minutes = sorted({round(result["training"]["seconds"] / 60) for result in row.results})
+    took = " to ".join(f"{end}" for end in dict.fromkeys((minutes[0], minutes[-1])))
     places = sorted(
         {f"{r['machine']['device']}, {r['machine'].get('precision', '?')}" for r in row.results}
     )
-    return f"A training takes {minutes:.0f} minutes ({'; '.join(places)})."
+    note = "by the clock, with the pauses and whatever ran beside it"
+    return f"A training took {took} minutes {note} ({'; '.join(places)})."
 
 
 def _changed(options: dict[str, Any]) -> list[str]:
