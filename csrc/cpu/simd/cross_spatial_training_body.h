@@ -9,9 +9,9 @@
 //
 // Scratch  rows (f: 3c, L: 3c, R: c, X: c) of every sample and branch, in the order of tiles: at
 //          c = 32, 56x56 that is 6.4 MB a sample, or 3.2 MB where they are kept in bfloat16.
-// Sums     statistics (of L and R as they are kept): mean and centred squares of a chunk in float32,
-//          chunks joined in float64; means of a sample's R and X float32 by chunks. Everything in a
-//          fixed order.
+// Sums     statistics (of L and R as they are kept): mean and centred squares of a chunk in
+//          float32, chunks joined in float64; means of a sample's R and X float32 by chunks.
+//          Everything in a fixed order.
 // Included inside the namespace of an instruction-set file, after slab_rows_body.h.
 
 // Mean and sum of squares about it, of each column; joined chunk by chunk.
@@ -177,21 +177,6 @@ inline void multiply_rows(const Frame& f, const Stored* rows, int64_t stride, in
   product<StoredWords>(left, count, weights, vectors, finish);
 }
 
-struct Keep {
-  Stored* out;
-  int64_t stride;
-
-  template <int M, int N>
-  CIEMA_INLINE void operator()(const Floats (&sum)[M][N], int64_t row, int64_t vector) const {
-    Stored* at = out + row * stride + vector * kLanes;
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) put(at + m * stride + n * kLanes, sum[m][n]);
-    }
-  }
-};
-
 // f, L and X of a chunk of pixels; X unrounded too, in work.exact_x(rows, first).
 inline void fill_rows(const TrainingWork& work, const TrainingWeights& weights, const float* map,
                       const RowsOf<Stored>& rows, int64_t first, int64_t count) {
@@ -201,9 +186,9 @@ inline void fill_rows(const TrainingWork& work, const TrainingWeights& weights, 
                 Rows<Stored>{rows.f(first), exact.at, rows.stride, exact.stride});
   keep_rows(exact, count, f.cp, rows.x(first), rows.stride);
   multiply_rows(f, rows.x(first), rows.stride, 1, count, weights.spatial1, f.cp / kLanes,
-                Keep{rows.f(first), rows.stride});
+                Store{rows.f(first), rows.stride});
   multiply_rows(f, rows.f(first), rows.stride, 3, count, weights.attention, 3 * f.cp / kLanes,
-                Keep{rows.l(first), rows.stride});
+                Store{rows.l(first), rows.stride});
 }
 
 // Scale and shift of a batch norm from its statistics; zero in the padding.
@@ -246,7 +231,7 @@ inline void reduce_rows(const TrainingWork& work, const TrainingWeights& weights
                         const RowsOf<Stored>& rows, int64_t first, int64_t count) {
   const int64_t cp = work.frame.cp;
   multiply_rows(work.frame, work.weighted, 3 * cp, 3, count, weights.reduce, cp / kLanes,
-                Keep{rows.r(first), rows.stride});
+                Store{rows.r(first), rows.stride});
 }
 
 inline void store_moments(const Moments& moments, int64_t sections, int64_t c, int64_t count,

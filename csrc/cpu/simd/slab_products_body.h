@@ -161,17 +161,23 @@ inline void product(const Operand& left, int64_t rows, const float* b, int64_t v
 constexpr Tap kNoOffset[1] = {{0, 0}};
 constexpr Taps kOneTap = {kNoOffset, 1, 1};
 
+inline void put(float* out, Floats value) { Simd::store(out, value); }
+
+// Writes sums as T, for which there is a `put`.
+template <class T>
 struct Store {
-  float* out;
+  T* out;
   int64_t stride;
 
   template <int M, int N>
   CIEMA_INLINE void operator()(const Floats (&sum)[M][N], int64_t row, int64_t vector) const {
-    float* at = out + row * stride + vector * kLanes;
+    T* at = out + row * stride + vector * kLanes;
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) Simd::store(at + m * stride + n * kLanes, sum[m][n]);
+      for (int n = 0; n < N; ++n) put(at + m * stride + n * kLanes, sum[m][n]);
     }
   }
 };
+template <class T>
+Store(T*, int64_t) -> Store<T>;

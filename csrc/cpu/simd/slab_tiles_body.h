@@ -78,8 +78,6 @@ inline void conv3x3_tiles(const Frame& f, const Tiles& tiles, const float* from,
   }
 }
 
-inline void put(float* out, Floats value) { Simd::store(out, value); }
-
 // Rows of a chunk's pixels: f = [f1; f3; f5] and X, of which other things may lie between.
 template <class T>
 struct Rows {
