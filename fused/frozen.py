@@ -181,30 +181,36 @@ class FrozenCIEMA(Frozen, FusedCIEMA):
     @guarded
     def forward(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
         """(B, C, H, W) → (B, C, H, W), of x's dtype; `statistics` are found anew."""
-        return self._out(*self._e_and_w(x)).to(x.dtype)
+        e = self._first_stage(x)
+        return self._out(e, self._gate(e)).to(x.dtype)
 
     @guarded
     def spatial_gate(self, x: torch.Tensor) -> torch.Tensor:
         """The gate w (B, G, H, W) in (0, 1) that this block draws over x."""
-        return self._e_and_w(x)[1].to(x.dtype)
+        return self._gate(self._first_stage(x)).to(x.dtype)
 
     @guarded
-    def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean of `forward(x)` over H×W, (B, C) in float32 or better."""
-        plan, (e, w) = self._plan(), self._e_and_w(x)
+    def interact(self, x: torch.Tensor) -> torch.Tensor:
+        """x → e of channel interaction, for `mean_after`: whoever has e can let x go."""
+        return self._first_stage(x)
+
+    @guarded
+    def mean_after(self, e: torch.Tensor) -> torch.Tensor:
+        """The mean of `forward(x)` over H×W, (B, C) in float32 or better, from `interact(x)`."""
+        plan, w = self._plan(), self._gate(e)
         if isinstance(plan, PackedCIEMA):
             return plan.fuse(e, w, mean_only=True)
         out = self._out(e, w)
         return out.mean((2, 3), dtype=statistics_dtype(out.dtype))
 
-    def _e_and_w(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _first_stage(self, x: torch.Tensor) -> torch.Tensor:
         self._check_channels(x)
         plan, x = self._plan(), x.to(self.map_dtype)
-        if isinstance(plan, PackedCIEMA):
-            e = plan.interact(x)
-            return e, plan.gate(e)
-        e = self._interact(x)
-        return e, self._cross(e, update=False)
+        return plan.interact(x) if isinstance(plan, PackedCIEMA) else self._interact(x)
+
+    def _gate(self, e: torch.Tensor) -> torch.Tensor:
+        plan = self._plan()
+        return plan.gate(e) if isinstance(plan, PackedCIEMA) else self._cross(e, update=False)
 
     def _out(self, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         plan = self._plan()

@@ -89,12 +89,12 @@ class FrozenMobileSteelNet(Frozen, MobileSteelNet):
     @guarded
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, in_channels, H, W) → logits (B, num_classes), of the images' dtype."""
-        features = self.features(images)
         fc = self._plan().fc
         if isinstance(self.ciema, FrozenCIEMA):
-            means = self.ciema.mean(features)
+            # Nobody keeps MSFF's map: an eighth of the peak memory.
+            means = self.ciema.mean_after(self.ciema.interact(self.features(images)))
         else:
-            means = features.mean((2, 3), dtype=fc.weight.dtype)
+            means = self.features(images).mean((2, 3), dtype=fc.weight.dtype)
         return F.linear(means, *fc).to(images.dtype)
 
     @guarded

@@ -35,6 +35,9 @@ PRODUCTS = (
     (64, (3, 48, 8, 6)),
     (5, (1, 130, 1, 97)),
 )
+# Products in Strassen's form: a last span that is no full pair of tiles, odd halves of channels.
+LARGE_PRODUCTS = ((256, (2, 256, 23, 23)), (384, (1, 258, 19, 27)))
+LARGE = Sizes(1, 1024, 23, 23, 32)
 # Sizes of the maps that msff fuses: no ratio, odd ones, the largest height and width in two maps.
 FEATURES = (
     ((6, 5, 7),),
@@ -80,10 +83,47 @@ def pointwise_oracle(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("rows", "shape"), PRODUCTS, ids=str)
+@pytest.mark.parametrize(("rows", "shape"), [*PRODUCTS, *LARGE_PRODUCTS], ids=str)
 def test_pointwise_equals_float64(rows, shape, layout, dtype):
     x, weight = laid_out(shape, layout, dtype), weight_of(rows, shape[1])
     check(pointwise(x, weight), pointwise_oracle(x, weight), x)
+
+
+def test_seven_products_are_as_accurate_as_eight_but_for_a_factor_of_two():
+    x, weight = laid_out((1, 1024, 23, 23), "contiguous", torch.float32), weight_of(1024, 1024)
+    want = torch.einsum("mk,bkhw->bmhw", weight.double(), x.double())
+    errors = []
+    for plane in (None, 1):  # a weight packed for small maps has the direct form
+        packed = op("pack_product_weight")(weight, False, plane)
+        errors.append(error(op("pointwise_packed")(x, packed, None, None, False), want))
+    seven, eight = errors
+    assert eight < seven <= 2.5 * eight
+    assert seven <= 2e-6
+    parts, whole = (op("pack_product_weight")(weight, False, p).numel() for p in (512, 511))
+    assert parts - 64 == 2 * (whole - 64)
+
+
+@pytest.mark.parametrize("scaled", ["pixels", "rows"])
+def test_small_pixels_and_rows_keep_their_accuracy_beside_large_ones(scaled):
+    x, weight = laid_out((1, 256, 23, 23), "contiguous", torch.float32), weight_of(256, 256)
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.exp2(torch.randint(-20, 20, (23, 23), generator=generator))
+    x = x * sizes if scaled == "pixels" else x
+    weight = weight * sizes.flatten()[:256, None] if scaled == "rows" else weight
+    packed = op("pack_product_weight")(weight, False)
+    got = op("pointwise_packed")(x, packed, None, None, False)[0].double()
+    want = torch.einsum("mk,khw->mhw", weight.double(), x[0].double())
+    dims = 0 if scaled == "pixels" else (1, 2)
+    assert ((got - want).norm(dim=dims) <= 1e-4 * want.norm(dim=dims)).all()
+
+
+def test_small_maps_take_the_direct_form_from_the_parts_of_a_weight():
+    x, weight = laid_out((1, 256, 9, 13), "contiguous", torch.float32), weight_of(256, 256)
+    run = [
+        op("pointwise_packed")(x, op("pack_product_weight")(weight, False, p), None, None, False)
+        for p in (None, 9 * 13)
+    ]
+    assert torch.equal(*run)
 
 
 def test_plain_product_of_bfloat16_maps_with_float32_words():
@@ -120,7 +160,7 @@ def test_channel_interaction_equals_float64(shape, layout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "transposed"])
-@pytest.mark.parametrize("sizes", [*AWKWARD, Sizes(1, 192, 9, 13, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [*AWKWARD, Sizes(1, 192, 9, 13, 8), LARGE], ids=str)
 def test_gated_fusion_equals_float64(sizes, layout, dtype):
     named = arguments("gated_fusion", sizes) | {"save": False}
     args = convert("gated_fusion", named, dtype, layout)
@@ -167,14 +207,29 @@ def test_msff_equals_float64(sizes, layout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_not_a_number_and_infinity_reach_their_pixels_and_no_others(layout, dtype):
-    x = laid_out((2, 19, 9, 13), layout, dtype).clone(memory_format=torch.preserve_format)
+@pytest.mark.parametrize(("rows", "shape"), [(21, (2, 19, 9, 13)), LARGE_PRODUCTS[0]], ids=str)
+def test_not_a_number_and_infinity_reach_their_pixels_and_no_others(rows, shape, layout, dtype):
+    x = laid_out(shape, layout, dtype).clone(memory_format=torch.preserve_format)
     x[0, 3, 2, 2], x[1, 18, 8, 12] = float("nan"), float("inf")
-    weight = weight_of(21, 19)
+    weight = weight_of(rows, shape[1])
     got, want = pointwise(x, weight), pointwise_oracle(x, weight)
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.isinf(), want.isinf())
-    assert got.isnan().sum() == 21
+    assert got.isnan().sum() == rows
+    finite = want.isfinite()
+    assert error(got[finite], want[finite]) <= tolerance(dtype)[0]
+
+
+def test_sums_of_products_that_overflow_are_made_without_them():
+    x = laid_out((1, 256, 23, 23), "contiguous", torch.float32) * 1e-3
+    x[0, :, 0, :4], x[0, :, 2, 2:6] = 3e38, -3e38  # of both tiles of a span: 6e38 is infinite
+    weight = weight_of(256, 256) * 1e-3
+    got, want = pointwise(x, weight), pointwise_oracle(x, weight)
+    assert got.isfinite().all()
+    small = want < 1e3
+    assert 0 < small.sum() < want.numel()
+    assert error(got[small], want[small]) <= 1e-5
+    assert error(got, want) <= 1e-5
 
 
 def everything(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -183,8 +238,10 @@ def everything(dtype: torch.dtype) -> list[torch.Tensor]:
     args = convert("gated_fusion", arguments("gated_fusion", Sizes(2, 144, 13, 17, 8)), dtype, "")
     packed = packed_fusion(args)
     squeeze, excite, interaction = interaction_arguments(x)
+    large = laid_out(LARGE_PRODUCTS[0][1], "contiguous", dtype)
     return [
         pointwise(x, weight_of(130, 140)),
+        pointwise(large, weight_of(256, 256)),
         *cpu_products.channel_interaction(x, squeeze, excite, interaction),
         op("gated_fusion_packed")(*args[:2], *packed, False),
         op("gated_fusion_packed")(*args[:2], *packed, True),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stage_cases import OPS, Sizes, arguments, convert, differentiable, error, require_grad
-from test_cpu_products import DTYPES, guarded, op, weight_of
+from test_cpu_products import DTYPES, LARGE, guarded, op, weight_of
 from test_native import LAYOUTS, ROOT, laid_out
 
 from fused.backends import cpu, cpu_stages, reference
@@ -226,10 +226,10 @@ def test_gradients_at_the_edge_of_readable_memory(layout, dtype):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("sizes", [Sizes(1, 160, 31, 29, 5), LARGE], ids=str)
 @pytest.mark.parametrize("name", STAGES)
-def test_gradients_of_wide_maps_equal_float64(name, training):
+def test_gradients_of_wide_maps_equal_float64(name, sizes, training):
     """Several tiles of pixels, blocks of rows and chunks of a weight's gradient."""
-    sizes = Sizes(1, 160, 31, 29, 5)
     # A draw in which no pixel lies so near the ReLU's threshold that float32 takes the other side.
     named = arguments(name, sizes, training, seed=1)
     torch.manual_seed(1)

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -116,6 +117,27 @@ def test_compile_leaves_it_alone() -> None:
 
 
 # -------------------------------------------------------------------------- weights that change
+
+
+def test_nothing_keeps_the_fused_map_once_channels_have_interacted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An eighth of the frozen network's peak memory."""
+    frozen, seen = optimize_for_inference(network()), []
+    interact, mean_after = frozen.ciema.interact, frozen.ciema.mean_after
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        seen.append(weakref.ref(x))
+        return interact(x)
+
+    def checked(e: torch.Tensor) -> torch.Tensor:
+        assert seen[0]() is None
+        return mean_after(e)
+
+    monkeypatch.setattr(frozen.ciema, "interact", watched)
+    monkeypatch.setattr(frozen.ciema, "mean_after", checked)
+    frozen(torch.randn(1, 3, 64, 64))
+    assert len(seen) == 1
 
 
 def test_the_frozen_copy_does_not_follow_the_model_and_loads_other_weights() -> None:

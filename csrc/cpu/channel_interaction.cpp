@@ -17,23 +17,11 @@
 #include <cmath>
 
 #include "channel_statistics.h"
+#include "dot.h"
 #include "products.h"
 
 namespace ciema::cpu {
 namespace {
-
-float dot(const float* a, const float* b, int64_t count) {
-  constexpr int kChains = 16;  // independent sums, which the compiler keeps in vectors
-  float sum[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains <= count; i += kChains) {
-    for (int j = 0; j < kChains; ++j) sum[j] += a[i + j] * b[i + j];
-  }
-  float total = 0.0f;
-  for (; i < count; ++i) total += a[i] * b[i];
-  for (int j = 0; j < kChains; ++j) total += sum[j];
-  return total;
-}
 
 template <class T>
 void add_to(void* element, float value) {
@@ -68,22 +56,15 @@ void gate_of(const float* mean, const float* maximum, const float* squeeze, cons
 
 Tensor interpolate_with_product(const Map& x, const PackedWeight& weight, const float* gate) {
   Map out(empty_map(x.tensor(), x.channels(), x.tensor().size(2), x.tensor().size(3)));
-  const int64_t acc_floats = kBlockRows * products().pixels;
   std::vector<float> complement(x.batch() * x.channels());
   for (size_t i = 0; i < complement.size(); ++i) complement[i] = 1.0f - gate[i];
-  for_each_block(
-      x.batch(), x.plane(), x.channels(), x.channels(), acc_floats + weight.panel_floats(),
-      [&](const Tile& tile, float* scratch) {
-        x.pack(tile.sample, tile.pixel, tile.count, weight.words(), scratch + acc_floats);
-      },
-      [&](const Tile& tile, int64_t row, int count, float* acc) {
-        weight.multiply(row, acc + acc_floats, tile.count, false, acc);
-        const int64_t at = tile.sample * x.channels() + row;
-        const Combination how{complement.data() + at, gate + at, nullptr};
-        products().combine[x.element()](acc, count, tile.count, how,
-                                        x.at(tile.sample, row, tile.pixel),
-                                        out.mutable_at(tile.sample, row, tile.pixel));
-      });
+  multiply_map(x, weight, [&](const Tile& tile, int64_t row, int count, const float* acc) {
+    const int64_t at = tile.sample * x.channels() + row;
+    const Combination how{complement.data() + at, gate + at, nullptr};
+    products().combine[x.element()](acc, count, tile.count, how,
+                                    x.at(tile.sample, row, tile.pixel),
+                                    out.mutable_at(tile.sample, row, tile.pixel));
+  });
   return out.tensor();
 }
 
@@ -142,16 +123,13 @@ Tensor channel_interaction_input_backward(Tensor grad_e, Tensor gate, Tensor int
     complement[i] = 1.0f - gates.data()[i];
     shift[i] = means.data()[i] / static_cast<float>(map.plane());
   }
-  const int64_t acc_floats = kBlockRows * products().pixels;
-  for_each_block(
-      map.batch(), map.plane(), channels, channels, acc_floats + weight.panel_floats(),
-      [&](const Tile& tile, float* scratch) {
-        const Transform scaled{complement.data() + tile.sample * channels, nullptr, false, nullptr,
-                               1, 0};
-        map.pack(tile.sample, tile.pixel, tile.count, weight.words(), scratch + acc_floats, scaled);
+  multiply_map(
+      map, weight,
+      [&](const Tile& tile) {
+        const float* scale = complement.data() + tile.sample * channels;
+        return Transform{scale, nullptr, false, nullptr, 1, 0};
       },
-      [&](const Tile& tile, int64_t row, int count, float* acc) {
-        weight.multiply(row, acc + acc_floats, tile.count, false, acc);
+      [&](const Tile& tile, int64_t row, int count, const float* acc) {
         const int64_t at = tile.sample * channels + row;
         const Combination how{nullptr, gates.data() + at, shift.data() + at};
         products().combine[map.element()](acc, count, tile.count, how,

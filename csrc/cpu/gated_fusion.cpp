@@ -25,32 +25,43 @@ struct Weights {
 
 // A thread's floats, one part after another.
 struct Parts {
-  Parts(const Weights& weights, int64_t groups)
-      : gate(int64_t{kBlockRows} * products().pixels),
-        s(gate + (groups + groups % 2) * products().pixels),
-        r(s + weights.of_s.panel_floats()),
-        all(r + weights.of_r.panel_floats()) {}
+  Parts(const Weights& weights, int64_t plane, int64_t groups)
+      : wide(weights.of_s.wants_wide(plane) || weights.of_r.wants_wide(plane)),
+        squeeze_wide(wide && weights.squeeze.wants_wide(plane)),
+        gate_floats((groups + groups % 2) * products().pixels),
+        gate(sum_floats(wide)),
+        s(gate + 2 * gate_floats),
+        r(s + std::max(weights.of_s.operand_floats(wide), weights.squeeze.operand_floats(wide))),
+        all(r + weights.of_r.operand_floats(wide)) {}
 
-  int64_t gate, s, r, all;
+  bool wide, squeeze_wide;
+  int64_t gate_floats, gate, s, r, all;
 };
 
-void begin_tile(const Map& e, const Map& w, const Weights& weights, const Parts& parts,
-                const Tile& tile, float* scratch) {
-  float* gate = scratch + parts.gate;
+void begin_span(const Map& e, const Map& w, const Weights& weights, const Parts& parts,
+                const Span& span, float* scratch) {
   float* s = scratch + parts.s;
-  w.pack(tile.sample, tile.pixel, tile.count, Words::kFloats, gate);
-  const Transform gated{nullptr, nullptr, false, gate, e.channels() / w.channels(),
-                        products().pixels};
-  e.pack(tile.sample, tile.pixel, tile.count, weights.of_s.words(), s, gated);
+  const auto gated = [&](const Tile& tile) {
+    float* gate = scratch + parts.gate + tile.place * parts.gate_floats;
+    w.pack(tile.sample, tile.pixel, tile.count, Words::kFloats, gate);
+    return Transform{nullptr, nullptr, false, gate, e.channels() / w.channels(),
+                     products().pixels};
+  };
+  // What `prepare` adds to s depends on its channels alone, so both weights can read it.
+  pack_operand(e, parts.squeeze_wide ? weights.squeeze : weights.of_s, span, s, gated);
   const int words = static_cast<int>(weights.of_r.words());
-  const int64_t steps = words == 0 ? 1 : 2;
-  for (int64_t row = 0; row < weights.squeeze.rows(); row += kBlockRows) {
-    weights.squeeze.multiply(row, s, tile.count, false, scratch);
-    const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, weights.squeeze.rows() - row));
+  const int64_t steps = words == 0 ? 1 : 2, hidden = weights.squeeze.rows();
+  const auto activate = [&](const Tile& tile, int64_t row, int rows, const float* acc) {
     const Affine affine{weights.scale1.data() + row, weights.shift1.data() + row, nullptr, 0, true};
-    products().affine_to_panel[words](scratch, rows, tile.count, affine,
-                                      scratch + parts.r + row / steps * products().pixels);
-  }
+    float* r = scratch + parts.r + tile.place * weights.of_r.panel_floats();
+    products().affine_to_panel[words](acc, rows, tile.count, affine,
+                                      r + row / steps * products().pixels);
+  };
+  for_each_rows(hidden, parts.squeeze_wide, [&](const Rows& rows) {
+    weights.squeeze.multiply(span, rows, s, false, scratch);
+    for_each_part(span, rows, scratch, activate);
+  });
+  weights.of_r.prepare(span, scratch + parts.r);
 }
 
 // Adds the tiles' sums up in their order.
@@ -92,8 +103,8 @@ Tensor gated_fusion_packed(Tensor e, Tensor w, Tensor squeeze_packed, Tensor squ
   const Vector scale3(fusion_scale, "fusion_scale", channels);
   const Vector shift3(fusion_shift, "fusion_shift", channels);
   const Weights weights{squeeze, of_s, of_r, scale1, shift1, scale3, shift3};
-  const Parts parts(weights, groups);
   const Map map(e), gate(w);
+  const Parts parts(weights, map.plane(), groups);
 
   std::optional<Map> out;
   std::vector<float> sums;
@@ -103,20 +114,24 @@ Tensor gated_fusion_packed(Tensor e, Tensor w, Tensor squeeze_packed, Tensor squ
     out.emplace(empty_map(e, channels, e.size(2), e.size(3)));
   }
   for_each_block(
-      map.batch(), map.plane(), channels, channels + squeeze.rows(), parts.all,
-      [&](const Tile& tile, float* scratch) {
-        begin_tile(map, gate, weights, parts, tile, scratch);
+      {map.batch(), map.plane(), channels, channels + squeeze.rows(), parts.wide}, parts.all,
+      [&](const Span& span, float* scratch) {
+        begin_span(map, gate, weights, parts, span, scratch);
       },
-      [&](const Tile& tile, int64_t row, int rows, float* scratch) {
-        of_s.multiply(row, scratch + parts.s, tile.count, false, scratch);
-        of_r.multiply(row, scratch + parts.r, tile.count, true, scratch);
-        float* sum = mean_only ? sums.data() + tile.index * channels + row : nullptr;
-        const Fusion fusion{scale3.data() + row,     shift3.data() + row, scratch + parts.gate, row,
-                            channels / groups, sum};
-        const MutableMapView to =
-            mean_only ? MutableMapView{} : out->mutable_at(tile.sample, row, tile.pixel);
-        products().fusion[map.element()](scratch, rows, tile.count, fusion,
-                                         map.at(tile.sample, row, tile.pixel), to);
+      [&](const Span& span, const Rows& which, float* scratch) {
+        of_s.multiply(span, which, scratch + parts.s, false, scratch);
+        of_r.multiply(span, which, scratch + parts.r, true, scratch);
+        for_each_part(span, which, scratch, [&](const Tile& tile, int64_t row, int rows,
+                                                const float* acc) {
+          const float* gates = scratch + parts.gate + tile.place * parts.gate_floats;
+          float* sum = mean_only ? sums.data() + tile.index * channels + row : nullptr;
+          const Fusion fusion{scale3.data() + row, shift3.data() + row, gates, row,
+                              channels / groups,   sum};
+          const MutableMapView to =
+              mean_only ? MutableMapView{} : out->mutable_at(tile.sample, row, tile.pixel);
+          products().fusion[map.element()](acc, rows, tile.count, fusion,
+                                           map.at(tile.sample, row, tile.pixel), to);
+        });
       });
   if (!mean_only) return out->tensor();
   Tensor mean = empty_per_channel(e, ScalarType::Float);

@@ -80,40 +80,53 @@ std::tuple<Tensor, Tensor> gated_fusion_input_backward(
   Map grad_e(empty_map(e, channels, e.size(2), e.size(3)));
   Map grad_w(empty_map(w, groups, w.size(2), w.size(3)));
 
-  const int64_t gate_at = kBlockRows * width, sum_at = gate_at + (groups + 1) * width;
-  const int64_t logits_at = sum_at + groups * width;
-  const int64_t hidden_at = logits_at + of_logits.panel_floats();
-  const auto rows_of_tile = [&](const Tile& tile, int64_t, int, float* scratch) {
-    float* sums = scratch + sum_at;
-    std::fill_n(sums, groups * width, 0.0f);
-    for (int64_t row = 0; row < channels; row += kBlockRows) {
-      const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, channels - row));
-      of_logits.multiply(row, scratch + logits_at, tile.count, false, scratch);
-      of_hidden.multiply(row, scratch + hidden_at, tile.count, true, scratch);
-      const Fusion fusion{scales.from(row), shifts.from(row),  scratch + gate_at,
-                          row,              channels / groups, nullptr};
-      products().fusion_gradient[values.element()](
-          scratch, rows, tile.count, fusion, before.at(tile.sample, row, tile.pixel),
-          values.at(tile.sample, row, tile.pixel), back.at(tile.sample, row, tile.pixel),
-          grad_e.mutable_at(tile.sample, row, tile.pixel), sums);
-    }
-    for (int64_t g = 0; g < groups; g += kBlockRows) {
-      const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, groups - g));
-      products().affine[grad_w.element()](sums + g * width, rows, tile.count, Affine{},
-                                          grad_w.mutable_at(tile.sample, g, tile.pixel));
+  const bool wide =
+      of_logits.wants_wide(values.plane()) || of_hidden.wants_wide(values.plane());
+  const int64_t gate_at = sum_floats(wide), gate_floats = (groups + 1) * width;
+  const int64_t sum_at = gate_at + 2 * gate_floats, sums_of_tile = groups * width;
+  const int64_t logits_at = sum_at + 2 * sums_of_tile;
+  const int64_t hidden_at = logits_at + of_logits.operand_floats(wide);
+  const auto all_rows = [&](const Span& span, const Rows&, float* scratch) {
+    std::fill_n(scratch + sum_at, 2 * sums_of_tile, 0.0f);
+    for_each_rows(channels, wide, [&](const Rows& which) {
+      of_logits.multiply(span, which, scratch + logits_at, false, scratch);
+      of_hidden.multiply(span, which, scratch + hidden_at, true, scratch);
+      for_each_part(span, which, scratch, [&](const Tile& tile, int64_t row, int rows,
+                                              const float* acc) {
+        const float* gates = scratch + gate_at + tile.place * gate_floats;
+        const Fusion fusion{scales.from(row),  shifts.from(row), gates, row,
+                            channels / groups, nullptr};
+        products().fusion_gradient[values.element()](
+            acc, rows, tile.count, fusion, before.at(tile.sample, row, tile.pixel),
+            values.at(tile.sample, row, tile.pixel), back.at(tile.sample, row, tile.pixel),
+            grad_e.mutable_at(tile.sample, row, tile.pixel),
+            scratch + sum_at + tile.place * sums_of_tile);
+      });
+    });
+    for (int j = 0; j < span.count; ++j) {
+      const Tile& tile = span.tiles[j];
+      for (int64_t g = 0; g < groups; g += kBlockRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, groups - g));
+        products().affine[grad_w.element()](scratch + sum_at + j * sums_of_tile + g * width, rows,
+                                            tile.count, Affine{},
+                                            grad_w.mutable_at(tile.sample, g, tile.pixel));
+      }
     }
   };
   for_each_block(
-      values.batch(), values.plane(), 1, channels * (channels + grad_hidden.size(1)),
-      hidden_at + of_hidden.panel_floats(),
-      [&](const Tile& tile, float* scratch) {
-        gate.pack(tile.sample, tile.pixel, tile.count, Words::kFloats, scratch + gate_at);
-        logit_map.pack(tile.sample, tile.pixel, tile.count, of_logits.words(),
-                       scratch + logits_at);
-        hidden_map.pack(tile.sample, tile.pixel, tile.count, of_hidden.words(),
-                        scratch + hidden_at);
+      {values.batch(), values.plane(), wide ? 2 : 1,  // one block: the rows are walked in it
+       channels * (channels + grad_hidden.size(1)), wide},
+      hidden_at + of_hidden.operand_floats(wide),
+      [&](const Span& span, float* scratch) {
+        pack_operand(logit_map, of_logits, span, scratch + logits_at);
+        pack_operand(hidden_map, of_hidden, span, scratch + hidden_at);
+        for (int j = 0; j < span.count; ++j) {
+          const Tile& tile = span.tiles[j];
+          gate.pack(tile.sample, tile.pixel, tile.count, Words::kFloats,
+                    scratch + gate_at + j * gate_floats);
+        }
       },
-      rows_of_tile);
+      all_rows);
   return {grad_e.tensor(), grad_w.tensor()};
 }
 

@@ -44,7 +44,6 @@ std::vector<Taps> taps_of(int64_t height, int64_t width, const Tensor& small) {
 struct Native {
   Map map;
   PackedWeight weight;
-  int64_t panel;  // where its panel lies in a thread's floats
 };
 
 struct Small {
@@ -59,19 +58,12 @@ Tensor product_of(const Map& map, const PackedWeight& weight) {
   Tensor out = torch::stable::empty({map.batch(), blocks, plane, kBlockRows}, ScalarType::Float,
                                     std::nullopt, map.tensor().device());
   float* data = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t acc_floats = kBlockRows * products().pixels;
-  for_each_block(
-      map.batch(), plane, rows, map.channels(), acc_floats + weight.panel_floats(),
-      [&](const Tile& tile, float* scratch) {
-        map.pack(tile.sample, tile.pixel, tile.count, weight.words(), scratch + acc_floats);
-      },
-      [&](const Tile& tile, int64_t row, int count, float* acc) {
-        weight.multiply(row, acc + acc_floats, tile.count, false, acc);
-        const int64_t block = tile.sample * blocks + row / kBlockRows;
-        float* to = data + (block * plane + tile.pixel) * kBlockRows;
-        products().affine[static_cast<int>(Element::kFloat)](acc, count, tile.count, Affine{},
-                                                             MutableMapView{to, 1, kBlockRows});
-      });
+  multiply_map(map, weight, [&](const Tile& tile, int64_t row, int count, const float* acc) {
+    const int64_t block = tile.sample * blocks + row / kBlockRows;
+    float* to = data + (block * plane + tile.pixel) * kBlockRows;
+    products().affine[static_cast<int>(Element::kFloat)](acc, count, tile.count, Affine{},
+                                                         MutableMapView{to, 1, kBlockRows});
+  });
   return out;
 }
 
@@ -82,6 +74,7 @@ struct Sum {
   std::vector<Native> natives;
   std::vector<Small> smalls;
   int64_t rows = 0, height = 0, width = 0;
+  bool wide = false;
 };
 
 Sum::Sum(const std::vector<Tensor>& features, const std::vector<Tensor>& packed) {
@@ -96,7 +89,6 @@ Sum::Sum(const std::vector<Tensor>& features, const std::vector<Tensor>& packed)
     height = std::max(height, feature.size(2));
     width = std::max(width, feature.size(3));
   }
-  int64_t panel = kBlockRows * products().pixels;
   for (size_t i = 0; i < features.size(); ++i) {
     const Tensor& feature = features[i];
     const PackedWeight weight(packed[i], "packed", feature, feature.size(1));
@@ -105,8 +97,8 @@ Sum::Sum(const std::vector<Tensor>& features, const std::vector<Tensor>& packed)
                     " rows, packed[0] has ", rows);
     const Map map(feature);
     if (feature.size(2) == height && feature.size(3) == width) {
-      natives.push_back({map, weight, panel});
-      panel += weight.panel_floats();
+      natives.push_back({map, weight});
+      wide = wide || weight.wants_wide(map.plane());
     } else {
       smalls.push_back({product_of(map, weight), taps_of(height, width, feature), map.plane()});
     }
@@ -116,44 +108,46 @@ Sum::Sum(const std::vector<Tensor>& features, const std::vector<Tensor>& packed)
 // out = act(scale * sum + shift), vectors may be missing; the moments are those of the sum alone.
 void fuse(const Sum& sum, const float* scale, const float* shift, bool relu, Moments* moments,
           Map* out) {
-  const int64_t rows = sum.rows, acc_floats = kBlockRows * products().pixels;
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  int64_t floats = acc_floats, work = 4 * static_cast<int64_t>(sum.smalls.size()) + 1;
+  const int64_t rows = sum.rows, blocks = (rows + kBlockRows - 1) / kBlockRows;
+  int64_t floats = sum_floats(sum.wide), work = 4 * static_cast<int64_t>(sum.smalls.size()) + 1;
+  std::vector<int64_t> operands;
   for (const Native& native : sum.natives) {
-    floats += native.weight.panel_floats();
+    operands.push_back(floats);
+    floats += native.weight.operand_floats(sum.wide);
     work += native.map.channels();
   }
+  const auto finish = [&](const Tile& tile, int64_t row, int count, float* acc) {
+    std::vector<Resized> resized;
+    for (const Small& small : sum.smalls) {
+      const float* data = static_cast<const float*>(small.product.const_data_ptr());
+      const int64_t block = tile.sample * blocks + row / kBlockRows;
+      resized.push_back({data + block * small.plane * kBlockRows, small.taps.data() + tile.pixel});
+    }
+    Affine affine{scale == nullptr ? nullptr : scale + row,
+                  shift == nullptr ? nullptr : shift + row, resized.data(),
+                  static_cast<int>(resized.size()), relu};
+    if (moments != nullptr) {  // they are taken of complete sums
+      products().add_resized(acc, count, tile.count, affine);
+      affine.resized_count = 0;
+      moments->take(tile, row, count, acc);
+    }
+    products().affine[out->element()](acc, count, tile.count, affine,
+                                      out->mutable_at(tile.sample, row, tile.pixel));
+  };
   for_each_block(
-      out->batch(), out->plane(), rows, work, floats,
-      [&](const Tile& tile, float* scratch) {
-        for (const Native& native : sum.natives) {
-          native.map.pack(tile.sample, tile.pixel, tile.count, native.weight.words(),
-                          scratch + native.panel);
+      {out->batch(), out->plane(), rows, work, sum.wide}, floats,
+      [&](const Span& span, float* scratch) {
+        for (size_t i = 0; i < operands.size(); ++i) {
+          const Native& native = sum.natives[i];
+          pack_operand(native.map, native.weight, span, scratch + operands[i]);
         }
       },
-      [&](const Tile& tile, int64_t row, int count, float* acc) {
-        if (sum.natives.empty()) std::fill_n(acc, acc_floats, 0.0f);
-        for (const Native& native : sum.natives) {
-          native.weight.multiply(row, acc + native.panel, tile.count, &native != &sum.natives[0],
-                                 acc);
+      [&](const Span& span, const Rows& which, float* acc) {
+        if (operands.empty()) std::fill_n(acc, block_floats(), 0.0f);
+        for (size_t i = 0; i < operands.size(); ++i) {
+          sum.natives[i].weight.multiply(span, which, acc + operands[i], i > 0, acc);
         }
-        std::vector<Resized> resized;
-        for (const Small& small : sum.smalls) {
-          const float* data = static_cast<const float*>(small.product.const_data_ptr());
-          const int64_t block = tile.sample * blocks + row / kBlockRows;
-          resized.push_back(
-              {data + block * small.plane * kBlockRows, small.taps.data() + tile.pixel});
-        }
-        Affine affine{scale == nullptr ? nullptr : scale + row,
-                      shift == nullptr ? nullptr : shift + row, resized.data(),
-                      static_cast<int>(resized.size()), relu};
-        if (moments != nullptr) {  // they are taken of complete sums
-          products().add_resized(acc, count, tile.count, affine);
-          affine.resized_count = 0;
-          moments->take(tile, row, count, acc);
-        }
-        products().affine[out->element()](acc, count, tile.count, affine,
-                                          out->mutable_at(tile.sample, row, tile.pixel));
+        for_each_part(span, which, acc, finish);
       });
 }
 

@@ -1,5 +1,5 @@
-// Products of a weight with every pixel of a map, for the stages built on them: packed weights,
-// views of maps, and the loop over tiles of pixels and blocks of rows.
+// Products of a weight with every pixel of a map, for the stages built on them: views of maps, and the
+// loop over spans of pixels and blocks of rows. packed_weight.h has the weights.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -16,51 +16,11 @@
 #include "../common/layout.h"
 #include "elements.h"
 #include "isa.h"
+#include "packed_weight.h"
 
 namespace ciema::cpu {
 
-inline const Products& products() { return *chosen_instruction_set().products; }
-
-// ---------------------------------------------------------------------------------- packed weights
-
-// weight (M, K) or (M, K, 1, 1) float32 -> bytes for this process's instruction set. `bfloat16`
-// asks for pairs of bfloat16, which is granted if the processor multiplies them: for bfloat16 maps.
-Tensor pack_product_weight(Tensor weight, bool bfloat16);
-
-// What a packed tensor holds; it must outlive this.
-class PackedWeight {
- public:
-  // Refuses what was not packed in a process like this one, or does not fit the map's channels.
-  PackedWeight(const Tensor& packed, const char* name, const Tensor& map, int64_t columns);
-
-  int64_t rows() const { return rows_; }
-  Words words() const { return words_; }
-  int64_t steps() const { return steps_; }
-  // Floats that a panel of a map takes as the second operand.
-  int64_t panel_floats() const { return steps_ * products().pixels; }
-
-  // acc (+)= rows [row, row + kBlockRows) x panel.
-  void multiply(int64_t row, const float* panel, int count, bool accumulate, float* acc) const {
-    const int64_t first = row / products().rows;
-    const int64_t all = (rows_ + products().rows - 1) / products().rows;
-    const int64_t panels = std::min<int64_t>(kBlockRows / products().rows, all - first);
-    products().multiply[static_cast<int>(words_)](data_ + first * products().rows * steps_, panels,
-                                                  panel, steps_, count, accumulate, acc);
-  }
-
- private:
-  const float* data_;
-  int64_t rows_, columns_, steps_;
-  Words words_;
-};
-
 // -------------------------------------------------------------------------------------------- maps
-
-// A tile of pixels of one sample.
-struct Tile {
-  int64_t index, sample, pixel;
-  int count;
-};
 
 // A map that is read where it lies, or a copy of it; keeps the tensor.
 class Map {
@@ -121,37 +81,101 @@ inline Scratch make_scratch(int64_t floats) {
   return Scratch(static_cast<float*>(operator new(bytes, std::align_val_t(64))));
 }
 
+// Packs all channels of a span into the second operand of a weight; transform(tile) is done with a
+// tile.
+template <class Transforms>
+void pack_operand(const Map& map, const PackedWeight& weight, const Span& span, float* operand,
+                  const Transforms& transform) {
+  for (int j = 0; j < span.count; ++j) {
+    const Tile& tile = span.tiles[j];
+    map.pack(tile.sample, tile.pixel, tile.count, weight.words(),
+             operand + j * weight.panel_floats(), transform(tile));
+  }
+  weight.prepare(span, operand);
+}
+inline void pack_operand(const Map& map, const PackedWeight& weight, const Span& span,
+                         float* operand) {
+  pack_operand(map, weight, span, operand, [](const Tile&) { return Transform{}; });
+}
+
 inline int64_t tiles_of(int64_t plane) {
   return (plane + products().pixels - 1) / products().pixels;
 }
 
-// Calls `begin(tile, scratch)` and then `block(tile, row, rows, scratch)` for the blocks of
-// kBlockRows rows of each tile. A thread takes neighbouring blocks, so that it packs few tiles that
-// it does not finish; tiles are cut alike for any number of threads. `work`: multiply-adds a row
-// and pixel.
+// Products of all pixels of a batch. `work`: multiply-adds a row and pixel. `wide`: two tiles and
+// two halves of the rows at a time, which a weight in Strassen's form takes.
+struct Blocks {
+  int64_t batch, plane, rows, work;
+  bool wide;
+};
+
+// Calls `visit(rows)` for all rows.
+template <class Visit>
+void for_each_rows(int64_t rows, bool wide, const Visit& visit) {
+  const int64_t half = wide ? rows / 2 : rows;
+  for (int64_t row = 0; row < half; row += kBlockRows) visit(Rows::at(row, rows, wide));
+}
+
+// Calls `finish(tile, row, rows, acc)` for each block of the sums of a span.
+template <class Finish>
+void for_each_part(const Span& span, const Rows& rows, float* acc, const Finish& finish) {
+  for (int i = 0; i < rows.blocks; ++i) {
+    for (int j = 0; j < span.count; ++j) {
+      finish(span.tiles[j], rows.first[i], rows.size(i), acc + block_at(i, j));
+    }
+  }
+}
+
+// Calls `begin(span, scratch)` and then `block(span, rows, scratch)` for the blocks of each span. A
+// thread takes neighbouring blocks, so that it packs few spans that it does not finish; tiles are
+// cut and put together alike for any number of threads.
 template <class Begin, class Block>
-void for_each_block(int64_t batch, int64_t plane, int64_t rows, int64_t work,
-                    int64_t scratch_floats, const Begin& begin, const Block& block) {
+void for_each_block(const Blocks& all, int64_t scratch_floats, const Begin& begin,
+                    const Block& block) {
   constexpr int64_t kWorkPerTask = 1 << 20;  // less is not worth a thread
-  const int64_t pixels = products().pixels, tiles = tiles_of(plane);
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const int64_t block_work = std::max<int64_t>(1, work * std::min<int64_t>(plane, pixels) *
-                                                      std::min<int64_t>(rows, kBlockRows));
+  const int64_t pixels = products().pixels, tiles = tiles_of(all.plane);
+  const int64_t width = all.wide ? 2 : 1;
+  const int64_t spans = (tiles + width - 1) / width;
+  const int64_t blocks = (all.rows / width + kBlockRows - 1) / kBlockRows;
+  const int64_t block_work =
+      std::max<int64_t>(1, all.work * std::min<int64_t>(all.plane, width * pixels) *
+                               std::min<int64_t>(all.rows, width * kBlockRows));
   const int64_t grain = std::max<int64_t>(1, kWorkPerTask / block_work);
-  torch::stable::parallel_for(0, batch * tiles * blocks, grain, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, all.batch * spans * blocks, grain, [&](int64_t i, int64_t last) {
     const Scratch scratch = make_scratch(scratch_floats);
-    Tile tile{-1, 0, 0, 0};
-    for (int64_t i = first; i < last; ++i) {
-      if (i / blocks != tile.index) {
-        const int64_t index = i / blocks, pixel = index % tiles * pixels;
-        tile = {index, index / tiles, pixel,
-                static_cast<int>(std::min(pixels, plane - pixel))};
-        begin(tile, scratch.get());
+    Span span{};
+    for (int64_t begun = -1; i < last; ++i) {
+      if (i / blocks != begun) {
+        begun = i / blocks;
+        span = Span::at(begun / spans, begun % spans * width, width, all.plane);
+        begin(span, scratch.get());
       }
-      const int64_t row = i % blocks * kBlockRows;
-      block(tile, row, static_cast<int>(std::min<int64_t>(kBlockRows, rows - row)), scratch.get());
+      block(span, Rows::at(i % blocks * kBlockRows, all.rows, all.wide), scratch.get());
     }
   });
+}
+
+// A weight times all of a map, which transform(tile) is done with first; `finish(tile, row, rows,
+// acc)` gets the blocks of sums.
+template <class Transforms, class Finish>
+void multiply_map(const Map& map, const PackedWeight& weight, const Transforms& transform,
+                  const Finish& finish) {
+  const bool wide = weight.wants_wide(map.plane());
+  const int64_t operand_at = sum_floats(wide);
+  for_each_block(
+      {map.batch(), map.plane(), weight.rows(), map.channels(), wide},
+      operand_at + weight.operand_floats(wide),
+      [&](const Span& span, float* scratch) {
+        pack_operand(map, weight, span, scratch + operand_at, transform);
+      },
+      [&](const Span& span, const Rows& rows, float* acc) {
+        weight.multiply(span, rows, acc + operand_at, false, acc);
+        for_each_part(span, rows, acc, finish);
+      });
+}
+template <class Finish>
+void multiply_map(const Map& map, const PackedWeight& weight, const Finish& finish) {
+  multiply_map(map, weight, [](const Tile&) { return Transform{}; }, finish);
 }
 
 // The loop of work without products, `block(tile, row, rows, scratch)`: in the order in which the
@@ -173,7 +197,7 @@ void for_each_strip(const Map& map, int64_t scratch_floats, const Block& block) 
         const int64_t t = map.in_rows() ? j : i % outer, strip = map.in_rows() ? i % outer : j;
         const int64_t pixel = t * pixels, row = strip * kRows;
         const Tile tile{sample * tiles + t, sample, pixel,
-                        static_cast<int>(std::min(pixels, map.plane() - pixel))};
+                        static_cast<int>(std::min(pixels, map.plane() - pixel)), 0};
         block(tile, row, static_cast<int>(std::min(kRows, map.channels() - row)), scratch.get());
       }
     }

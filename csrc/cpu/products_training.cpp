@@ -43,18 +43,19 @@ struct Product {
           const std::optional<Tensor>& scale, const std::optional<Tensor>& shift);
 
   int64_t rows() const { return operands[0].weight.rows(); }
-  void pack(const Tile& tile, float* scratch) const;
-  void multiply(const Tile& tile, int64_t row, float* acc) const {
+  void pack(const Span& span, float* scratch) const;
+  void multiply(const Span& span, const Rows& which, float* acc) const {
     for (size_t i = 0; i < operands.size(); ++i) {
-      operands[i].weight.multiply(row, acc + panels[i], tile.count, i > 0, acc);
+      operands[i].weight.multiply(span, which, acc + places[i], i > 0, acc);
     }
   }
 
   std::vector<Operand> operands;
   std::optional<Map> gates;
   std::optional<Vector> scales, shifts;  // of the last operand
-  std::vector<int64_t> panels;
-  int64_t gate_at = 0, floats = 0, work = 0;
+  std::vector<int64_t> places;
+  int64_t gate_at = 0, gate_floats = 0, floats = 0, work = 0;
+  bool wide = false;
 };
 
 Product::Product(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& gate,
@@ -77,27 +78,34 @@ Product::Product(const Tensor& x, const Tensor& packed, const std::optional<Tens
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift come together");
   scales.emplace(scale, "scale", operands.back().map.channels());
   shifts.emplace(shift, "shift", operands.back().map.channels());
-  gate_at = kBlockRows * products().pixels;
-  floats = gate_at + (gates ? (gates->channels() + 1) * products().pixels : 0);
   for (const Operand& operand : operands) {
-    panels.push_back(floats);
-    floats += operand.weight.panel_floats();
+    wide = wide || operand.weight.wants_wide(operand.map.plane());
+  }
+  gate_at = sum_floats(wide);
+  gate_floats = gates ? (gates->channels() + 1) * products().pixels : 0;
+  floats = gate_at + 2 * gate_floats;
+  for (const Operand& operand : operands) {
+    places.push_back(floats);
+    floats += operand.weight.operand_floats(wide);
     work += operand.map.channels();
   }
 }
 
-void Product::pack(const Tile& tile, float* scratch) const {
-  if (gates) gates->pack(tile.sample, tile.pixel, tile.count, Words::kFloats, scratch + gate_at);
+void Product::pack(const Span& span, float* scratch) const {
   for (size_t i = 0; i < operands.size(); ++i) {
-    Transform how{};
-    if (i + 1 == operands.size()) how = {scales->data(), shifts->data(), true, nullptr, 1, 0};
-    if (i == 0 && gates) {
-      how.gate = scratch + gate_at;
-      how.group_channels = operands[0].map.channels() / gates->channels();
-      how.gate_stride = products().pixels;
-    }
-    operands[i].map.pack(tile.sample, tile.pixel, tile.count, operands[i].weight.words(),
-                         scratch + panels[i], how);
+    const auto transform = [&](const Tile& tile) {
+      Transform how{};
+      if (i + 1 == operands.size()) how = {scales->data(), shifts->data(), true, nullptr, 1, 0};
+      if (i == 0 && gates) {
+        float* gate = scratch + gate_at + tile.place * gate_floats;
+        gates->pack(tile.sample, tile.pixel, tile.count, Words::kFloats, gate);
+        how.gate = gate;
+        how.group_channels = operands[0].map.channels() / gates->channels();
+        how.gate_stride = products().pixels;
+      }
+      return how;
+    };
+    pack_operand(operands[i].map, operands[i].weight, span, scratch + places[i], transform);
   }
 }
 
@@ -174,16 +182,19 @@ std::tuple<Tensor, Tensor, Tensor> product_moments(
   if (store) out.emplace(empty_map(x, rows, x.size(2), x.size(3)));
   std::optional<Moments> statistics;
   if (moments) statistics.emplace(map.batch(), map.plane(), rows);
+  const auto finish = [&](const Tile& tile, int64_t row, int count, const float* acc) {
+    if (statistics) statistics->take(tile, row, count, acc);
+    if (!out) return;
+    const Affine affine{nullptr, biases.from(row), nullptr, 0, false};
+    products().affine[out->element()](acc, count, tile.count, affine,
+                                      out->mutable_at(tile.sample, row, tile.pixel));
+  };
   for_each_block(
-      map.batch(), map.plane(), rows, product.work, product.floats,
-      [&](const Tile& tile, float* scratch) { product.pack(tile, scratch); },
-      [&](const Tile& tile, int64_t row, int count, float* acc) {
-        product.multiply(tile, row, acc);
-        if (statistics) statistics->take(tile, row, count, acc);
-        if (!out) return;
-        const Affine affine{nullptr, biases.from(row), nullptr, 0, false};
-        products().affine[out->element()](acc, count, tile.count, affine,
-                                          out->mutable_at(tile.sample, row, tile.pixel));
+      {map.batch(), map.plane(), rows, product.work, product.wide}, product.floats,
+      [&](const Span& span, float* scratch) { product.pack(span, scratch); },
+      [&](const Span& span, const Rows& which, float* acc) {
+        product.multiply(span, which, acc);
+        for_each_part(span, which, acc, finish);
       });
   Tensor mean = empty_vector(x, moments ? rows : 0), var = empty_vector(x, moments ? rows : 0);
   if (statistics) statistics->finish(biases.data(), floats_of(mean), floats_of(var));

@@ -37,7 +37,7 @@ class PackedCIEMA:
         first = block.channel_interaction
         self.interaction = (
             *(first.fc[0].weight.float(), first.fc[2].weight.float()),
-            cpu_products.pack(first.channel_interaction.weight, probe),
+            cpu_products.pack(first.channel_interaction.weight, probe, kept=True),
         )
         weights = (block.conv1x1.weight, block.conv1x1.bias)
         self.coordinate = cpu_slabs.pack_coordinate_attention(*weights)
@@ -54,9 +54,11 @@ class PackedCIEMA:
         """The op's arguments between w and mean_only; scales are in the weights already."""
         squeeze, bias = fusion.squeeze
         assert bias is not None
+        weights = (squeeze, fusion.of_s, fusion.of_r)
+        packed = [cpu_products.pack(weight, probe, kept=True) for weight in weights]
         return (
-            *(cpu_products.pack(squeeze, probe), torch.ones_like(bias).float(), bias.float()),
-            *(cpu_products.pack(one, probe) for one in (fusion.of_s, fusion.of_r)),
+            *(packed[0], torch.ones_like(bias).float(), bias.float()),
+            *packed[1:],
             *(torch.ones_like(fusion.bias).float(), fusion.bias.float()),
         )
 
@@ -88,7 +90,8 @@ class PackedMSFF:
         self.packed = None if known is None else self._pack(known)
 
     def _pack(self, channels: Sequence[int]) -> list[torch.Tensor]:
-        return [cpu_products.pack(part, self.probe) for part in self.weight.split(channels, 1)]
+        parts = self.weight.split(channels, 1)
+        return [cpu_products.pack(part, self.probe, kept=True) for part in parts]
 
     def __call__(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""

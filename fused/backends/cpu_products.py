@@ -14,7 +14,9 @@ import torch
 from .native import kernel
 
 
-def pack(weight: torch.Tensor, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+def pack(
+    weight: torch.Tensor, x: torch.Tensor, *, exact: bool = False, kept: bool = False
+) -> torch.Tensor:
     """Pack a weight for products with maps of the dtype of `x`.
 
     Args:
@@ -22,9 +24,11 @@ def pack(weight: torch.Tensor, x: torch.Tensor, *, exact: bool = False) -> torch
         x: a map; for a bfloat16 one weights are rounded to that where the processor multiplies it.
         exact: multiply in float32 all the same. Training wants this of what a ReLU follows: an
             error of 2^-9 there switches pixels on or off, and the gradient's error is its root.
+        kept: for many calls with maps of any size, not for this `x` alone.
     """
     bfloat16 = x.dtype == torch.bfloat16 and not exact
-    packed: torch.Tensor = kernel("pack_product_weight")(weight.float(), bfloat16)
+    plane = None if kept else x.shape[2] * x.shape[3]
+    packed: torch.Tensor = kernel("pack_product_weight")(weight.float(), bfloat16, plane)
     return packed
 
 
@@ -34,7 +38,7 @@ def matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     The library's has other bits with other numbers of threads; ours has not.
     """
     columns = b if b.dim() == 2 else b[:, None]
-    packed = kernel("pack_product_weight")(a, False)
+    packed = kernel("pack_product_weight")(a, False, columns.shape[1])
     out: torch.Tensor = kernel("pointwise_packed")(
         columns[None, :, None], packed, None, None, False
     )
@@ -90,7 +94,7 @@ class FusionWeights(NamedTuple):
     fusion_shift: torch.Tensor
 
     def packed(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The op's arguments for maps of the dtype of `x`."""
+        """The op's arguments for the maps `x`."""
         weights = ("squeeze", "fusion_of_s", "fusion_of_r")
         pairs = self._asdict().items()
         return tuple(pack(v, x) if key in weights else v.float() for key, v in pairs)

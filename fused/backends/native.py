@@ -59,9 +59,10 @@ SCHEMAS = (
     " Tensor grad_alpha_h, Tensor grad_alpha_w, Tensor grad_mean, Tensor grad_rstd,"
     " Tensor grad_parameters)",
     # Products on the CPU (csrc/cpu/products.cpp). A packed weight is bytes for this processor;
-    # `bfloat16` says that its maps will be. Vectors are float32, maps float32, bfloat16 or
-    # float16; an output has the dtype and the memory format of the first map.
-    "pack_product_weight(Tensor weight, bool bfloat16) -> Tensor packed",
+    # `bfloat16` says that its maps will be, `plane` how many pixels each has. Vectors are float32,
+    # maps float32, bfloat16 or float16; an output has the dtype and the memory format of the
+    # first map.
+    "pack_product_weight(Tensor weight, bool bfloat16, int? plane=None) -> Tensor packed",
     # act(scale * (weight x) + shift), weight (M, K) packed, x (B, K, H, W)
     "pointwise_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, bool relu)"
     " -> Tensor out",

@@ -53,6 +53,16 @@ using PackRowsFunction = void (*)(const MapView& map, int channels, int64_t pixe
 using MultiplyFunction = void (*)(const void* weight, int64_t panels, const void* panel,
                                   int64_t steps, int count, bool accumulate, float* acc);
 
+// Whether sums of squares are so alike (a factor of 64 between their roots) that of two pixels or
+// rows put together in Strassen's form the smaller keeps 1e-4 of its own size. False for NaN.
+inline bool alike(float a, float b) { return a <= 4096.0f * b && b <= 4096.0f * a; }
+// The sums T1 to T4 of two panels (packed_weight.h), each of two halves of `half` floats, one after
+// another; whether the tiles' pixels are alike.
+using StrassenSumsFunction = bool (*)(const float* panels, int64_t half, float* sums);
+// Puts seven blocks of products together to the four blocks acc, which they are added to or not;
+// the products are written over. False if a sum is not finite: then nothing has been added.
+using StrassenBlocksFunction = bool (*)(float* products, bool accumulate, float* acc);
+
 // One pixel of a resized map: four pixels, as offsets in elements, and their weights.
 struct Taps {
   int64_t offset[4];
@@ -165,6 +175,8 @@ struct Products {
   GateGradientFunction gate_gradient[kElementKinds];
   FusionGradientFunction fusion_gradient[kElementKinds];
   ShrinkFunction shrink[kElementKinds];
+  StrassenSumsFunction strassen_sums;
+  StrassenBlocksFunction strassen_blocks;
 };
 
 extern const Products kPortableProducts;

@@ -8,6 +8,8 @@ constexpr int kPanelRows = 4, kPanelVectors = 3;
 
 #include "products_body.h"
 
+#include "strassen_body.h"
+
 #include "products_epilogue_body.h"
 
 #include "products_gradient_body.h"

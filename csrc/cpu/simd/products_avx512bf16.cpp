@@ -8,6 +8,8 @@ constexpr int kPanelRows = 8, kPanelVectors = 3;  // as in products_avx512.cpp
 
 #include "products_body.h"
 
+#include "strassen_body.h"
+
 #include "products_pairs_body.h"
 
 #include "products_epilogue_body.h"

@@ -248,7 +248,9 @@ constexpr Products table_of_floats() {
                  {relu_gradient<float>, relu_gradient<BFloat16>, relu_gradient<Half>},
                  {gate_gradient<float>, gate_gradient<BFloat16>, gate_gradient<Half>},
                  {fusion_gradient<float>, fusion_gradient<BFloat16>, fusion_gradient<Half>},
-                 {shrink<float>, shrink<BFloat16>, shrink<Half>}};
+                 {shrink<float>, shrink<BFloat16>, shrink<Half>},
+                 strassen_sums,
+                 strassen_blocks};
   add_words<Floats>(&table, Words::kFloats);
   return table;
 }

@@ -7,6 +7,8 @@ constexpr int kPanelRows = 4, kPanelVectors = 1;
 
 #include "products_body.h"
 
+#include "strassen_body.h"
+
 #include "products_epilogue_body.h"
 
 #include "products_gradient_body.h"
