@@ -1,9 +1,10 @@
 """How the native code is built. Metadata is in pyproject.toml.
 
 FUSED_BUILD=auto|cpu|cuda|none says what to build; auto (the default) builds what can be built here
-and says in the plan what it left out and why. TORCH_CUDA_ARCH_LIST names the CUDA architectures.
+and says in the plan what it left out and why. TORCH_CUDA_ARCH_LIST names the CUDA architectures;
+left out, they are those of the GPUs that are here, or one of each kind where there is none.
 FUSED_SANITIZE=address,undefined builds the CPU library with GCC's sanitizers, for tests.
-Nothing is downloaded and no GPU is asked. Linux is tested; the Windows and macOS flags are not.
+Nothing is downloaded. Linux is tested; the Windows and macOS flags are not.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 MODES = ("auto", "cpu", "cuda", "none")
-# Compute capabilities built when TORCH_CUDA_ARCH_LIST is unset, as far as nvcc knows them: one of
-# each major version, whose code runs on the later minor ones (8.0's on 8.6 and 8.9). The last one
-# is also kept as PTX, for the GPUs to come.
+# Compute capabilities built when TORCH_CUDA_ARCH_LIST is unset and no GPU is here, as far as nvcc
+# knows them: one of each major version, whose code runs on the later minor ones (8.0's on 8.6 and
+# 8.9). The last one is also kept as PTX, for the GPUs to come.
 DEFAULT_CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 NVCC_FLAGS = ["-O3", "-std=c++20"]
 ROOT = Path(__file__).resolve().parent
@@ -67,6 +68,7 @@ class Plan:
     compiler: str | None = None
     nvcc: str | None = None
     cuda_architectures: list[str] = field(default_factory=list)
+    cuda_ptx: list[str] = field(default_factory=list)  # what GPUs from these on compile themselves
     cuda_runtime: list[str] = field(default_factory=list)  # folders to link from; not packaged
     skipped: dict[str, str] = field(default_factory=dict)
     system: str = f"{platform.system()} {platform.machine()}"
@@ -153,34 +155,51 @@ def find_nvcc() -> tuple[Path | None, str]:
     return (None, why_not) if why_not else (nvcc, f"{release[1]}.{release[2]}")
 
 
-def code_flag(architecture: str) -> str:
-    """nvcc's flag that makes code for ``8.6``; files are compiled to PTX once for all of a family.
+def family_of(architecture: str) -> int:
+    """The compute capability, as 86, for whose family a file is compiled to PTX once.
 
     Where a family ends, other code is better: a multiprocessor of 8.6, 8.9 and 12.0 has no room for
     two of the widest blocks, and from 10.0 on nvcc writes other loops.
     """
     number = int(architecture.replace(".", ""))
-    family = 120 if number >= 120 else 100 if number >= 100 else 86 if number in (86, 89) else 80
-    return f"-gencode=arch=compute_{family},code=sm_{number}"
+    return 120 if number >= 120 else 100 if number >= 100 else 86 if number in (86, 89) else 80
+
+
+def code_flag(architecture: str) -> str:
+    """nvcc's flag that makes code for ``8.6``."""
+    number = architecture.replace(".", "")
+    return f"-gencode=arch=compute_{family_of(architecture)},code=sm_{number}"
 
 
 def cuda_flags(architectures: list[str]) -> list[str]:
     """nvcc's flags for a list as ``["8.0", "9.0+PTX"]``."""
-    flags = []
-    for name in architectures:
-        flag = code_flag(name.removesuffix("+PTX"))
-        flags.append(flag)
-        if name.endswith("+PTX"):
-            family = flag.partition("compute_")[2].partition(",")[0]
-            flags.append(f"-gencode=arch=compute_{family},code=compute_{family}")
-    return flags
+    flags = [code_flag(name.removesuffix("+PTX")) for name in architectures]
+    families = [name.replace(".", "") for name in ptx_of(architectures)]
+    return flags + [f"-gencode=arch=compute_{f},code=compute_{f}" for f in families]
+
+
+def ptx_of(architectures: list[str]) -> list[str]:
+    """Compute capabilities, as ``8.0``, whose PTX a list as ``["8.0", "9.0+PTX"]`` keeps."""
+    kept = {family_of(a.removesuffix("+PTX")) for a in architectures if a.endswith("+PTX")}
+    return [f"{family // 10}.{family % 10}" for family in sorted(kept)]
+
+
+def architectures_here() -> list[str]:
+    """Compute capabilities, from 8.0 on and in their order, of the GPUs that torch sees."""
+    from torch import cuda
+
+    found = {cuda.get_device_capability(index) for index in range(cuda.device_count())}
+    return [f"{major}.{minor}" for major, minor in sorted(found) if major >= 8]
 
 
 def choose_architectures(nvcc: Path) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, or the part of the default list that this nvcc knows."""
+    """TORCH_CUDA_ARCH_LIST; else those of the GPUs here or the default list, if nvcc knows them."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    here = architectures_here() if not asked or asked == ["native"] else []
     if asked == ["native"]:
-        raise SystemExit("TORCH_CUDA_ARCH_LIST=native would ask the GPU: name architectures")
+        if not here:
+            raise SystemExit("TORCH_CUDA_ARCH_LIST=native: torch sees no GPU from 8.0 on")
+        asked = []
     for name in asked:
         number = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", name)
         if number is None or int(number[1]) < 8:
@@ -191,7 +210,8 @@ def choose_architectures(nvcc: Path) -> list[str]:
     command = [str(nvcc), "--list-gpu-arch"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", told))
-    chosen = [one for one in DEFAULT_CUDA_ARCHITECTURES if one.replace(".", "") in known]
+    wanted = here if all(one.replace(".", "") in known for one in here) else []
+    chosen = [one for one in wanted or DEFAULT_CUDA_ARCHITECTURES if one.replace(".", "") in known]
     if not chosen:
         raise SystemExit(f"{nvcc} knows none of {DEFAULT_CUDA_ARCHITECTURES}")
     return [*chosen[:-1], f"{chosen[-1]}+PTX"]
@@ -232,6 +252,7 @@ def make_plan() -> Plan:
     plan.cuda, plan.nvcc = True, f"nvcc {told}"
     plan.cuda_runtime = cuda_runtime_folders(nvcc)
     plan.cuda_architectures = choose_architectures(nvcc)
+    plan.cuda_ptx = ptx_of(plan.cuda_architectures)
     return plan
 
 

@@ -12,9 +12,12 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from fused.backends import cuda, native
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -183,6 +186,74 @@ def test_an_architecture_that_cannot_be_built_for_is_refused(tree, name):
         pytest.skip("no nvcc")
     assert done.returncode != 0
     assert f"TORCH_CUDA_ARCH_LIST names '{name}': must be numbers from 8.0 on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("found", "environment", "want"),
+    [
+        ([], "", ["8.0", "9.0", "12.0+PTX"]),
+        ([(9, 0), (8, 6), (9, 0), (7, 5)], "", ["8.6", "9.0+PTX"]),
+        ([(7, 5)], "", ["8.0", "9.0", "12.0+PTX"]),
+        ([(13, 0)], "", ["8.0", "9.0", "12.0+PTX"]),  # newer than nvcc
+        ([(8, 6)], "native", ["8.6+PTX"]),
+        ([(8, 6)], "8.9;9.0+PTX", ["8.9", "9.0+PTX"]),
+    ],
+)
+def test_architectures_are_those_of_the_gpus_here(found, environment, want, monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nfor n in 75 80 86 90 120; do echo compute_$n; done\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", environment)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found[index])
+    choose = runpy.run_path(str(ROOT / "setup.py"), run_name="build")["choose_architectures"]
+    assert choose(nvcc) == want
+
+
+def test_native_without_a_gpu_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    choose = runpy.run_path(str(ROOT / "setup.py"), run_name="build")["choose_architectures"]
+    with pytest.raises(SystemExit, match="native: torch sees no GPU"):
+        choose(tmp_path / "nvcc")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "fails"),
+    [
+        (["8.0", "9.0", "10.0", "12.0+PTX"], [80, 86, 89, 90, 100, 103, 120, 121, 130], [110]),
+        (["9.0+PTX"], [80, 86, 90, 120], [75]),  # its PTX is of the family of 8.0
+        (["8.6"], [86, 89], [80, 90, 120]),
+        (["9.0"], [90], [80, 100]),
+    ],
+)
+def test_a_gpu_that_the_library_has_no_code_for_is_known(architectures, runs, fails):
+    ptx = runpy.run_path(str(ROOT / "setup.py"), run_name="build")["ptx_of"](architectures)
+    plan = {"cuda": True, "cuda_architectures": architectures, "cuda_ptx": ptx}
+    for numbers, holds in ((runs, True), (fails, False)):
+        for number in numbers:
+            assert cuda.holds_code_for(divmod(number, 10), plan) is holds, number
+
+
+def test_a_plan_that_did_not_build_the_library_says_nothing_of_it():
+    assert cuda.holds_code_for((9, 0), {"cuda": False, "cuda_architectures": []})
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "reason"),
+    [
+        (9, 0, None),
+        (7, 5, "a GPU has compute capability 7.5, the cuda kernels need 8.0"),
+        (8, 0, r"was built for 9.0: build it again here, or with TORCH_CUDA_ARCH_LIST=8.0"),
+    ],
+)
+def test_why_a_gpu_cannot_run_the_library_is_said(major, minor, reason, monkeypatch):
+    gpu = SimpleNamespace(name="a GPU", major=major, minor=minor)
+    plan = {"cuda": True, "cuda_architectures": ["9.0"], "cuda_ptx": []}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(native, "read_plan", lambda: plan)
+    told = cuda._device_reason.__wrapped__(0)
+    assert told == reason if told is None else re.search(reason, told)
 
 
 def test_a_file_is_compiled_to_ptx_once_for_a_family_of_gpus():

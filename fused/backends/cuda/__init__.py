@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -58,10 +59,37 @@ def _device_reason(index: int) -> str | None:
     """Why the GPU of this index cannot run the kernels, or None."""
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
-    if capability >= OLDEST_CAPABILITY:
-        return None
     told, oldest = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
-    return f"{properties.name} has compute capability {told}, the cuda kernels need {oldest}"
+    if capability < OLDEST_CAPABILITY:
+        return f"{properties.name} has compute capability {told}, the cuda kernels need {oldest}"
+    plan = native.read_plan()
+    if plan is None or holds_code_for(capability, plan):
+        return None
+    built = " ".join(plan["cuda_architectures"])
+    return (
+        f"{properties.name} has compute capability {told}, fused._cuda was built for {built}: "
+        f"build it again here, or with TORCH_CUDA_ARCH_LIST={told}"
+    )
+
+
+def holds_code_for(capability: tuple[int, int], plan: Mapping[str, Any]) -> bool:
+    """Whether a library built by this plan runs on a GPU of this compute capability.
+
+    Machine code runs on the same major version from its minor one on, PTX on all from its own on.
+    True for a plan that did not build the library, which tells nothing of it.
+    """
+
+    def numbers(name: str) -> tuple[int, int]:
+        major, minor = name.removesuffix("+PTX").split(".")
+        return int(major), int(minor)
+
+    code = [numbers(name) for name in plan["cuda_architectures"]]
+    ptx = [numbers(name) for name in plan.get("cuda_ptx", ())]
+    if not plan["cuda"]:
+        return True
+    return any(major == capability[0] and minor <= capability[1] for major, minor in code) or any(
+        one <= capability for one in ptx
+    )
 
 
 def can_run(op: str, x: torch.Tensor) -> str | None:
