@@ -156,6 +156,26 @@ std::vector<double> add_groups(const std::vector<double>& sums, int64_t groups, 
   return total;
 }
 
+// Where the values of group g of c channels lie, from where those of the first one do.
+TrainingBackward of_group(TrainingBackward out, int64_t g, int64_t c, int64_t height,
+                          int64_t width, int64_t parameters) {
+  const int64_t set = out.shared ? 0 : g * 2 * c;
+  out.grad_w += g * height * width;
+  out.w += g * height * width;
+  out.softmax1 += g * c;
+  out.softmax2 += g * c;
+  out.attention_mean += 3 * set;
+  out.attention_var += 3 * set;
+  out.reduce_mean += set;
+  out.reduce_var += set;
+  out.grad_alpha_h += g * c * height;
+  out.grad_alpha_w += g * c * width;
+  out.grad_mean += g * c;
+  out.grad_rstd += g * c;
+  out.parameters += g * parameters;
+  return out;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_train(
@@ -268,22 +288,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
       data_of(shares)};
   const auto run = [&] {
     runs([&](int64_t g, float* scratch) {
-      TrainingBackward out = first;
-      const int64_t set = first.shared ? 0 : g * 2 * c;
-      out.grad_w += g * plane;
-      out.w += g * plane;
-      out.softmax1 += g * c;
-      out.softmax2 += g * c;
-      out.attention_mean += 3 * set;
-      out.attention_var += 3 * set;
-      out.reduce_mean += set;
-      out.reduce_var += set;
+      TrainingBackward out = of_group(first, g, c, all.height, all.width, count);
       out.grad_e = grads.map(g);
-      out.grad_alpha_h += g * c * all.height;
-      out.grad_alpha_w += g * c * all.width;
-      out.grad_mean += g * c;
-      out.grad_rstd += g * c;
-      out.parameters += g * count;
       out.norm_sums += pooled ? g * 6 * c : 0;
       kernels.backward(all.of(g), weights, out, scratch);
     });

@@ -29,6 +29,19 @@ void check_gate(const Tensor& w, const Tensor& e) {
   check_alike(w, e, "w", w.size(1));
 }
 
+// The sums of a span's tiles, [group][pixel] each, into the gradient of w.
+void store_gate_sums(const Span& span, const float* sums, Map* grad_w) {
+  const int64_t groups = grad_w->channels(), width = products().pixels;
+  for (int j = 0; j < span.count; ++j) {
+    const Tile& tile = span.tiles[j];
+    for (int64_t g = 0; g < groups; g += kBlockRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, groups - g));
+      products().affine[grad_w->element()](sums + (j * groups + g) * width, rows, tile.count,
+                                           Affine{}, grad_w->mutable_at(tile.sample, g, tile.pixel));
+    }
+  }
+}
+
 }  // namespace
 
 Tensor gated_fusion_apply(Tensor e, Tensor w, Tensor logits, Tensor scale, Tensor shift) {
@@ -103,15 +116,7 @@ std::tuple<Tensor, Tensor> gated_fusion_input_backward(
             scratch + sum_at + tile.place * sums_of_tile);
       });
     });
-    for (int j = 0; j < span.count; ++j) {
-      const Tile& tile = span.tiles[j];
-      for (int64_t g = 0; g < groups; g += kBlockRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, groups - g));
-        products().affine[grad_w.element()](scratch + sum_at + j * sums_of_tile + g * width, rows,
-                                            tile.count, Affine{},
-                                            grad_w.mutable_at(tile.sample, g, tile.pixel));
-      }
-    }
+    store_gate_sums(span, scratch + sum_at, &grad_w);
   };
   for_each_block(
       {values.batch(), values.plane(), wide ? 2 : 1,  // one block: the rows are walked in it

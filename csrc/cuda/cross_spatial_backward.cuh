@@ -142,6 +142,60 @@ __device__ __forceinline__ void store_columns(typename N::T* sheet, const Pixels
   }
 }
 
+// R of a lane's pixels becomes its gradient, zero outside the map.
+template <class N>
+__device__ __forceinline__ void reduced_gradient(const Pixels<N>& pixels,
+                                                 const float (&slopes)[4][N::kChannels],
+                                                 const float (&gl)[N::kRows][2],
+                                                 typename N::Result& r) {
+#pragma unroll
+  for (int n = 0; n < N::kColumns; ++n) {
+    const float2 direct = N::of_columns(slopes[0], n), offset = N::of_columns(slopes[1], n);
+    const float2 slope = N::of_columns(slopes[2], n), mean = N::of_columns(slopes[3], n);
+#pragma unroll
+    for (int m = 0; m < N::kRows; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool even = i % 2 == 0;
+        const float centred = r[m][n][i] - (even ? mean.x : mean.y);
+        const float grad = gl[m][i / 2] * (even ? direct.x : direct.y) +
+                           (even ? offset.x : offset.y) + centred * (even ? slope.x : slope.y);
+        r[m][n][i] = pixels.at[m][i / 2] >= 0 ? grad : 0.0f;
+      }
+    }
+  }
+}
+
+// T0 and T1 of a block from its warps'; the last block of a set adds the blocks' up.
+template <class N>
+__device__ __forceinline__ void total_norm_sums(
+    const CrossSpatialBackwardParams& p, int set,
+    const float (&of_warps)[kTileThreads<N> / kWarp][6 * N::kChannels]) {
+  constexpr int kChannels = N::kChannels;
+  const CrossSpatialSizes& s = p.sizes;
+  float* own = p.norm_sums + partial_of_block() * 6 * kChannels;
+  for (int i = static_cast<int>(threadIdx.x); i < 6 * kChannels; i += kTileThreads<N>) {
+    float sum = 0.0f;
+    for (int warp = 0; warp < kTileThreads<N> / kWarp; ++warp) sum += of_warps[warp][i];
+    own[i] = sum;
+  }
+  const SetRows rows(s, set);
+  if (!arrive_last(p.counters + set, rows.count * s.shares)) return;
+  const int c = s.channels;
+  for (int i = static_cast<int>(threadIdx.x); i < 6 * c; i += kTileThreads<N>) {
+    const float* of_channel = p.norm_sums + i / c * kChannels + i % c;
+    float sum = 0.0f;
+    for (int other = 0; other < rows.count; ++other) {
+      const int64_t first = (rows.first + static_cast<int64_t>(other) * rows.step) * s.shares;
+#pragma unroll 4
+      for (int share = 0; share < s.shares; ++share) {
+        sum += of_channel[(first + share) * 6 * kChannels];
+      }
+    }
+    p.attention_totals[set * 6 * c + i] = sum;
+  }
+}
+
 // Grid (2·slabs, shares).
 template <class N>
 __global__ void __launch_bounds__(kTileThreads<N>, 1)
@@ -170,22 +224,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1)
     load_result<N>(reduced, pixels, grad_r);
     float gl[N::kRows][2];
     load_logit_gradients<N>(p, row, pixels, gl);
-#pragma unroll
-    for (int n = 0; n < N::kColumns; ++n) {
-      const float2 direct = N::of_columns(slopes[0], n), offset = N::of_columns(slopes[1], n);
-      const float2 slope = N::of_columns(slopes[2], n), mean = N::of_columns(slopes[3], n);
-#pragma unroll
-      for (int m = 0; m < N::kRows; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const bool even = i % 2 == 0;
-          const float centred = grad_r[m][n][i] - (even ? mean.x : mean.y);
-          const float grad = gl[m][i / 2] * (even ? direct.x : direct.y) +
-                             (even ? offset.x : offset.y) + centred * (even ? slope.x : slope.y);
-          grad_r[m][n][i] = pixels.at[m][i / 2] >= 0 ? grad : 0.0f;
-        }
-      }
-    }
+    reduced_gradient<N>(pixels, slopes, gl, grad_r);
     store_result<N>(reduced, pixels, grad_r);
     const Parts<N> features{features_of_row, pixels};
 #pragma unroll 1
@@ -210,27 +249,7 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1)
     }
   }
   __syncthreads();
-  float* own = p.norm_sums + partial_of_block() * 6 * kChannels;
-  for (int i = static_cast<int>(threadIdx.x); i < 6 * kChannels; i += kTileThreads<N>) {
-    float sum = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) sum += of_warps[warp][i];
-    own[i] = sum;
-  }
-  const SetRows rows(s, set);
-  if (!arrive_last(p.counters + set, rows.count * s.shares)) return;
-  const int c = s.channels;
-  for (int i = static_cast<int>(threadIdx.x); i < 6 * c; i += kTileThreads<N>) {
-    const float* of_channel = p.norm_sums + i / c * kChannels + i % c;
-    float sum = 0.0f;
-    for (int other = 0; other < rows.count; ++other) {
-      const int64_t first = (rows.first + static_cast<int64_t>(other) * rows.step) * s.shares;
-#pragma unroll 4
-      for (int share = 0; share < s.shares; ++share) {
-        sum += of_channel[(first + share) * 6 * kChannels];
-      }
-    }
-    p.attention_totals[set * 6 * c + i] = sum;
-  }
+  total_norm_sums<N>(p, set, of_warps);
 }
 
 // ---- features ----------------------------------------------------------------------------------

@@ -74,6 +74,84 @@ __device__ __forceinline__ void load_logit_gradients(const CrossSpatialBackwardP
 
 // ---- recompute ---------------------------------------------------------------------------------
 
+// gl of a tile's pixels, for all threads.
+template <class N>
+__device__ __forceinline__ void load_tile_gradients(const CrossSpatialBackwardParams& p, int slab,
+                                                    const Tile& tile, float* gradients) {
+  for (int i = static_cast<int>(threadIdx.x); i < kTilePixels; i += kTileThreads<N>) {
+    const int y = tile.top + i / kTileWidth, column = tile.left + i % kTileWidth;
+    const bool inside = y < p.sizes.height && column < p.sizes.width;
+    gradients[i] =
+        inside ? logit_gradient<typename N::T>(p, slab, y * p.sizes.width + column) : 0.0f;
+  }
+}
+
+// Adds a channel's share of Σ X gl, Σ X and Σ gl of a tile to a thread's sums.
+template <class N>
+__device__ __forceinline__ void add_branch_sums(const typename N::T* window,
+                                                const float* gradients,
+                                                float (&of_threads)[3][kTileThreads<N>]) {
+  constexpr int kChannels = N::kChannels;
+  const int thread = static_cast<int>(threadIdx.x);
+  float weighted_x = 0.0f, total_x = 0.0f, total = 0.0f;
+  for (int i = thread / kChannels; i < kTilePixels; i += kTileThreads<N> / kChannels) {
+    const int at = (i / kTileWidth + 2) * (kTileWidth + 4) + i % kTileWidth + 2;
+    const float value = to_float(window[at * N::kPitch + thread % kChannels]);
+    weighted_x += value * gradients[i];
+    total_x += value;
+    total += gradients[i];
+  }
+  of_threads[0][thread] += weighted_x;  // in registers they would spill
+  of_threads[1][thread] += total_x;
+  of_threads[2][thread] += total;
+}
+
+// Adds Σ (R - mean) gl and Σ (R - mean) of a tile to a warp's sums; R is written over.
+template <class N>
+__device__ __forceinline__ void add_reduced_sums(const Pixels<N>& pixels, const float* centre,
+                                                 const float (&gl)[N::kRows][2],
+                                                 typename N::Result& r, float* own) {
+#pragma unroll
+  for (int n = 0; n < N::kColumns; ++n) {
+    const float2 mean = N::of_columns(centre, n);
+#pragma unroll
+    for (int m = 0; m < N::kRows; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[m][n][i] -= i % 2 == 0 ? mean.x : mean.y;
+    }
+  }
+  add_sums<N>(pixels, r, own + N::kChannels);
+#pragma unroll
+  for (int n = 0; n < N::kColumns; ++n) {
+#pragma unroll
+    for (int m = 0; m < N::kRows; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[m][n][i] *= gl[m][i / 2];
+    }
+  }
+  add_sums<N>(pixels, r, own);
+}
+
+// A block's sums of its warps and threads, GateSum by GateSum.
+template <class N>
+__device__ __forceinline__ void store_gate_sums(
+    const float (&of_warps)[kTileThreads<N> / kWarp][2 * N::kChannels],
+    const float (&of_threads)[3][kTileThreads<N>], float* out) {
+  constexpr int kChannels = N::kChannels;
+  for (int i = static_cast<int>(threadIdx.x); i < kGateSums * kChannels; i += kTileThreads<N>) {
+    const int which = i / kChannels, channel = i % kChannels;
+    float sum = 0.0f;
+    if (which < kWeightedBranch) {
+      for (int warp = 0; warp < kTileThreads<N> / kWarp; ++warp) sum += of_warps[warp][i];
+    } else {
+      for (int at = channel; at < kTileThreads<N>; at += kChannels) {
+        sum += of_threads[which - kWeightedBranch][at];
+      }
+    }
+    out[i] = sum;
+  }
+}
+
 // Grid (2·slabs, shares).
 template <class N>
 __global__ void __launch_bounds__(kTileThreads<N>, 1)
@@ -105,23 +183,9 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1)
     const Tile tile = tile_at(s, t);
     __syncthreads();
     load_window<N, 2>(s, tile, x, window);
-    for (int i = thread; i < kTilePixels; i += kTileThreads<N>) {
-      const int y = tile.top + i / kTileWidth, column = tile.left + i % kTileWidth;
-      const bool inside = y < s.height && column < s.width;
-      gradients[i] = inside ? logit_gradient<T>(p, row % s.slabs, y * s.width + column) : 0.0f;
-    }
+    load_tile_gradients<N>(p, row % s.slabs, tile, gradients);
     if (PLANT != 1) __syncthreads();
-    float weighted_x = 0.0f, total_x = 0.0f, total = 0.0f;
-    for (int i = thread / kChannels; i < kTilePixels; i += kTileThreads<N> / kChannels) {
-      const int at = (i / kTileWidth + 2) * (kTileWidth + 4) + i % kTileWidth + 2;
-      const float value = to_float(window[at * N::kPitch + thread % kChannels]);
-      weighted_x += value * gradients[i];
-      total_x += value;
-      total += gradients[i];
-    }
-    of_threads[0][thread] += weighted_x;  // in registers they would spill
-    of_threads[1][thread] += total_x;
-    of_threads[2][thread] += total;
+    add_branch_sums<N>(window, gradients, of_threads);
     {
       typename N::Addresses first;
       window_addresses<N, 2, 2>(window, first);
@@ -138,40 +202,11 @@ __global__ void __launch_bounds__(kTileThreads<N>, 1)
     store_result<N>(reduced, pixels, r);
     float gl[N::kRows][2];
     load_logit_gradients<N>(p, row, pixels, gl);
-#pragma unroll
-    for (int n = 0; n < N::kColumns; ++n) {
-      const float2 mean = N::of_columns(centre, n);
-#pragma unroll
-      for (int m = 0; m < N::kRows; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) r[m][n][i] -= i % 2 == 0 ? mean.x : mean.y;
-      }
-    }
-    add_sums<N>(pixels, r, own + kChannels);
-#pragma unroll
-    for (int n = 0; n < N::kColumns; ++n) {
-#pragma unroll
-      for (int m = 0; m < N::kRows; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) r[m][n][i] *= gl[m][i / 2];
-      }
-    }
-    add_sums<N>(pixels, r, own);
+    add_reduced_sums<N>(pixels, centre, gl, r, own);
   }
   __syncthreads();
-  float* out = p.sums + partial_of_block() * kGateSums * kChannels;
-  for (int i = thread; i < kGateSums * kChannels; i += kTileThreads<N>) {
-    const int which = i / kChannels, channel = i % kChannels;
-    float sum = 0.0f;
-    if (which < kWeightedBranch) {
-      for (int warp = 0; warp < kWarps; ++warp) sum += of_warps[warp][i];
-    } else {
-      for (int at = channel; at < kTileThreads<N>; at += kChannels) {
-        sum += of_threads[which - kWeightedBranch][at];
-      }
-    }
-    out[i] = sum;
-  }
+  store_gate_sums<N>(of_warps, of_threads,
+                     p.sums + partial_of_block() * kGateSums * kChannels);
 }
 
 // ---- vectors -----------------------------------------------------------------------------------
