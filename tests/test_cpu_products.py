@@ -175,6 +175,20 @@ def test_gated_fusion_equals_float64(sizes, layout, dtype):
     assert error(mean, want.mean((2, 3))) <= tolerance(dtype)[0]
 
 
+@pytest.mark.parametrize("pruned", ["squeeze", "fusion_of_s", "fusion_of_r"])
+def test_weights_of_both_forms_beside_each_other(pruned):
+    """A row of zeros is like no other: its weight has the direct form, the others Strassen's."""
+    named = arguments("gated_fusion", LARGE) | {"save": False}
+    args = convert("gated_fusion", named, torch.float32, "contiguous")
+    squeeze, fusion = args[2].clone(), args[12].clone()
+    of_s, of_r = fusion.split(1024, 1)
+    {"squeeze": squeeze, "fusion_of_s": of_s, "fusion_of_r": of_r}[pruned][7] = 0
+    args[2], args[12] = squeeze, fusion
+    doubles = [v.double() if isinstance(v, torch.Tensor) else v for v in args]
+    want = reference.gated_fusion.forward(*doubles)[0]
+    check(cpu_stages.gated_fusion(*args)[0], want, args[0])
+
+
 def packed_fusion(args: list[Any]) -> tuple[torch.Tensor, ...]:
     """The weights of gated fusion as a frozen network would hold them, folded in float64."""
     norms = [cpu_products.folded_norm(*args[at : at + 4], EPS) for at in (3, 8, 13)]
