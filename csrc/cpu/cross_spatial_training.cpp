@@ -156,18 +156,22 @@ std::vector<double> add_groups(const std::vector<double>& sums, int64_t groups, 
   return total;
 }
 
-// Where the values of group g of c channels lie, from where those of the first one do.
+// Where the vectors of group g of c channels lie, from where those of the first one do.
+template <class Values>
+void skip_to_group(int64_t g, int64_t c, int64_t set, Values* out) {
+  out->softmax1 += g * c;
+  out->softmax2 += g * c;
+  out->attention_mean += 3 * set;
+  out->attention_var += 3 * set;
+  out->reduce_mean += set;
+  out->reduce_var += set;
+}
+
 TrainingBackward of_group(TrainingBackward out, int64_t g, int64_t c, int64_t height,
                           int64_t width, int64_t parameters) {
-  const int64_t set = out.shared ? 0 : g * 2 * c;
+  skip_to_group(g, c, out.shared ? 0 : g * 2 * c, &out);
   out.grad_w += g * height * width;
   out.w += g * height * width;
-  out.softmax1 += g * c;
-  out.softmax2 += g * c;
-  out.attention_mean += 3 * set;
-  out.attention_var += 3 * set;
-  out.reduce_mean += set;
-  out.reduce_var += set;
   out.grad_alpha_h += g * c * height;
   out.grad_alpha_w += g * c * width;
   out.grad_mean += g * c;
@@ -210,14 +214,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial
   const auto run = [&] {
     runs([&](int64_t g, float* scratch) {
       TrainingForward out = first;
-      const int64_t set = pooled ? 0 : g * 2 * c;
       out.w = static_cast<char*>(first.w) + g * plane;
-      out.softmax1 += g * c;
-      out.softmax2 += g * c;
-      out.attention_mean += 3 * set;
-      out.attention_var += 3 * set;
-      out.reduce_mean += set;
-      out.reduce_var += set;
+      skip_to_group(g, c, pooled ? 0 : g * 2 * c, &out);
       out.moments += pooled ? g * 12 * c : 0;
       kernels.forward(all.of(g), weights, out, scratch);
     });
