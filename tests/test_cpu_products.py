@@ -103,11 +103,12 @@ def test_seven_products_are_as_accurate_as_eight_but_for_a_factor_of_two():
     assert parts - 64 == 2 * (whole - 64)
 
 
+@pytest.mark.parametrize("base", [1.0, 2.0**86], ids=["one", "squares past float32"])
 @pytest.mark.parametrize("scaled", ["pixels", "rows"])
-def test_small_pixels_and_rows_keep_their_accuracy_beside_large_ones(scaled):
+def test_small_pixels_and_rows_keep_their_accuracy_beside_large_ones(scaled, base):
     x, weight = laid_out((1, 256, 23, 23), "contiguous", torch.float32), weight_of(256, 256)
     generator = torch.Generator().manual_seed(3)
-    sizes = torch.exp2(torch.randint(-20, 20, (23, 23), generator=generator))
+    sizes = base * torch.exp2(torch.randint(-20, 20, (23, 23), generator=generator))
     x = x * sizes if scaled == "pixels" else x
     weight = weight * sizes.flatten()[:256, None] if scaled == "rows" else weight
     packed = op("pack_product_weight")(weight, False)

@@ -9,6 +9,8 @@
 // Block         up to kBlockRows sums a pixel, float [row][pixel]
 #pragma once
 
+#include <limits>
+
 #include "channel_statistics.h"  // Element
 #include "target.h"
 
@@ -54,8 +56,11 @@ using MultiplyFunction = void (*)(const void* weight, int64_t panels, const void
                                   int64_t steps, int count, bool accumulate, float* acc);
 
 // Whether sums of squares are so alike (a factor of 64 between their roots) that of two pixels or
-// rows put together in Strassen's form the smaller keeps 1e-4 of its own size. False for NaN.
-inline bool alike(float a, float b) { return a <= 4096.0f * b && b <= 4096.0f * a; }
+// rows put together in Strassen's form the smaller keeps 1e-4 of its own size. False for NaN and
+// sums past float32, which tell nothing; values below 1e-23 pass for zeros.
+inline bool alike(float a, float b) {
+  return a <= 4096.0f * b && b <= 4096.0f * a && a + b <= std::numeric_limits<float>::max();
+}
 // The sums T1 to T4 of two panels (packed_weight.h), each of two halves of `half` floats, one after
 // another; whether the tiles' pixels are alike.
 using StrassenSumsFunction = bool (*)(const float* panels, int64_t half, float* sums);
