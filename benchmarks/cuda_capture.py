@@ -30,7 +30,7 @@ from benchmarks.budgets import short_name  # noqa: E402
 from benchmarks.triton_capture import DTYPES, FAKE, LAYOUTS, Call, arguments, calls  # noqa: E402
 from fused.backends import cuda  # noqa: E402
 from fused.backends.cuda.launch import Launch, intercept, multiprocessors  # noqa: E402
-from fused.spatial_gate import NAME as SPATIAL_GATE  # noqa: E402
+from fused.evaluation_ops import spatial_gate  # noqa: E402
 
 BATCHES = (1, 8)
 MULTIPROCESSORS = 108
@@ -76,7 +76,7 @@ def entries(call: Call, dtype: torch.dtype) -> list[Launch]:
 
 
 def _arguments(call: Call, dtype: torch.dtype) -> list[Any]:
-    if call.op != SPATIAL_GATE:
+    if call.op != spatial_gate.name:
         return arguments(call, dtype)
     e, weight, bias, _, eps = arguments(replace(call, op="coordinate_attention"), dtype)
     return [e, weight, bias, eps, *arguments(replace(call, op="cross_spatial"), dtype)[5:]]
@@ -133,9 +133,9 @@ def _kernel_names(places: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
 def all_calls(ops: Iterable[str] | None = None) -> list[Call]:
     """Every op of the backend, or those named, in all modes and layouts."""
     wanted = list(cuda.KERNELS if ops is None else ops)
-    gates = [Call(SPATIAL_GATE, training=False, layout=layout) for layout in LAYOUTS]
-    stages = calls([op for op in wanted if op != SPATIAL_GATE], LAYOUTS)
-    return [*stages, *(gates if SPATIAL_GATE in wanted else ())]
+    gates = [Call(spatial_gate.name, training=False, layout=layout) for layout in LAYOUTS]
+    stages = calls([op for op in wanted if op != spatial_gate.name], LAYOUTS)
+    return [*stages, *(gates if spatial_gate.name in wanted else ())]
 
 
 def all_launches(batches: Iterable[int] = BATCHES) -> list[KernelLaunch]:

@@ -296,17 +296,19 @@ def network(device: Device, batch: int) -> list[Prediction]:
 
     _, budget = stored()
     sizes = problem(batch)
-    parts = [backbone(device, batch)]
-    for stage in STAGES:
-        least = cost(stage, sizes, dtype=DTYPE)
-        kernels = kernels_of(Call(stage, training=False, batch=batch), device, budget, COLUMNS)
-        traffic = least.bytes + least.scratch
-        parts.append(predict(stage, device, least.flop, traffic, kernels))
+    map_bytes = batch * sizes.channels * sizes.pixels * DTYPE.itemsize
+
+    def stage(name: str, op: str, unwritten: int = 0) -> Prediction:
+        least = cost(name, sizes, dtype=DTYPE)
+        kernels = kernels_of(Call(op, training=False, batch=batch), device, budget, COLUMNS)
+        traffic = least.bytes + least.scratch - unwritten
+        return predict(op, device, least.flop, traffic, kernels)
+
+    parts = [backbone(device, batch), *(stage(name, name) for name in STAGES)]
     ciema = total("CIEMA", parts[2:])
-    map_bytes = sizes.channels * sizes.pixels * DTYPE.itemsize
-    head = map_bytes / device.bandwidth / LIBRARY + 2 * GAP
-    parts += [Prediction("pooling and head", 0, map_bytes, 2, head, "memory")]
-    return [*parts, ciema, total("network", parts)]
+    means = stage(STAGES[-1], "gated_fusion_mean", unwritten=map_bytes)  # all that the head reads
+    head = Prediction("head", 0, 0, 1, GAP, "launches")
+    return [*parts, ciema, means, head, total("network", [*parts[:-1], means, head])]
 
 
 def as_text(device: Device, batch: int, parts: Sequence[Prediction]) -> str:

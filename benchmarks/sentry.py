@@ -31,8 +31,8 @@ if __package__ in (None, ""):  # run as a file: find the packages beside it
 import torch
 
 from benchmarks import triton_capture
-from benchmarks.triton_capture import LAUNCHERS
 from benchmarks.triton_compile import TARGETS, compile_launch, compiling_for
+from fused.backends.triton import KERNELS
 from fused.backends.triton.launch import Launch
 
 TARGET = TARGETS["sm_80"]
@@ -116,7 +116,7 @@ def find_verifier() -> str | None:
     return str(beside) if beside.exists() else shutil.which("sentryward")
 
 
-def launches(ops: Iterable[str] = tuple(LAUNCHERS)) -> Iterator[Launch]:
+def launches(ops: Iterable[str] = tuple(KERNELS)) -> Iterator[Launch]:
     """Launches of the ops at a small size, in float16, with one warp a program."""
     with small_sizes():
         for call in triton_capture.calls(ops, ["contiguous"]):
@@ -227,7 +227,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--op", action="append", choices=list(LAUNCHERS), help="only this; repeatable"
+        "--op", action="append", choices=list(KERNELS), help="only this; repeatable"
     )
     parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of a kernel")
     options = parser.parse_args()
@@ -236,7 +236,7 @@ def main() -> int:
         print("sentryward is not installed: pip install sentryward", file=sys.stderr)
         return 2
     failed = 0
-    for proof in prove_all(verifier, launches(options.op or LAUNCHERS), options.seconds):
+    for proof in prove_all(verifier, launches(options.op or KERNELS), options.seconds):
         print(f"{proof.kernel:45} {proof.result:10} {proof.reason}", flush=True)
         lost = proof.kernel in PROVEN and proof.result != "race_free"
         failed += lost or proof.result == "race"

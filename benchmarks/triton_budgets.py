@@ -27,7 +27,7 @@ if __package__ in (None, ""):  # run as a file: find the packages beside it
 import triton
 
 from benchmarks import budgets
-from benchmarks.triton_capture import LAUNCHERS, LAYOUTS
+from benchmarks.triton_capture import LAYOUTS
 from benchmarks.triton_compile import TARGETS
 from benchmarks.triton_report import as_markdown, as_text
 from benchmarks.triton_usage import (
@@ -41,7 +41,7 @@ from benchmarks.triton_usage import (
     quick_jobs,
     rows,
 )
-from fused.backends.triton import INTERPRETER, configs
+from fused.backends.triton import INTERPRETER, KERNELS, configs
 
 # What a row of the file holds, in this order.
 _AT_MOST = ("registers", "spill_bytes", "shared_bytes")
@@ -184,7 +184,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--update", action="store_true", help="write what is found")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a report in Markdown")
-    for name, known in (("--target", TARGETS), ("--dtype", DTYPES), ("--op", LAUNCHERS)):
+    for name, known in (("--target", TARGETS), ("--dtype", DTYPES), ("--op", KERNELS)):
         parser.add_argument(
             name, action="append", choices=list(known), help="only this; repeatable"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.stages import ARGUMENT_KEYS, OPS
 from benchmarks.triton_compile import Target
 from fused import FusedCIEMA, FusedMSFF
-from fused.backends import triton as backend
-from fused.backends.triton import configs
+from fused.backends.triton import KERNELS, configs
 from fused.backends.triton.launch import Launch, intercept, multiprocessors
 from fused.contract import BN_STATISTICS, EPS, OUTPUTS, memory_format, statistics_dtype
 
@@ -40,18 +39,6 @@ _MSFF_KEYS = {
     "running_var": "fusion_conv.1.running_var",
 }
 
-
-def _gated_fusion_mean(*args: Any) -> object:
-    """The last stage reduced to what the network's head needs; no op of its own."""
-    from fused.backends.triton import gated_fusion
-
-    return gated_fusion.forward_mean(*args)
-
-
-LAUNCHERS: Mapping[str, Callable[..., object]] = {
-    **backend.KERNELS,
-    "gated_fusion_mean": _gated_fusion_mean,
-}
 
 # One mode for all: fake tensors of different modes do not mix.
 FAKE = FakeTensorMode()
@@ -210,7 +197,7 @@ def capture(
             would get them.
     """
     found: list[Launch] = []
-    kernel = LAUNCHERS[call.op]
+    kernel = KERNELS[call.op]
     forced = contextlib.nullcontext() if candidate is None else configs.forced(candidate)
     with FAKE, _device(target), forced, intercept(found.append), torch.no_grad():
         kernel(*arguments(call, dtype))

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.triton_capture import DTYPES, LAUNCHERS, LAYOUTS, Call, calls, capture
+from benchmarks.triton_capture import DTYPES, LAYOUTS, Call, calls, capture
 from benchmarks.triton_code import Code, inspect
 from benchmarks.triton_compile import TARGETS, compile_launch, compiling_for
-from fused.backends.triton import configs
+from fused.backends.triton import KERNELS, configs
 from fused.backends.triton.configs import Config, precision_class
 from fused.backends.triton.launch import Launch
 
@@ -88,7 +88,7 @@ class Job:
 
     target: str
     dtype: str
-    ops: tuple[str, ...] = tuple(LAUNCHERS)
+    ops: tuple[str, ...] = tuple(KERNELS)
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     candidates: bool = True
 

@@ -2,108 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import backends, ops
+from . import ops
 from .backends.reference.published import (
     CHANNEL_INTERACTION_REDUCTION,
     PublishedCIEMA,
     PublishedMSFF,
 )
 from .batchnorm import update_running_statistics
-from .spatial_gate import spatial_gate
+from .evaluation_ops import gated_fusion_mean, spatial_gate
+from .fused_block import FusedBlock, has_hooks
 
 DEFAULT_FACTOR = 32
 # Mean, maximum and the maximum's first position of every channel of a map, (B, C) each.
 Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        yield f"{prefix}{name}", child
-        yield from _leaves(child, f"{prefix}{name}.")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone wants to see what goes in or comes out of `module`."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-_PLAIN = (
-    *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.Sigmoid, nn.Sequential),
-)
-
-
-def why_called(module: nn.Module, also: tuple[type, ...] = ()) -> str | None:
-    """Why the descendants of `module` must be called one by one; None if their parameters suffice.
-
-    `also` are further kinds that only hold others.
-    """
-    training: bool | None = None
-    for name, child in _leaves(module):
-        kind = type(child)
-        if kind not in (*_PLAIN, *also) and kind.__module__ != PublishedCIEMA.__module__:
-            return f"{name} is a {kind.__name__}"
-        if has_hooks(child):
-            return f"{name} has hooks"
-        if kind is nn.GroupNorm and not child.affine:
-            return f"{name} has affine=False"
-        if kind is nn.BatchNorm2d:
-            if not child.affine:
-                return f"{name} has affine=False"
-            if not child.track_running_stats or child.running_mean is None:
-                return f"{name} has track_running_stats=False"
-            if training is not None and child.training != training:
-                return "some batch norms are in training mode and others are not"
-            training = child.training
-    return None
-
-
-class _FusedBlock(nn.Module):
-    """What both blocks share: the backend's name, and the test for children that need calling."""
-
-    backend: str | None
-    fused_stages: tuple[str, ...] = ()
-
-    def _set_backend(self, backend: str | None) -> None:
-        self.backend = None if backend is None else backends.check_name(backend)
-
-    def modular_reason(self) -> str | None:
-        """Why this block must call its children one by one; None if its parameters suffice."""
-        return why_called(self)
-
-    def _frozen_as(self, kind: Any, dtype: torch.dtype | None) -> nn.Module | str:
-        """`frozen_for_inference` of both blocks."""
-        if has_hooks(self):
-            return "it has hooks"
-        if type(self) not in kind.__mro__:
-            return f"{type(self).__name__} is a subclass, whose own methods would be lost"
-        return why_called(self) or kind.of(self, dtype)
-
-    def probe(self) -> torch.Tensor:
-        """A map of one pixel with the block's channels, dtype and device, for `explain`."""
-        raise TypeError(f"{type(self).__name__} does not define its input")
-
-    def _goes_modular(self) -> bool:
-        reason = self.modular_reason()
-        if reason is None:
-            return False
-        name = backends.requested(self.backend)
-        if name not in (backends.AUTO, "reference"):
-            raise backends.BackendError(
-                f"backend={name!r} cannot run {type(self).__name__}: {reason}, so its children "
-                "have to be called; use backend='auto' or 'reference'"
-            )
-        return True
 
 
 def _statistics(norm: Any, training: bool) -> tuple[Any, ...]:
@@ -113,7 +30,7 @@ def _statistics(norm: Any, training: bool) -> tuple[Any, ...]:
     return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
-class FusedCIEMA(_FusedBlock, PublishedCIEMA):
+class FusedCIEMA(FusedBlock, PublishedCIEMA):
     """CIEMA (spec.md 2): drop-in for the published class, same keys, shapes and initialisation.
 
     Input and output are (B, C, H, W), float32, float64, float16 or bfloat16, any strides; the
@@ -190,6 +107,27 @@ class FusedCIEMA(_FusedBlock, PublishedCIEMA):
         e = self._interact(x, statistics)
         return self._fuse(e, self._cross(e, update=True))
 
+    def interact(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
+        """x → e of channel interaction, for `mean_after`: whoever has e can let x go."""
+        self._check_channels(x)
+        return self._interact(x, statistics)
+
+    def mean_after(self, e: torch.Tensor) -> torch.Tensor:
+        """The mean of `forward(x)` over H×W, (B, C) in float32 or better, from `interact(x)`.
+
+        In evaluation without gradients only, and where `gives_means` is true: the map that the
+        mean is of is not written (spec.md 5.6).
+        """
+        eps = (norm.eps for norm in self._fusion_norms())
+        args = (e, self._cross(e, update=False), *self._fusion_parameters(training=False), *eps)
+        return gated_fusion_mean(*args, backend=self.backend)
+
+    def gives_means(self, x: torch.Tensor) -> bool:
+        """Whether `interact` and `mean_after` may stand for a call whose result is averaged."""
+        if type(self) is not FusedCIEMA or has_hooks(self) or self._needs_gradient(x):
+            return False
+        return self.modular_reason() is None and not self.final_fusion[1].training
+
     def spatial_gate(self, x: torch.Tensor) -> torch.Tensor:
         """The gate w (B, G, H, W) in (0, 1) that this block draws over x; no buffer changes."""
         self._check_channels(x)
@@ -245,19 +183,22 @@ class FusedCIEMA(_FusedBlock, PublishedCIEMA):
             update_running_statistics(reduce, statistics[2], statistics[3], count)
         return w
 
-    def _fuse(self, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        squeeze, norm1, _, expand, norm2 = self.multi_scale_fusion
-        fusion, norm3, _ = self.final_fusion
-        norms: tuple[Any, ...] = (norm1, norm2, norm3)
-        training: bool = norm1.training
-        out, _, _, *statistics = ops.gated_fusion(
-            *(e, w, squeeze.weight, *_statistics(norm1, training)),
-            *(expand.weight, *_statistics(norm2, training)),
-            *(fusion.weight, *_statistics(norm3, training)),
-            *(training, norm1.eps, norm2.eps, norm3.eps),
-            self._needs_gradient(e),
-            backend=self.backend,
+    def _fusion_norms(self) -> tuple[Any, Any, Any]:
+        return self.multi_scale_fusion[1], self.multi_scale_fusion[4], self.final_fusion[1]
+
+    def _fusion_parameters(self, *, training: bool) -> tuple[Any, ...]:
+        squeeze, expand, fusion = (
+            *(self.multi_scale_fusion[0], self.multi_scale_fusion[3], self.final_fusion[0]),
         )
+        norm1, norm2, norm3 = (_statistics(norm, training) for norm in self._fusion_norms())
+        return squeeze.weight, *norm1, expand.weight, *norm2, fusion.weight, *norm3
+
+    def _fuse(self, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        norms = self._fusion_norms()
+        training: bool = norms[0].training
+        parameters = self._fusion_parameters(training=training)
+        flags = (training, *(norm.eps for norm in norms), self._needs_gradient(e))
+        out, _, _, *statistics = ops.gated_fusion(e, w, *parameters, *flags, backend=self.backend)
         if training:
             count = e.shape[0] * e.shape[2] * e.shape[3]
             for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
@@ -277,7 +218,7 @@ class FusedCIEMA(_FusedBlock, PublishedCIEMA):
         )
 
 
-class FusedMSFF(_FusedBlock, PublishedMSFF):
+class FusedMSFF(FusedBlock, PublishedMSFF):
     """MSFF (spec.md 1): drop-in for the published class, same keys, shapes and initialisation.
 
     Args:

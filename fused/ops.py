@@ -112,7 +112,7 @@ cross_spatial = StageOp(
 # ----------------------------------------------------------------------------------- gated_fusion
 
 _NORM = "Tensor bn{0}_weight, Tensor bn{0}_bias, Tensor? running_mean{0}, Tensor? running_var{0}"
-_FUSION_PARAMETERS = (
+FUSION_PARAMETERS = (
     f"Tensor squeeze_weight, {_NORM.format(1)}, Tensor expand_weight, {_NORM.format(2)},"
     f" Tensor fusion_weight, {_NORM.format(3)}, bool training,"
     " float eps1, float eps2, float eps3"
@@ -128,9 +128,9 @@ _FUSION_GRADIENTS = (
 # `save` asks for the two maps that the backward needs, W1∗s and Wf∗[s; M] before their norms.
 gated_fusion = StageOp(
     name="gated_fusion",
-    forward=f"(Tensor e, Tensor w, {_FUSION_PARAMETERS}, bool save, {_BACKEND})"
+    forward=f"(Tensor e, Tensor w, {FUSION_PARAMETERS}, bool save, {_BACKEND})"
     f" -> (Tensor out, {_FUSION_SAVED})",
-    backward=f"(Tensor grad_out, Tensor e, Tensor w, {_FUSION_SAVED}, {_FUSION_PARAMETERS},"
+    backward=f"(Tensor grad_out, Tensor e, Tensor w, {_FUSION_SAVED}, {FUSION_PARAMETERS},"
     f" {_BACKEND}) -> (Tensor grad_e, Tensor grad_w, "
     + ", ".join(f"Tensor grad_{name}" for name in _FUSION_GRADIENTS)
     + ")",

@@ -13,7 +13,7 @@ from fused.backends import requested
 from fused.contract import check_map, statistics_dtype
 from fused.folding import Product, fold
 from fused.frozen import Frozen, FrozenCIEMA, guarded
-from fused.modules import why_called
+from fused.fused_block import why_called
 from fused.separable import Layer, separable, stem, why_not_native
 
 from .model import DepthwiseSeparable, MobileSteelNet

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused
 from fused.contract import Cost, Problem, cost
-from fused.modules import has_hooks
+from fused.fused_block import has_hooks
 
 from .blocks import CIEMA_FORMS, OTHER_ATTENTIONS
 
@@ -204,19 +204,27 @@ class MobileSteelNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, in_channels, H, W) → logits (B, num_classes)."""
-        if self._statistics_can_pass():
-            assert self.msff is not None
-            assert self.ciema is not None
-            features = self.ciema(*self.msff.with_statistics(self.backbone(images)))
-        else:
-            features = self.features(images)
-            if self.ciema is not None:
-                features = self.ciema(features)
-        if self.attention is not None:
-            features = self.attention(features)
-        vectors = features.mean((2, 3))
+        vectors = self._pooled_features(images)
         dropout: float = self.config["dropout"]
         return self.fc(nn.functional.dropout(vectors, dropout, self.training))
+
+    def _pooled_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Means over H×W (B, C) of what the attention gives."""
+        statistics: list[Any] = []
+        if self._statistics_can_pass():
+            assert self.msff is not None
+            features, *statistics = self.msff.with_statistics(self.backbone(images))
+        else:
+            features = self.features(images)
+        if isinstance(self.ciema, fused.FusedCIEMA) and self.ciema.gives_means(features):
+            dtype, e = features.dtype, self.ciema.interact(features, *statistics)
+            del features  # nobody keeps MSFF's map, and CIEMA's is not made
+            return self.ciema.mean_after(e).to(dtype)
+        if self.ciema is not None:
+            features = self.ciema(features, *statistics)
+        if self.attention is not None:
+            features = self.attention(features)
+        return features.mean((2, 3))
 
     def _statistics_can_pass(self) -> bool:
         """Whether MSFF may hand its output's channel statistics to CIEMA past its `__call__`."""

@@ -91,6 +91,8 @@ def test_launches_of_a_whole_forward_at_the_papers_size() -> None:
     """Seven, and six behind MSFF, whether or not a batch has groups enough to fill a GPU."""
     stages = [("channel_interaction", False), ("spatial_gate", False), ("gated_fusion", False)]
     assert [launches_of(batch, *stages) for batch in (1, 8)] == [6, 6]
+    network = [*stages[:2], ("gated_fusion_mean", False)]  # the head reads means, not the map
+    assert [launches_of(batch, *network) for batch in (1, 8)] == [7, 7]
     assert launches_of(8, ("channel_statistics", False)) == 1  # what MSFF else leaves
 
 

@@ -7,6 +7,8 @@ import io
 import pickle
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -119,16 +121,17 @@ def test_compile_leaves_it_alone() -> None:
 # -------------------------------------------------------------------------- weights that change
 
 
+@pytest.mark.parametrize("freeze", [optimize_for_inference, lambda model: model.eval()])
 def test_nothing_keeps_the_fused_map_once_channels_have_interacted(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, freeze: Callable[[Any], Any]
 ) -> None:
-    """An eighth of the frozen network's peak memory."""
-    frozen, seen = optimize_for_inference(network()), []
+    """An eighth of the network's peak memory."""
+    frozen, seen = freeze(network()), []
     interact, mean_after = frozen.ciema.interact, frozen.ciema.mean_after
 
-    def watched(x: torch.Tensor) -> torch.Tensor:
+    def watched(x: torch.Tensor, *statistics: Any) -> torch.Tensor:
         seen.append(weakref.ref(x))
-        return interact(x)
+        return interact(x, *statistics)
 
     def checked(e: torch.Tensor) -> torch.Tensor:
         assert seen[0]() is None
@@ -136,7 +139,8 @@ def test_nothing_keeps_the_fused_map_once_channels_have_interacted(
 
     monkeypatch.setattr(frozen.ciema, "interact", watched)
     monkeypatch.setattr(frozen.ciema, "mean_after", checked)
-    frozen(torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        frozen(torch.randn(1, 3, 64, 64))
     assert len(seen) == 1
 
 

@@ -301,7 +301,7 @@ def test_a_launcher_that_raises_is_a_failure(monkeypatch: pytest.MonkeyPatch) ->
     def wrong(*args: object) -> None:
         raise ValueError("wrong")
 
-    monkeypatch.setattr(triton_capture, "LAUNCHERS", {"channel_statistics": wrong})
+    monkeypatch.setattr(triton_capture, "KERNELS", {"channel_statistics": wrong})
     found = measure(Job("sm_80", "float16", ("channel_statistics",), ("contiguous",)))
     assert {type(one) for one in found} == {Failure}
     assert "ValueError: wrong" in triton_budgets.faults(found)[0]

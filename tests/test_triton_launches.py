@@ -132,6 +132,21 @@ def test_evaluation_stays_within_its_launches(
     assert launches.total() <= EVALUATION_BUDGET, str(launches)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_means_of_evaluation_take_one_launch_more_and_spare_the_heads_own(
+    launches: Launches, size: tuple[int, int, int, int]
+) -> None:
+    module, x = block(size)
+    module.half().eval()
+    x = x.half()
+    known = (x[:, :, 0, 0].float(), x[:, :, 0, 0].float(), torch.zeros(x.shape[:2]).long())
+    with torch.no_grad(), launches.operations:
+        module.mean_after(module.interact(x, known))
+    print(launches)
+    assert launches.kernels["gated_fusion_mean_kernel"] == 1
+    assert launches.total() <= EVALUATION_BUDGET + 1, str(launches)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("bn_statistics", ["sequential", "pooled"])
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -152,8 +152,10 @@ class FusionParameters(NamedTuple):
     eps3: float
 
 
-def gated_fusion_folded(e: torch.Tensor, w: torch.Tensor, p: FusionParameters) -> torch.Tensor:
-    """Out (B, C, H, W) in evaluation."""
+def gated_fusion_folded(
+    e: torch.Tensor, w: torch.Tensor, p: FusionParameters, *, mean_only: bool = False
+) -> torch.Tensor:
+    """Out (B, C, H, W) in evaluation, or its means over H×W (B, C) in float32."""
     norms = [
         folded_norm(p.bn1_weight, p.bn1_bias, p.running_mean1, p.running_var1, p.eps1),
         folded_norm(p.bn2_weight, p.bn2_bias, p.running_mean2, p.running_var2, p.eps2),
@@ -163,7 +165,7 @@ def gated_fusion_folded(e: torch.Tensor, w: torch.Tensor, p: FusionParameters) -
     weights = gated_fusion_weights(
         p.squeeze_weight, p.expand_weight, p.fusion_weight, norms, torch.float32
     )
-    out: torch.Tensor = kernel("gated_fusion_packed")(e, w, *weights.packed(e), False)
+    out: torch.Tensor = kernel("gated_fusion_packed")(e, w, *weights.packed(e), mean_only)
     return out
 
 

@@ -21,6 +21,12 @@ def gated_fusion(e: torch.Tensor, w: torch.Tensor, *rest: Any) -> tuple[torch.Te
     return out, *nothing(e, 2), *nothing(torch.empty(0), 6)
 
 
+def gated_fusion_mean(e: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Means over H×W of evaluation's out, (B, C) float32; the map is never written (5.6)."""
+    p = cpu_products.FusionParameters._make((*rest[:-3], False, *rest[-3:]))
+    return cpu_products.gated_fusion_folded(e, w, p, mean_only=True)
+
+
 def msff(
     features: Sequence[torch.Tensor],
     weight: torch.Tensor,
@@ -49,5 +55,6 @@ KERNELS: Mapping[str, Callable[..., object]] = {
     "channel_interaction": cpu_products.channel_interaction,
     "channel_interaction_backward": cpu_training.channel_interaction_backward,
     "gated_fusion": gated_fusion,
+    "gated_fusion_mean": gated_fusion_mean,
     "gated_fusion_backward": cpu_training.gated_fusion_backward,
 }

@@ -33,6 +33,7 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "cross_spatial": ("cross_spatial", "forward"),
     "spatial_gate": ("spatial_gate", "forward"),
     "cross_spatial_backward": ("cross_spatial_backward", "backward"),
+    "gated_fusion_mean": ("gated_fusion", "forward_mean"),
 }
 
 

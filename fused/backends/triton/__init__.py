@@ -39,6 +39,7 @@ _FUNCTIONS: Mapping[str, tuple[str, str]] = {
     "cross_spatial_backward": ("cross_spatial_backward", "backward"),
     "gated_fusion": ("gated_fusion", "forward"),
     "gated_fusion_backward": ("gated_fusion_backward", "backward"),
+    "gated_fusion_mean": ("gated_fusion", "forward_mean"),
 }
 
 
