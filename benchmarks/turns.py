@@ -1,8 +1,11 @@
 """`python -m benchmarks.turns`: providers take turns, for ratios where a machine's speed wavers.
 
-Every round calls each row once, in the same order, so that a slow minute falls on all of them. The
-figure is the median of the rounds. Rows are the combinations of subject, mode, provider and number
-of threads; `published-autocast` and `fused-autocast` are training steps under bfloat16 autocast.
+Every round has a turn for each row, in the same order, so that a slow minute falls on all of them.
+A turn is a pause, in which the threads of the provider before stop spinning (ONNX Runtime's take
+the processor for tens of milliseconds after a call), a call for the caches, and the call that is
+timed. The figure is the median of the rounds. Rows are the combinations of subject, mode, provider
+and number of threads; `published-autocast` and `fused-autocast` are training steps under bfloat16
+autocast.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -31,6 +35,8 @@ TIMES_PUBLISHED = 2.0
 # alpha's gradient is one number, in which large sums cancel and no errors average out: over six
 # seeds the published form's was off by 1.1 to 3.4 %.
 TIMES_FOR_A_NUMBER = 4.0
+# Seconds before a turn.
+PAUSE = 0.2
 
 
 def _autocast(provider: Provider) -> Provider:
@@ -129,6 +135,8 @@ def take_turns(rows: Sequence[tuple[Row, Steps]], rounds: int) -> None:
     for turn in range(rounds):
         for row, steps in rows:
             torch.set_num_threads(row.threads)
+            time.sleep(PAUSE)
+            steps.once()
             row.seconds.append(steps.once())
         print(f"  round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -318,6 +319,16 @@ def test_peak_counts_what_is_kept_from_before() -> None:
     if peak is None:
         pytest.skip("the kernel's peak counter cannot be reset here")
     assert 1.95 * size <= peak < 2.5 * size  # a page may be resident already
+
+
+def test_the_command_tells_the_peaks_of_each_provider(capfd: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "benchmarks.memory", "--shape", "tiny", "--calls", "2"]
+    names = ["fused-auto", "fused-frozen"]
+    subprocess.run([*command, "--providers", *names], check=True, cwd=ROOT)
+    lines = capfd.readouterr().out.splitlines()
+    for name, line in zip(names, lines, strict=True):
+        peaks = re.fullmatch(rf"network \S+ {name}: ([\d.]+|unknown)  ([\d.]+|unknown) MB", line)
+        assert peaks is not None, line
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
