@@ -127,24 +127,15 @@ __device__ __forceinline__ float add_vector(const Vector<T>& vector, int at, Fir
 
 // ---- rows: planes of neighbouring elements ---------------------------------------------------
 
-template <class T, int kWarpsPerPlane>
-__global__ void __launch_bounds__(kThreads) forward_rows_kernel(ChannelStatisticsParams p) {
-  constexpr int kLanes = kWarpsPerPlane * kWarp;  // threads to a plane
+// A thread's share of a plane of `count` neighbouring elements: of every kLanes vectors one, and
+// single elements before the first aligned vector and after the last.
+template <class T, int kLanes>
+__device__ __forceinline__ void read_row(const T* x, int count, int lane, CompensatedSum& total,
+                                         FirstMax& best) {
   constexpr int kElements = Vector<T>::kElements;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int64_t plane_index =
-      static_cast<int64_t>(blockIdx.x) * (kWarps / kWarpsPerPlane) + warp / kWarpsPerPlane;
-  if (plane_index >= p.batch * p.channels) return;  // whole warps, never part of a plane's lanes
-  const T* x = static_cast<const T*>(p.x) + (plane_index / p.channels) * p.stride_b +
-               (plane_index % p.channels) * p.stride_c;
-  const int count = static_cast<int>(p.plane);
   const int head = PLANT == 4 ? 0 : elements_to_alignment(x, count);
   const int vectors = (count - head + (PLANT == 3 ? kElements - 1 : 0)) / kElements;
   const int tail = head + vectors * kElements;
-
-  CompensatedSum total;
-  FirstMax best;
   total.start();
   best.start(lane < head ? lane : kNowhere);
   if (lane < head) {
@@ -177,7 +168,21 @@ __global__ void __launch_bounds__(kThreads) forward_rows_kernel(ChannelStatistic
     total.add(value);
     best.add(value, tail + lane);
   }
+}
 
+template <class T, int kWarpsPerPlane>
+__global__ void __launch_bounds__(kThreads) forward_rows_kernel(ChannelStatisticsParams p) {
+  constexpr int kLanes = kWarpsPerPlane * kWarp;  // threads to a plane
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int64_t plane_index =
+      static_cast<int64_t>(blockIdx.x) * (kWarps / kWarpsPerPlane) + warp / kWarpsPerPlane;
+  if (plane_index >= p.batch * p.channels) return;  // whole warps, never part of a plane's lanes
+  const T* x = static_cast<const T*>(p.x) + (plane_index / p.channels) * p.stride_b +
+               (plane_index % p.channels) * p.stride_c;
+  CompensatedSum total;
+  FirstMax best;
+  read_row<T, kLanes>(x, static_cast<int>(p.plane), lane, total, best);
   float sum = total.sum;
   reduce_warp<1>(sum, best);
   if constexpr (kWarpsPerPlane > 1) {
@@ -254,6 +259,43 @@ __device__ __forceinline__ void load_channels(const T* address, T (&value)[kVect
   }
 }
 
+// The pixels of kVector channels at x that are this thread's: pixel_lane, + kPixelLanes, …
+template <class T, int kVector>
+__device__ __forceinline__ void read_pixels(const T* x, int64_t stride_s, int count, int pixel_lane,
+                                            CompensatedSum (&total)[kVector],
+                                            FirstMax (&best)[kVector]) {
+  constexpr int kStep = ChannelTile<T, kVector>::kPixelLanes;
+  int64_t s = pixel_lane;  // 64 bits, so that the step past the end can't overflow
+  for (; s < count - (kUnroll - 1) * kStep; s += kUnroll * kStep) {
+    T loaded[kUnroll][kVector];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      load_channels<T, kVector>(x + (s + u * kStep) * stride_s, loaded[u]);
+    }
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const float value = to_float(loaded[u][e]);
+        sum += value;
+        best[e].add(value, static_cast<int>(s) + u * kStep);
+      }
+      total[e].add(sum);
+    }
+  }
+  for (; s < count; s += kStep) {
+    T loaded[kVector];
+    load_channels<T, kVector>(x + s * stride_s, loaded);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      const float value = to_float(loaded[e]);
+      total[e].add(value);
+      best[e].add(value, static_cast<int>(s));
+    }
+  }
+}
+
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads, 3)  // 3 blocks an SM: 80 registers, no spills
     forward_channels_last_kernel(ChannelStatisticsParams p) {
@@ -275,35 +317,7 @@ __global__ void __launch_bounds__(kThreads, 3)  // 3 blocks an SM: 80 registers,
   }
   if (channel < p.channels) {  // C is a multiple of kVector
     const T* x = static_cast<const T*>(p.x) + b * p.stride_b + channel;
-    int64_t s = pixel_lane;  // 64 bits, so that the step past the end can't overflow
-    for (; s < count - (kUnroll - 1) * Tile::kPixelLanes; s += kUnroll * Tile::kPixelLanes) {
-      T loaded[kUnroll][kVector];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        load_channels<T, kVector>(x + (s + u * Tile::kPixelLanes) * p.stride_s, loaded[u]);
-      }
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const float value = to_float(loaded[u][e]);
-          sum += value;
-          best[e].add(value, static_cast<int>(s) + u * Tile::kPixelLanes);
-        }
-        total[e].add(sum);
-      }
-    }
-    for (; s < count; s += Tile::kPixelLanes) {
-      T loaded[kVector];
-      load_channels<T, kVector>(x + s * p.stride_s, loaded);
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const float value = to_float(loaded[e]);
-        total[e].add(value);
-        best[e].add(value, static_cast<int>(s));
-      }
-    }
+    read_pixels<T, kVector>(x, p.stride_s, count, pixel_lane, total, best);
   }
 
   CIEMA_SHARED(float, sums, [kWarps][Tile::kChannels]);
