@@ -11,7 +11,8 @@
 //             of coordinate attention's.
 // Bytes       the weights once or twice; the tiles, 57·c² a set; a thousand times less than the maps.
 // The width is a number here, not a template's argument: every kernel of another width would be
-// compiled for work that takes no time.
+// compiled for work that takes no time. For the same reason no loop is unrolled: coordinate
+// attention's kernels all have this code in them.
 #pragma once
 
 #include "cross_spatial_tiles.cuh"
@@ -81,6 +82,7 @@ __device__ __forceinline__ int mirrored(int tile) {
 template <class T>
 __device__ __forceinline__ void pack_vector(const CrossSpatialPackParams& p, int which,
                                             const void* values) {
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < p.padded; i += kPackThreads) {
     p.vectors[which * p.padded + i] = i < p.channels ? read_weight<T>(p, values, i) : 0.0f;
   }
@@ -92,6 +94,7 @@ __device__ __forceinline__ void fold(const CrossSpatialPackParams& p, int scale,
                                      const void* weight, const void* bias, const void* mean,
                                      const void* var, float eps, int first) {
   const auto read = [&](const void* values, int i) { return read_weight<T>(p, values, i); };
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < p.padded; i += kPackThreads) {
     const int at = first + i;
     const bool real = i < p.channels;
@@ -106,8 +109,10 @@ __device__ void pack_vectors(const CrossSpatialPackParams& p) {
   pack_vector<T>(p, kNormWeight, p.gn_weight);
   pack_vector<T>(p, kNormBias, p.gn_bias);
   pack_vector<T>(p, kConv3x3Bias, p.conv3x3_bias);
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < p.counts; i += kPackThreads) p.counters[i] = 0;
   if (p.training) return;
+#pragma unroll 1
   for (int part = 0; part < 3; ++part) {
     fold<T>(p, kAttentionScale + part, kAttentionShift + part, p.attention_bn_weight,
             p.attention_bn_bias, p.attention_running_mean, p.attention_running_var,
@@ -140,6 +145,7 @@ __device__ void pack_block(const CrossSpatialPackParams& p, int block, T* weight
   const int source = transposed ? mirrored(tile) : tile;
   const int pitch = pack_pitch<T>(p.padded), pairs = p.padded / 16;
   const int units = p.padded / F::kDepth * pairs;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < p.padded * p.padded; i += kPackThreads) {
     const int output = i / p.padded, input = i % p.padded;
     const bool real = output < p.channels && input < p.channels;
@@ -151,6 +157,7 @@ __device__ void pack_block(const CrossSpatialPackParams& p, int block, T* weight
   __syncthreads();
   const bool chained = tile >= kAttention && tile < kChannelFeat;
   const int before = (tile + (transposed ? kTiles : 0)) * units;
+#pragma unroll 1
   for (int unit = warp_of_block(); unit < units; unit += kPackThreads / kWarp) {
     const T* first = weights + 16 * (unit % pairs) * pitch + unit / pairs * F::kDepth;
     typename F::B b[2];
