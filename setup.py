@@ -158,11 +158,9 @@ def find_nvcc() -> tuple[Path | None, str]:
 def family_of(architecture: str) -> int:
     """The compute capability, as 86, for whose family a file is compiled to PTX once.
 
-    Where a family ends, other code is better: a multiprocessor of 8.6, 8.9 and 12.0 has no room for
-    two of the widest blocks, and from 10.0 on nvcc writes other loops.
+    From 10.0 on nvcc writes other loops; no kernel asks for more than 8.0 has.
     """
-    number = int(architecture.replace(".", ""))
-    return 120 if number >= 120 else 100 if number >= 100 else 86 if number in (86, 89) else 80
+    return 100 if int(architecture.replace(".", "")) >= 100 else 80
 
 
 def code_flag(architecture: str) -> str:

@@ -58,6 +58,8 @@ struct Lanes {
   static constexpr int kPixelLanes = kThreads / kChannelLanes;
   static constexpr int kStep = kRows ? kPixelLanes * kRun : kPixelLanes;  // pixels at once
   static constexpr int kTile = kRows ? 256 : 128;
+  // More would not overlap more loads, which follow branches; fewer of 16 bits, and one spills.
+  static constexpr int kStepsUnrolled = sizeof(T) == 2 ? 2 : 1;
   static constexpr int kOwn = kRows ? 1 : kRun;  // channels of a thread
   static constexpr int kChannels = kChannelLanes * kOwn;
   static_assert(kTile % kStep == 0 && kChannelLanes == kWarps);
@@ -83,7 +85,7 @@ struct Lanes {
     const int end = first + cover.run < parts ? first + cover.run : parts;
     for (int part = first; part < end; ++part) {
       const int start = part % cover.tiles * kTile + pixel();
-#pragma unroll
+#pragma unroll kStepsUnrolled
       for (int step = 0; step < kTile; step += kStep) {
         const int at = start + step;
         const int count = kRows ? cover.pixels - at : cover.channels - channel;

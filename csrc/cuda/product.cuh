@@ -31,20 +31,12 @@ constexpr int shared_bytes() {
   return kLoop > Out::kBytes ? kLoop : Out::kBytes;
 }
 
-// Whether a multiprocessor has but 100 KB of shared memory, enough for one wide tile.
-#if defined(__CUDA_ARCH__) && \
-    ((__CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1200)
-constexpr bool kSmallShared = true;
-#else
-constexpr bool kSmallShared = false;
-#endif
-
-// Blocks that a multiprocessor should hold, which allows a thread 128 registers; in float32, and
-// where no more than one fits, as many registers as it takes.
+// Blocks that a multiprocessor should hold, which allows a thread 128 registers; in float32 as many
+// registers as it takes. The same for all architectures, so that they share PTX (setup.py): where
+// the shared memory holds but one wide tile, the bound costs a twentieth more instructions.
 template <class T, class Shape>
 constexpr int min_blocks() {
-  const bool one = sizeof(T) == sizeof(float) || (kSmallShared && Shape::kM == WideTile::kM);
-  return one ? 1 : 512 / Shape::kThreads;
+  return sizeof(T) == sizeof(float) ? 1 : 512 / Shape::kThreads;
 }
 
 template <class T, Precision kPrecision, Layout kLayout, class Shape, class Loading, class Epilogue>

@@ -59,8 +59,10 @@ __device__ __forceinline__ void write_floats(float* to, int turn, const float (&
   if constexpr (kRun == 8) store_vector(to + (turn ^ 1) * 4, second);
 }
 
-// A part of the tile in shared memory, [line][length]: for rows 16 channels of every row of warps
-// and all pixels, for channels_last 16 pixels of every column of warps and all channels.
+// A part of the tile in shared memory, [line][length]: for rows kSpan channels of every row of warps
+// and all pixels, for channels_last kSpan pixels of every column of warps and all channels. kSpan is
+// what fits where the loop's stages were: every part is code of its own, as accumulators are
+// registers, which have no index.
 template <class T, Precision kPrecision, Layout kLayout, class Shape, class Loading, class Epilogue>
 struct Results {
   using Main = Tiles<T, kPrecision, kLayout, Shape, Loading>;
@@ -68,16 +70,24 @@ struct Results {
   static constexpr bool kRows = kLayout == Layout::kRows;
   static constexpr int kRun = Vector<Output>::kElements;
   static constexpr int kLength = kRows ? Shape::kN : Shape::kM;
-  static constexpr int kLines = 16 * (kRows ? Shape::kWarpsM : Shape::kWarpsN);
-  static constexpr int kParts = (kRows ? Shape::kM : Shape::kN) / kLines;
   static constexpr int kPitch = kLength + (kRows ? 8 : 4);  // pairs and single floats, in turn
+  static constexpr int kWarpLines = kRows ? Shape::kWarpM : Shape::kWarpN;
+  static constexpr int kWarpCount = kRows ? Shape::kWarpsM : Shape::kWarpsN;
+  __host__ __device__ static constexpr int bytes_of(int span) {
+    return span * kWarpCount * kPitch * static_cast<int>(sizeof(float));
+  }
+  static constexpr bool kTwice =
+      kWarpLines % 32 == 0 &&
+      bytes_of(32) <= kStages * Main::kStageElements * static_cast<int>(sizeof(T));
+  static constexpr int kSpan = kTwice ? 32 : 16;
+  static constexpr int kLines = kSpan * kWarpCount, kParts = kWarpLines / kSpan;
+  static constexpr int kBytes = bytes_of(kSpan);
   static constexpr int kRunsPerLine = kLength / kRun;
   static constexpr Reduction kReduction = Epilogue::kReduction;
   static constexpr bool kExtremes = requires { Epilogue::kExtremes; };
   static constexpr int kVectors = Epilogue::kVectors > 0 ? Epilogue::kVectors : 1;
   static_assert(kLines * kRunsPerLine % Shape::kThreads == 0 && kRunsPerLine <= kWarp);
   static_assert(Shape::kM <= Shape::kThreads);
-  static constexpr int kBytes = kLines * kPitch * static_cast<int>(sizeof(float));
 
   __device__ __forceinline__ static void store(const ProductParams& p, const Corner& corner,
                                                const Epilogue& epilogue,
@@ -145,21 +155,24 @@ struct Results {
     const int g = static_cast<int>(threadIdx.x) % kWarp / 4, q = static_cast<int>(threadIdx.x) % 4;
     const int warp_m = warp / Shape::kWarpsN, warp_n = warp % Shape::kWarpsN;
     if constexpr (kRows) {
-      float* row = part + (warp_m * 16 + g) * kPitch + warp_n * Shape::kWarpN + 2 * q;
+      float* row = part + (warp_m * kSpan + g) * kPitch + warp_n * Shape::kWarpN + 2 * q;
 #pragma unroll
-      for (int j = 0; j < Main::kFragmentsN; ++j) {
-        const float(&d)[4] = acc[index][j];
-        store_pair(row + j * 8, d[0], d[1]);
-        store_pair(row + 8 * kPitch + j * 8, d[2], d[3]);
+      for (int i = 0; i < kSpan / 16; ++i) {
+#pragma unroll
+        for (int j = 0; j < Main::kFragmentsN; ++j) {
+          const float(&d)[4] = acc[index * (kSpan / 16) + i][j];
+          store_pair(row + i * 16 * kPitch + j * 8, d[0], d[1]);
+          store_pair(row + (i * 16 + 8) * kPitch + j * 8, d[2], d[3]);
+        }
       }
     } else {
-      float* row = part + (warp_n * 16 + 2 * q) * kPitch + warp_m * Shape::kWarpM + g;
+      float* row = part + (warp_n * kSpan + 2 * q) * kPitch + warp_m * Shape::kWarpM + g;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int j = 0; j < kSpan / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < Main::kFragmentsM; ++i) {
-          const float(&d)[4] = acc[i][2 * index + half];
-          float* to = row + half * 8 * kPitch + i * 16;
+          const float(&d)[4] = acc[i][index * (kSpan / 8) + j];
+          float* to = row + j * 8 * kPitch + i * 16;
           to[0] = d[0];
           to[kPitch] = d[1];
           to[8] = d[2];
@@ -178,8 +191,7 @@ struct Results {
 
   // Channel (rows) or pixel (channels_last) of a part's line.
   __device__ __forceinline__ static int position(int index, int line) {
-    constexpr int kWarpLines = kRows ? Shape::kWarpM : Shape::kWarpN;
-    return line / 16 * kWarpLines + index * 16 + line % 16;
+    return line / kSpan * kWarpLines + index * kSpan + line % kSpan;
   }
 
   // One run: out of shared memory, through the epilogue, into out.
