@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from ..calibration import Calibration, ConfidenceBin, Coverage
 from ..figures import LIGHT, calibration, figure_png, new_figure, paint, shorten
@@ -23,12 +25,12 @@ def draw_all(found: Results) -> dict[str, bytes]:
         drawn["confusion"] = confusion_matrices(ablation)
         drawn["curves"] = training_curves(ablation)
     points = [
-        (row, found.costs[network])
+        (NETWORKS[network].name + (", our recipe" if recipe == OURS else ""), row, network)
         for (recipe, network), row in found.rows.items()
-        if recipe == PUBLISHED and network in found.costs
+        if recipe in (PUBLISHED, OURS) and network in found.costs
     ]
     if points:
-        drawn["cost"] = accuracy_against_cost(points)
+        drawn["cost"] = accuracy_against_cost(points, found.costs)
     ours = found.rows.get((OURS, "mobilesteelnet"))
     if ours is not None and ours.results[0]["test"]["calibration"]:
         drawn["calibration"] = calibration(_mean_calibration(ours))
@@ -82,26 +84,69 @@ def training_curves(rows: list[Row]) -> bytes:
     return figure_png(figure)
 
 
-def accuracy_against_cost(points: list[tuple[Row, dict[str, Any]]]) -> bytes:
-    """Each network's accuracy over its FLOP, the area of a mark showing its parameters."""
+def accuracy_against_cost(
+    points: list[tuple[str, Row, str]], costs: dict[str, dict[str, Any]]
+) -> bytes:
+    """Accuracy over FLOP, the area of a mark showing parameters.
+
+    Args:
+        points: name to show, results, and network; in any order.
+        costs: of the networks.
+    """
     figure = new_figure((8, 4.6))
     axes = figure.add_subplot()
     paint(axes)
-    for row, cost in points:
-        colour = LIGHT.second if row.network == "mobilesteelnet" else LIGHT.first
+    names = []
+    for name, row, network in sorted(points, key=lambda point: costs[point[2]]["flop"]):
+        cost = costs[network]
+        colour = LIGHT.second if network == "mobilesteelnet" else LIGHT.first
         x, y = cost["flop"] / 1e9, 100 * row.accuracy.mean
         spread = 100 * (row.accuracy.deviation or 0.0)
         axes.errorbar(x, y, yerr=spread, color=colour, linewidth=1)
         axes.scatter(x, y, s=8 * cost["parameters"] / 1e6 + 8, color=colour, alpha=0.6)
-        name = NETWORKS[row.network].name
-        axes.annotate(
-            name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=7, color=LIGHT.ink
-        )
+        names.append((name, x, y))
     axes.set_xscale("log")
+    axes.margins(0.08)
     axes.set_xlabel("GFLOP an image (two a multiply-add)")
     axes.set_ylabel("average accuracy, %")
     axes.grid(color=LIGHT.faint, linewidth=0.8)
+    _label_points(axes, names)
     return figure_png(figure)
+
+
+def _label_points(axes: Any, names: list[tuple[str, float, float]]) -> None:
+    """A name beside each point (x, y), inside and off other names and points where possible."""
+    axes.figure.draw_without_rendering()  # settles the layout
+    renderer, taken = axes.figure.canvas.get_renderer(), []
+    for _, x, y in names:
+        across, up = axes.transData.transform((x, y))
+        taken.append(Bbox.from_bounds(across - 5, up - 5, 10, 10))
+    places = [
+        (side * across, up, "left" if side > 0 else "right")
+        for up in (0, 9, -9, 18, -18, 27, -27)
+        for side, across in ((1, 7), (-1, 7))
+    ]
+    for name, x, y in names:
+        for across, up, alignment in places:
+            label = axes.annotate(
+                *(name, (x, y)),
+                xytext=(across, up),
+                textcoords="offset points",
+                ha=alignment,
+                va="center",
+                fontsize=7,
+                color=LIGHT.ink,
+                arrowprops={"arrowstyle": "-", "lw": 0.5} if abs(up) > 9 else None,
+            )
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # without the line to its point
+            free = not any(box.overlaps(other) for other in taken)
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
+            if free and inside:
+                break
+            if (across, up, alignment) != places[-1]:
+                label.remove()
+        taken.append(box)
 
 
 def contrast_boxes(rows: list[dict[str, Any]]) -> bytes:
