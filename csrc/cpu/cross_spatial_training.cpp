@@ -234,6 +234,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial
   return {w, softmax1, softmax2, attention_mean, attention_var, reduce_mean, reduce_var};
 }
 
+namespace {
+
+// The backward of pooled statistics in three phases, between which the groups' sums are joined;
+// `run` takes all groups through the phase that `first` names.
+template <class Run>
+void run_pooled(TrainingBackward& first, const std::vector<double>& norm_sums, int64_t groups,
+                int64_t c, const Run& run) {
+  first.phase = Phase::kFirst;
+  run();
+  const auto reduce_totals = add_groups(norm_sums, groups, 6 * c, 2 * c);
+  first.reduce_totals = reduce_totals.data();
+  first.phase = Phase::kSecond;
+  run();
+  const auto attention_totals = add_groups(norm_sums, groups, 6 * c, 6 * c);
+  first.attention_totals = attention_totals.data();
+  first.phase = Phase::kLast;
+  run();
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backward(
     Tensor grad_w, Tensor e, Tensor alpha_h, Tensor alpha_w, Tensor mean, Tensor rstd, Tensor w,
     Tensor softmax1, Tensor softmax2, Tensor attention_mean, Tensor attention_var,
@@ -292,19 +313,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_spatial_backwar
       kernels.backward(all.of(g), weights, out, scratch);
     });
   };
-  std::vector<double> reduce_totals, attention_totals;
   if (pooled) {
-    first.phase = Phase::kFirst;
+    run_pooled(first, norm_sums, groups, c, run);
+  } else {
     run();
-    reduce_totals = add_groups(norm_sums, groups, 6 * c, 2 * c);
-    first.reduce_totals = reduce_totals.data();
-    first.phase = Phase::kSecond;
-    run();
-    attention_totals = add_groups(norm_sums, groups, 6 * c, 6 * c);
-    first.attention_totals = attention_totals.data();
-    first.phase = Phase::kLast;
   }
-  run();
   add_shares(data_of(shares), groups, count, 0, count, data_of(total));
   return {grad_e, grad_h, grad_v, grad_mean, grad_rstd, total};
 }

@@ -42,6 +42,19 @@ void store_gate_sums(const Span& span, const float* sums, Map* grad_w) {
   }
 }
 
+void check_maps(const Tensor& grad_out, const Tensor& e, const Tensor& w, const Tensor& logits,
+                const Tensor& grad_logits) {
+  check_x(e);
+  check_gate(w, e);
+  const int64_t channels = e.size(1);
+  check_alike(grad_out, e, "grad_out", channels);
+  check_alike(logits, e, "logits", channels);
+  check_alike(grad_logits, e, "grad_logits", channels);
+  STD_TORCH_CHECK(grad_out.scalar_type() == e.scalar_type() &&
+                      logits.scalar_type() == e.scalar_type(),
+                  "grad_out and logits must have the dtype of e");
+}
+
 }  // namespace
 
 Tensor gated_fusion_apply(Tensor e, Tensor w, Tensor logits, Tensor scale, Tensor shift) {
@@ -73,15 +86,8 @@ Tensor gated_fusion_apply(Tensor e, Tensor w, Tensor logits, Tensor scale, Tenso
 std::tuple<Tensor, Tensor> gated_fusion_input_backward(
     Tensor grad_out, Tensor e, Tensor w, Tensor logits, Tensor scale, Tensor shift,
     Tensor grad_logits, Tensor fusion_packed, Tensor grad_hidden, Tensor squeeze_packed) {
-  check_x(e);
-  check_gate(w, e);
+  check_maps(grad_out, e, w, logits, grad_logits);
   const int64_t channels = e.size(1), groups = w.size(1), width = products().pixels;
-  check_alike(grad_out, e, "grad_out", channels);
-  check_alike(logits, e, "logits", channels);
-  check_alike(grad_logits, e, "grad_logits", channels);
-  STD_TORCH_CHECK(grad_out.scalar_type() == e.scalar_type() &&
-                      logits.scalar_type() == e.scalar_type(),
-                  "grad_out and logits must have the dtype of e");
   const PackedWeight of_logits(fusion_packed, "fusion_packed", grad_logits, channels);
   check_alike(grad_hidden, e, "grad_hidden", grad_hidden.size(1));
   const PackedWeight of_hidden(squeeze_packed, "squeeze_packed", grad_hidden, grad_hidden.size(1));
