@@ -67,10 +67,12 @@ def pointer(index: int) -> int:
     return (index + 1) << 40
 
 
-def entries(call: Call, dtype: torch.dtype) -> list[Launch]:
-    """The entries that one call starts on an A100, in order; its tensors are fake."""
+def entries(
+    call: Call, dtype: torch.dtype, multiprocessor_count: int = MULTIPROCESSORS
+) -> list[Launch]:
+    """The entries that one call starts on a GPU like an A100, in order; its tensors are fake."""
     found: list[Launch] = []
-    with FAKE, _a100(), intercept(found.append), torch.no_grad():
+    with FAKE, _gpu(multiprocessor_count), intercept(found.append), torch.no_grad():
         cuda.KERNELS[call.op](*_arguments(call, dtype))
     return found
 
@@ -83,9 +85,9 @@ def _arguments(call: Call, dtype: torch.dtype) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _a100() -> Iterator[None]:
+def _gpu(multiprocessor_count: int) -> Iterator[None]:
     """Let the host code see a GPU."""
-    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+    properties = SimpleNamespace(multi_processor_count=multiprocessor_count)
     with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
         multiprocessors.cache_clear()
         try:

@@ -23,12 +23,11 @@ GPU), registers and instructions those of the compiled kernels (gpu_budgets.toml
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # run as a file: find the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -37,7 +36,9 @@ import torch
 from torch import nn
 
 from benchmarks.occupancy import MULTIPROCESSORS
+from benchmarks.roofline_kernels import Kernel, cuda_kernels, triton_kernels
 from fused.contract import STAGES, Problem, cost
+from fused.evaluation_ops import spatial_gate
 from mobilesteelnet.model import PAPER_INPUT_SIZE, MobileSteelNet
 
 GAP = 3e-6
@@ -47,6 +48,13 @@ LOADS_AHEAD = 4
 LIBRARY = 0.5
 DTYPE = torch.float16
 BATCHES = (1, 8)
+KERNELS = {"triton": triton_kernels, "cuda": cuda_kernels}
+# What evaluation calls, in order: the cuda backend has one op for two stages, whose costs add up.
+SPATIAL_STAGES = ("coordinate_attention", "cross_spatial")
+PARTS = {
+    "triton": STAGES,
+    "cuda": ("msff", "channel_interaction", spatial_gate.name, "gated_fusion"),
+}
 
 
 @dataclass(frozen=True)
@@ -90,27 +98,6 @@ DEVICES = (
     # dense, 204.8 GB/s. It is sm_87; the kernels compiled for sm_80 stand for it.
     Device("Jetson Orin", "sm_80", 16, 1.300e9, 204.8e9, 256, 32),
 )
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One launch as the model sees it.
-
-    Attributes:
-        programs: blocks of the grid.
-        threads: of a block.
-        occupancy: percent of a multiprocessor's threads that are resident.
-        wide_loads: 16-byte loads of a thread.
-        products_per_issue: tensor-core multiply-adds an instruction; 0 without tensor cores.
-        touched: bytes of the tensors that it is given.
-    """
-
-    programs: int
-    threads: int
-    occupancy: int
-    wide_loads: int
-    products_per_issue: int
-    touched: int
 
 
 @dataclass(frozen=True)
@@ -237,83 +224,35 @@ def problem(batch: int) -> Problem:
     )
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _tensors(value)
+def costs(op: str, sizes: Problem) -> tuple[int, int]:
+    """FLOP and bytes of an evaluation op, those of its scratch among them."""
+    stages = SPATIAL_STAGES if op == spatial_gate.name else (op.removesuffix("_mean"),)
+    least = [cost(stage, sizes, dtype=DTYPE) for stage in stages]
+    traffic = sum(one.bytes + one.scratch for one in least)
+    if op.endswith("_mean"):  # which leaves out unwritten
+        traffic -= sizes.channels * sizes.pixels * DTYPE.itemsize
+    return sum(one.flop for one in least), traffic
 
 
-def kernels_of(
-    call: Any, device: Device, budget: Mapping[str, Any], columns: Sequence[str]
-) -> list[Kernel]:
-    """The launches of an op on this device, with what the budgets know of their kernels.
-
-    A configuration without a budget is taken to be like another of its kernel.
-
-    Raises:
-        LookupError: the budgets do not have a kernel at all.
-    """
-    from benchmarks.triton_capture import capture
-    from benchmarks.triton_compile import TARGETS, Target
-    from benchmarks.triton_usage import label
-
-    like = TARGETS[device.target]
-    target = Target(like.name, like.shared_bytes, device.multiprocessors)
-    found = []
-    for launch in capture(call, DTYPE, target):
-        rows = {
-            name: by_target[like.name]
-            for name, by_target in budget.get(launch.name, {}).items()
-            if name.startswith("half") and like.name in by_target
-        }
-        names = [f"half {layout} {label(launch.config)}" for layout in (call.layout, "any")]
-        values = [rows[name] for name in names if name in rows] or list(rows.values())
-        if not values:
-            raise LookupError(f"gpu_budgets.toml has no {launch.name} on {like.name}")
-        code = dict(zip(columns, values[0], strict=True))
-        storages = {
-            a.untyped_storage()._cdata: a.untyped_storage().nbytes() for a in _tensors(launch.args)
-        }
-        found.append(
-            Kernel(
-                programs=prod(launch.grid),
-                threads=32 * launch.config.num_warps,
-                occupancy=code["occupancy"],
-                wide_loads=code["wide_loads"],
-                products_per_issue=code["products_per_issue"],
-                touched=sum(storages.values()),
-            )
-        )
-    return found
-
-
-def network(device: Device, batch: int) -> list[Prediction]:
+def network(device: Device, batch: int, backend: str) -> list[Prediction]:
     """The parts of MobileSteelNet in evaluation, and their sum."""
-    from benchmarks.triton_budgets import COLUMNS, stored
-    from benchmarks.triton_capture import Call
-
-    _, budget = stored()
     sizes = problem(batch)
-    map_bytes = batch * sizes.channels * sizes.pixels * DTYPE.itemsize
 
-    def stage(name: str, op: str, unwritten: int = 0) -> Prediction:
-        least = cost(name, sizes, dtype=DTYPE)
-        kernels = kernels_of(Call(op, training=False, batch=batch), device, budget, COLUMNS)
-        traffic = least.bytes + least.scratch - unwritten
-        return predict(op, device, least.flop, traffic, kernels)
+    def part(op: str) -> Prediction:
+        kernels = KERNELS[backend](op, batch, DTYPE, device.target, device.multiprocessors)
+        return predict(op, device, *costs(op, sizes), kernels)
 
-    parts = [backbone(device, batch), *(stage(name, name) for name in STAGES)]
+    parts = [backbone(device, batch), *map(part, PARTS[backend])]
     ciema = total("CIEMA", parts[2:])
-    means = stage(STAGES[-1], "gated_fusion_mean", unwritten=map_bytes)  # all that the head reads
+    means = part("gated_fusion_mean")  # all that the head reads
     head = Prediction("head", 0, 0, 1, GAP, "launches")
     return [*parts, ciema, means, head, total("network", [*parts[:-1], means, head])]
 
 
-def as_text(device: Device, batch: int, parts: Sequence[Prediction]) -> str:
-    """A table for one device and batch."""
-    lines = [f"PREDICTION for {device.name} (kernels of {device.target}), float16, batch {batch}"]
+def as_text(device: Device, batch: int, backend: str, parts: Sequence[Prediction]) -> str:
+    """A table for one device, batch and backend."""
+    kernels = f"{backend} kernels of {device.target}"
+    lines = [f"PREDICTION for {device.name} ({kernels}), float16, batch {batch}"]
     for part in parts:
         lines.append(
             f"  {part.name:22} {part.flop / 1e9:7.2f} GFLOP {part.bytes / 1e6:7.1f} MB"
@@ -330,19 +269,22 @@ def main() -> int:
     )
     names = [device.name for device in DEVICES]
     parser.add_argument("--device", action="append", choices=names, help="only this; repeatable")
+    parser.add_argument(
+        "--backend", action="append", choices=list(KERNELS), help="only this; repeatable"
+    )
     options = parser.parse_args()
     print(
         f"PREDICTIONS of the model in this file's docstring, not measurements: gap {GAP * 1e6:.0f}"
         f" µs, {REACHED:.0%} of the bandwidth, latency {LATENCY * 1e9:.0f} ns, {LIBRARY:.0%} of"
         " either peak for PyTorch's layers.\n"
     )
+    asked = [device for device in DEVICES if device.name in (options.device or names)]
     try:
-        for device in DEVICES:
-            if device.name in (options.device or names):
-                for batch in BATCHES:
-                    print(as_text(device, batch, network(device, batch)) + "\n")
+        for device, batch in itertools.product(asked, BATCHES):
+            for backend in options.backend or KERNELS:
+                print(as_text(device, batch, backend, network(device, batch, backend)) + "\n")
     except LookupError as error:
-        print(f"{error}: run `python benchmarks/triton_budgets.py --update`", file=sys.stderr)
+        print(error.args[0], file=sys.stderr)
         return 2
     return 0
 

@@ -20,17 +20,16 @@ _MACHINES = {
     **{f"sm_{number}": f"SM{number}" for number in (80, 86, 89)},
     **{f"sm_{number}": f"SM{number}a" for number in (90, 100, 120)},
 }
-_INSTRUCTION = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M
-)
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
 
 
 class Instruction(NamedTuple):
-    """One instruction: its address, its name with modifiers, and where it branches to."""
+    """One instruction: address, name with modifiers, where it branches to, whether always."""
 
     address: int
     opcode: str
     branch: int | None = None
+    always: bool = False
 
 
 def disassemble(cubins: Sequence[bytes], target: str) -> list[list[Instruction]]:
@@ -46,12 +45,17 @@ def disassemble_code(code: Sequence[bytes], target: str) -> list[list[Instructio
         image = Path(folder) / "code.bin"
         image.write_bytes(b"".join(code))
         listing = run("nvdisasm", "--binary", _MACHINES[target], "-ndf", str(image))
-    found: list[list[Instruction]] = [[] for _ in code]
-    ends = list(itertools.accumulate(map(len, code)))
-    for place, opcode, operands in _INSTRUCTION.findall(listing):
+    return parse(listing, list(itertools.accumulate(map(len, code))))
+
+
+def parse(listing: str, ends: Sequence[int]) -> list[list[Instruction]]:
+    """The instructions of a listing, cut where pieces of code end, in bytes."""
+    found: list[list[Instruction]] = [[] for _ in ends]
+    for place, predicate, opcode, operands in _INSTRUCTION.findall(listing):
         address = int(place, 16)
         goal = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
-        one = Instruction(address, opcode, int(goal[1], 16) if goal else None)
+        always = not predicate and re.search(r"\bU?P\w", operands) is None
+        one = Instruction(address, opcode, int(goal[1], 16) if goal else None, always)
         found[bisect.bisect_right(ends, address)].append(one)
     return found
 
@@ -59,7 +63,9 @@ def disassemble_code(code: Sequence[bytes], target: str) -> list[list[Instructio
 def products_per_issue(code: Sequence[Instruction]) -> int:
     """Multiply-adds on tensor cores by instruction of a warp, in the loop that has most of them.
 
-    Of loops in loops the inner one counts; a kernel whose products are in no loop counts as one.
+    Of loops in loops the inner one counts; a kernel whose products are in no loop counts as one. Of
+    a turn's ways through the loop the one with most multiply-adds counts, of these the one with
+    most loads of 16 bytes a thread (aligned maps), of these the shortest.
     """
     loops = [
         [other for other in code if one.branch <= other.address <= one.address]
@@ -73,7 +79,43 @@ def products_per_issue(code: Sequence[Instruction]) -> int:
         if not any(len(other) < len(loop) and other[0] in loop for other in loops)
     ]
     hottest = max(inner, key=_multiply_adds)
-    return round(_multiply_adds(hottest) / max(len(hottest), 1))
+    products, _, length = _best_way(hottest)
+    return round(products / max(length, 1))
+
+
+def _best_way(loop: Sequence[Instruction]) -> tuple[int, int, int]:
+    """Multiply-adds, wide loads and length of the best way from a loop's first to last instruction.
+
+    Branches back and out are not followed: inner loops are gone through once.
+    """
+    never = (-1, 0, 0)
+    index = {one.address: i for i, one in enumerate(loop)}
+    best = [never] * len(loop)
+    best[0] = (0, 0, 0)
+    for i, one in enumerate(loop):
+        if best[i] == never:
+            continue
+        products, loads, shorter = best[i]
+        after = (products + _multiply_adds([one]), loads + _is_wide_load(one.opcode), shorter - 1)
+        if i == len(loop) - 1:
+            return after[0], after[1], -after[2]
+        goals = [] if one.branch is None else [index.get(one.branch, 0)]
+        if not (one.always and (one.branch is not None or one.opcode in ("EXIT", "RET"))):
+            goals.append(i + 1)
+        for goal in goals:
+            if goal > i:
+                best[goal] = max(best[goal], after)
+    return _multiply_adds(loop), 0, len(loop)  # its end is reached by branches back alone
+
+
+def _is_wide_load(opcode: str) -> bool:
+    """Whether it loads 16 bytes a thread, or a tile, from global memory."""
+    wide = ".128" in opcode or ".256" in opcode or opcode.startswith("UTMALDG")
+    return wide and _is_load(opcode)
+
+
+def _is_load(opcode: str) -> bool:
+    return re.match(r"LDG\b|LDGSTS\b|UTMALDG\b", opcode) is not None
 
 
 def _multiply_adds(code: Sequence[Instruction]) -> int:
@@ -124,13 +166,12 @@ def _sections(cubin: bytes, prefix: str) -> dict[str, bytes]:
 def counts(code: Sequence[Instruction]) -> dict[str, int]:
     """Of a kernel: tensor instructions, products an issue, loads of global memory, wide ones."""
     opcodes = [one.opcode for one in code]
-    loads = [o for o in opcodes if re.match(r"LDG\b|LDGSTS\b|UTMALDG\b", o)]
     return {
         # HFMA2.MMA is a move in disguise, no product.
         "tensor_instructions": sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", o)) for o in opcodes),
         "products_per_issue": products_per_issue(code),
-        "loads": len(loads),
-        "wide_loads": sum(".128" in o or ".256" in o or "UTMALDG" in o for o in loads),
+        "loads": sum(map(_is_load, opcodes)),
+        "wide_loads": sum(map(_is_wide_load, opcodes)),
     }
 
 

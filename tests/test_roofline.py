@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from benchmarks import roofline
-from benchmarks.roofline import GAP, REACHED, Device, Kernel, Prediction
+from benchmarks import roofline, roofline_kernels
+from benchmarks.roofline import GAP, REACHED, Device, Prediction
+from benchmarks.roofline_kernels import Kernel
 from mobilesteelnet.model import MobileSteelNet, describe
 
 # 10 multiprocessors at 1 GHz: 256·2·4·10 = 20.48 TFLOPS on tensor cores; 600 GB/s, so that 360 kB
@@ -85,15 +87,13 @@ def test_the_backbone_counts_what_the_network_says() -> None:
 def test_totals_add_up_and_name_the_longest() -> None:
     parts = [Prediction("a", 1, 2, 3, 0.25, "memory"), Prediction("b", 4, 5, 6, 0.5, "launches")]
     assert roofline.total("all", parts) == Prediction("all", 5, 7, 9, 0.75, "mostly b")
-    text = roofline.as_text(DEVICE, 3, [*parts, roofline.total("all", parts)])
-    assert text.startswith("PREDICTION for toy")
+    text = roofline.as_text(DEVICE, 3, "cuda", [*parts, roofline.total("all", parts)])
+    assert text.startswith("PREDICTION for toy (cuda kernels of sm_80)")
     assert "4 images a second" in text
 
 
-def test_kernels_come_from_launches_and_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_kernels_come_from_launches_and_budgets() -> None:
     pytest.importorskip("triton")
-    from benchmarks import triton_capture
-    from benchmarks.triton_capture import Call
     from benchmarks.triton_usage import label
     from fused.backends.triton.configs import Config
     from fused.backends.triton.launch import Launch
@@ -102,17 +102,41 @@ def test_kernels_come_from_launches_and_budgets(monkeypatch: pytest.MonkeyPatch)
     config = Config({"BLOCK_P": 64}, 8, 2)
     # x is given twice and as a view: its storage counts once.
     launch = Launch(lambda: None, (3, 4), (x, x[2:], 5, torch.empty(10)), {}, config)
-    monkeypatch.setattr(triton_capture, "capture", lambda *args: [launch])
     columns, row = ("occupancy", "wide_loads", "products_per_issue"), [50, 8, 200]
     other = {"sm_80": [25, 4, 100]}
     budget = {
         launch.name: {"half any P32 w4 s1": other, f"half any {label(config)}": {"sm_80": row}}
     }
-    call = Call("msff", training=False)
-    found = roofline.kernels_of(call, DEVICE, budget, columns)
-    assert found == [Kernel(12, 256, 50, 8, 200, 8 * 16 * 2 + 40)]
+    kernel = partial(roofline_kernels._triton_kernel, launch, "contiguous", "sm_80")
+    assert kernel(budget, columns) == Kernel(12, 256, 50, 8, 200, 8 * 16 * 2 + 40)
     del budget[launch.name][f"half any {label(config)}"]
-    (like_another,) = roofline.kernels_of(call, DEVICE, budget, columns)
+    like_another = kernel(budget, columns)
     assert (like_another.occupancy, like_another.threads) == (25, 256)
     with pytest.raises(LookupError, match="has no <lambda> on sm_80"):
-        roofline.kernels_of(call, DEVICE, {launch.name: {"single any P32 w4 s1": other}}, columns)
+        kernel({launch.name: {"single any P32 w4 s1": other}}, columns)
+
+
+def test_cuda_kernels_come_from_launches_and_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")  # whose capture gives the arguments
+    found = roofline_kernels.cuda_kernels("channel_interaction", 1, torch.float16, "sm_90", 132)
+    gate, product = found
+    assert (gate.products_per_issue, gate.threads) == (0, 512)
+    assert (product.programs, product.threads) == (8 * 25, 256)  # tiles of 128 channels and pixels
+    size = roofline.problem(1).channels * 56 * 56 * 2
+    assert 2 * size + 1024 * 1024 * 2 <= product.touched < 1.1 * (2 * size + 1024 * 1024 * 2)
+    monkeypatch.setattr("benchmarks.budgets.stored", dict)
+    with pytest.raises(LookupError, match=r"no .* on sm_90: run `python benchmarks/budgets.py"):
+        roofline_kernels.cuda_kernels("channel_interaction", 1, torch.float16, "sm_90", 132)
+
+
+@pytest.mark.parametrize("batch", roofline.BATCHES)
+def test_ops_cost_what_the_contract_says_of_their_stages(batch: int) -> None:
+    sizes = roofline.problem(batch)
+    one = [roofline.costs(op, sizes) for op in roofline.SPATIAL_STAGES]
+    both = roofline.costs("spatial_gate", sizes)
+    assert both == tuple(map(sum, zip(*one, strict=True)))
+    flop, traffic = roofline.costs("gated_fusion", sizes)
+    assert roofline.costs("gated_fusion_mean", sizes) == (
+        flop,
+        traffic - batch * 1024 * 56 * 56 * 2,
+    )
