@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from emulator import ORDERS, Report, Session, build, missing_tool
@@ -274,3 +275,14 @@ def test_planted_bug_is_found(kernels: ModuleType, plant: int) -> None:
     for order in ORDERS:
         report = case.run(kernels, "fusion", NARROW, order, plant=plant)[2]
         assert PLANTS[plant] in report.kinds, report.findings
+
+
+def test_groups_are_found_by_a_product_instead_of_a_division() -> None:
+    """The arithmetic of `group_of` in product_copies.cuh, at and beside multiples of the width."""
+    largest = 2**22
+    for width in (*range(1, 130), 1000, 4095, 65537, largest - 1):
+        multiples = np.arange(0, largest, max(width, largest // 4096 // width * width))
+        channels = np.unique(np.clip(multiples[:, None] + [-1, 0, 1], 0, largest - 1))
+        inverse = np.float32(1) / np.float32(width)
+        found = ((channels.astype(np.float32) + np.float32(0.5)) * inverse).astype(np.int32)
+        assert np.array_equal(found, channels // width), width

@@ -209,7 +209,8 @@ struct Tiles {
   __device__ __forceinline__ static void load_scales(const ProductParams& p, const Corner& corner,
                                                      int step, OwnScales& scales) {
     const T* from = address_of<const T>(p.scale, {corner.b, 0, corner.pixel, 0});
-    scales.load(p.scale, p.scale_width, from, step * kStep, p.operand[0].channels - step * kStep,
+    const float inverse = 1.0f / static_cast<float>(p.scale_width);
+    scales.load(p.scale, inverse, from, step * kStep, p.operand[0].channels - step * kStep,
                 p.pixels - corner.pixel);
   }
 
