@@ -25,17 +25,10 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: find the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import sass
+from benchmarks import budget_file, sass
 from benchmarks.occupancy import MULTIPROCESSORS, occupancy
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = ROOT / "benchmarks" / "gpu_budgets.toml"
-TRITON_MARK = "# ---- Triton kernels\n"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="build")  # its flags
 # What a row of the file holds: at most, then at least.
@@ -247,18 +240,9 @@ def _dynamic_shared_bytes() -> Mapping[str, int]:
     return cuda_capture.dynamic_shared_bytes(cuda_capture.all_launches())
 
 
-def parts(text: str) -> tuple[str, str]:
-    """The budgets file's part for CUDA, written here, and Triton's, which triton_budgets.py writes.
-
-    The second begins at the line that says so.
-    """
-    cuda, mark, triton = text.partition(TRITON_MARK)
-    return cuda, mark + triton
-
-
 def stored() -> dict[str, Any]:
     """The budgets of the CUDA kernels: source, kernel, architecture, name of a number."""
-    return named(tomllib.loads(parts(BUDGETS.read_text())[0]))
+    return named(budget_file.read("cuda"))
 
 
 def named(rows: dict[str, Any]) -> dict[str, Any]:
@@ -375,9 +359,7 @@ def main() -> int:
     if options.update:
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
         release = _captured(r"release ([\d.]+)", told.stdout)
-        _, triton = parts(BUDGETS.read_text())
-        cuda = as_toml(usages, f"Compiler: nvcc {release}.")
-        BUDGETS.write_text(f"{cuda}\n{triton}" if triton else cuda)
+        budget_file.write("cuda", as_toml(usages, f"Compiler: nvcc {release}."))
         return 0
     complaints = past_budget(usages, stored())
     print("\n".join(complaints), file=sys.stderr)

@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # run as a file: find the packages beside it
 
 import triton
 
-from benchmarks import budgets
+from benchmarks import budget_file
 from benchmarks.triton_capture import LAYOUTS
 from benchmarks.triton_compile import TARGETS
 from benchmarks.triton_report import as_markdown, as_text
@@ -119,14 +119,13 @@ def unlaunched(found: Sequence[Row]) -> list[str]:
 
 def stored() -> tuple[str, dict[str, Any]]:
     """Triton's version that the budgets were taken with ("" if there are none), and the budgets."""
-    table = budgets.tomllib.loads(budgets.parts(budgets.BUDGETS.read_text())[1]).get("triton", {})
+    table = budget_file.read("triton").get("triton", {})
     return table.pop("version", ""), table
 
 
 def as_toml(found: Sequence[Row]) -> str:
     """The part of the budgets file that these rows just meet."""
     lines = [
-        budgets.TRITON_MARK.rstrip(),
         "# What every compiled Triton kernel may use, by precision, layout of the maps and",
         f"# configuration: {', '.join(_AT_MOST)} at most,",
         f"# {', '.join(_AT_LEAST)} at least.",
@@ -166,8 +165,7 @@ def main() -> int:
     if options.report is not None:
         options.report.write_text(as_markdown(table, complaints))
     if options.update:
-        cuda, _ = budgets.parts(budgets.BUDGETS.read_text())
-        budgets.BUDGETS.write_text(cuda.rstrip("\n") + "\n\n" + as_toml(table))
+        budget_file.write("triton", as_toml(table))
     else:
         version, budget = stored()
         if version != triton.__version__:

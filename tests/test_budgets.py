@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import budgets, cuda_capture
+from benchmarks import budget_file, budgets, cuda_capture, cuda_report
 from benchmarks.occupancy import MULTIPROCESSORS, occupancy
 from fused.backends import cuda
 
@@ -34,7 +34,7 @@ USAGE = budgets.Usage(
 
 
 def stored(*usages: budgets.Usage) -> dict:
-    rows = budgets.tomllib.loads(budgets.as_toml(usages, "Compiler: none."))
+    rows = budget_file.tomllib.loads(budgets.as_toml(usages, "Compiler: none."))
     return budgets.named(rows)
 
 
@@ -68,11 +68,26 @@ def test_a_budget_without_a_kernel_is_told() -> None:
     assert "is not built any more" in told
 
 
-def test_the_triton_part_of_the_file_is_kept_apart() -> None:
-    cuda, triton = budgets.parts(f"[stage]\n\n{budgets.TRITON_MARK}[triton]\n")
-    assert cuda == "[stage]\n\n"
-    assert triton == f"{budgets.TRITON_MARK}[triton]\n"
-    assert budgets.parts("[stage]\n") == ("[stage]\n", "")
+def test_the_parts_of_the_file_are_kept_apart(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(budget_file, "FILE", tmp_path / "budgets.toml")
+    budget_file.FILE.write_text("[stage]\na = 1\n")
+    assert budget_file.read("triton") == {}
+    budget_file.write("emulated", "[emulated]\nc = 3\n")
+    budget_file.write("triton", "[triton]\nb = 2\n")
+    budget_file.write("cuda", "[stage]\na = 4\n")
+    found = {part: budget_file.read(part) for part in budget_file.MARKS}
+    assert found == {
+        "cuda": {"stage": {"a": 4}},
+        "triton": {"triton": {"b": 2}},
+        "emulated": {"emulated": {"c": 3}},
+    }
+    text = budget_file.FILE.read_text()
+    assert budget_file.join(budget_file.split(text)) == text
+
+
+def test_the_committed_file_is_as_it_would_be_written() -> None:
+    text = budget_file.FILE.read_text()
+    assert budget_file.join(budget_file.split(text)) == text
 
 
 def test_stored_budgets_allow_no_spill() -> None:
@@ -219,3 +234,23 @@ int main() {
   }
 }
 """
+
+
+@pytest.mark.parametrize("size", cuda_report.SIZES)
+def test_requests_of_memory_are_within_their_budgets(size: int) -> None:
+    """Sectors of device memory, and bank conflicts, of every launch of a forward, as emulated."""
+    found = cuda_report.emulate(size)
+    assert found.findings == 0
+    assert cuda_report.past_budget(found, cuda_report.stored()) == []
+    rows = found.requests
+    name, (sectors, wavefronts) = next((k, v) for k, v in rows.items() if v[1] > 0)
+    assert cuda_report.past_budget(found, {}) == [
+        f"{size}×{size}: {kernel} has no budget" for kernel in rows
+    ]
+    tight = {str(size): {**rows, name: [sectors, wavefronts - 1], "9 gone": [100, 100]}}
+    assert cuda_report.past_budget(found, tight) == [
+        f"{size}×{size}: {name}: wavefronts {wavefronts} % > {wavefronts - 1} %",
+        f"{size}×{size}: 9 gone is not launched",
+    ]
+    text = cuda_report.as_toml([found])
+    assert budget_file.tomllib.loads(text)["emulated"][str(size)] == rows

@@ -259,7 +259,7 @@ def usage(key: Key = KEY, binary: str = "a", preferred: bool = False, **changes:
 
 
 def stored(*found: Row) -> dict:
-    table = triton_budgets.budgets.tomllib.loads(triton_budgets.as_toml(found))["triton"]
+    table = triton_budgets.budget_file.tomllib.loads(triton_budgets.as_toml(found))["triton"]
     assert table.pop("version") == triton.__version__
     return table
 
