@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WHAT = (
     *("table3", "table4", "table5", "table6", "table7", "table8", "table9"),
-    *("ours", "recipe", "page"),
+    *("ours", "recipe", "sets", "page"),
 )
 
 
@@ -40,11 +40,13 @@ def reproduce_command(
         str,
         typer.Argument(
             help="table4, table5, table7, table9 (accuracies), ours (our recipe), recipe "
-            "(cross-validation of its candidates), table3, table6, table8 (contrast, cost), "
-            "page (RESULTS.md)."
+            "(cross-validation of its candidates), sets (both recipes on other pictures), table3, "
+            "table6, table8 (contrast, cost), page (RESULTS.md)."
         ),
     ],
-    data: Annotated[Path | None, typer.Option(help="The pictures, for all but costs.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The pictures, for all but costs and sets.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each network, from seed 42 on.")] = 5,
     recipe: Annotated[
         str | None, typer.Option(help="published or ours; left out: what the table needs.")
@@ -53,7 +55,7 @@ def reproduce_command(
         int | None, typer.Option(help="Another length than the recipe's, to try things.")
     ] = None,
     settings: Settings = None,
-    only: Annotated[str | None, typer.Option(help="Rows of the table, a,b,c.")] = None,
+    only: Annotated[str | None, typer.Option(help="Rows of the table (or sets), a,b,c.")] = None,
     part: Annotated[
         str, typer.Option(help="i/n: every n-th run from the i-th, for several machines.")
     ] = "1/1",
@@ -95,14 +97,16 @@ def reproduce_command(
     machine = make_machine(accelerator, precision, workers, backend)
     if what in ("table6", "table8"):
         return _measure(what, only, results, machine, changes, overwrite)
-    if data is None:
+    if data is None and what != "sets":
         raise ValueError(f"reproduce {what}: --data is needed")
-    if what == "table3":
+    if data is not None and what == "table3":
         return _contrast(data, results)
     from .reproduction.runner import Places
 
-    places = Places(str(data.absolute()), runs, results)
+    places = Places("" if data is None else str(data.absolute()), runs, results)
     request = _Request(places, changes, machine, only, part, show, overwrite)
+    if what == "sets":
+        return _sets(data, seeds, request)
     if what == "recipe":
         return _candidates(request, fits)
     return _accuracies(what, seeds, recipe, request)
@@ -110,7 +114,7 @@ def reproduce_command(
 
 @dataclass(frozen=True)
 class _Request:
-    """What a table of accuracies and the choice of a recipe have in common."""
+    """What tables of accuracies, other sets and the choice of a recipe have in common."""
 
     places: Places
     changes: dict[str, Any]
@@ -124,11 +128,31 @@ class _Request:
 def _accuracies(what: str, seeds: int, recipe: str | None, request: _Request) -> int:
     from .recipes import OURS, PUBLISHED
     from .reproduction.grid import plan_runs
-    from .reproduction.runner import finish_runs, read_result
 
     planned = plan_runs(what, seeds, recipe or (OURS if what == "ours" else PUBLISHED))
     names = _chosen(request.only, sorted({run.network for run in planned}))
-    planned = _share([run for run in planned if run.network in names], request.part)
+    return _train([run for run in planned if run.network in names], request)
+
+
+def _sets(data: Path | None, seeds: int, request: _Request) -> int:
+    """Both recipes on one's own pictures, or on those that can be made here."""
+    from .reproduction.sets import SETS, find_set, plan_set, set_places
+
+    planned = plan_set(seeds)
+    found = {} if data is None else {data.stem: data.absolute()}
+    for name in _chosen(request.only, list(found or SETS)):
+        if data is None:
+            with bar(f"making the pictures of {name}", Console(stderr=True)) as progress:
+                found[name] = find_set(name, request.places.runs, progress)
+        places = set_places(name, found[name], request.places)
+        _train(planned, replace(request, places=places))
+    return OK
+
+
+def _train(planned: list[PlannedRun], request: _Request) -> int:
+    from .reproduction.runner import finish_runs, read_result
+
+    planned = _share(planned, request.part)
     if request.show:
         return _list(planned, request)
     paths = finish_runs(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -301,28 +301,58 @@ def make_synthetic(
         ValueError: an argument outside its bounds, or a folder with something in it.
         ImportError: Pillow is not installed.
     """
+    _check_whole("per_class", per_class, 1)
+    _check_whole("size", size, _SMALLEST)
+    _check_whole("seed", seed, 0)
+    drawn = (
+        (name, number, draw(name, number, size, seed))
+        for name in CLASSES
+        for number in range(1, per_class + 1)
+    )
+    return write_set(path, drawn, len(CLASSES) * per_class, progress=progress)
+
+
+def write_set(
+    path: str | os.PathLike[str],
+    pictures: Iterable[tuple[str, int, np.ndarray]],
+    total: int,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes pictures as `<class>/<class>_<n>.png`.
+
+    The folder appears when it is complete: an interrupted run leaves only `<path>.partial`.
+
+    Args:
+        path: the folder to make; it must not exist, or be empty.
+        pictures: class, n and grey levels (uint8, (H, W)) of each.
+        total: how many there are, for `progress`.
+        progress: called after every picture with (done, total).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a folder with something in it.
+        ImportError: Pillow is not installed.
+    """
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError(
             'writing pictures needs Pillow: pip install "mobilesteelnet[cli]"'
         ) from error
-    _check_whole("per_class", per_class, 1)
-    _check_whole("size", size, _SMALLEST)
-    _check_whole("seed", seed, 0)
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"path={str(path)!r} exists already; nothing was written")
     partial = target.with_name(target.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
-    for k, name in enumerate(CLASSES):
-        (partial / name).mkdir(parents=True)
-        for number in range(1, per_class + 1):
-            picture = Image.fromarray(draw(name, number, size, seed))
-            picture.save(partial / name / f"{name}_{number}.png")
-            if progress is not None:
-                progress(k * per_class + number, len(CLASSES) * per_class)
+    for done, (name, number, levels) in enumerate(pictures, 1):
+        (partial / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(levels).save(partial / name / f"{name}_{number}.png")
+        if progress is not None:
+            progress(done, total)
     if target.exists():
         target.rmdir()
     partial.replace(target)

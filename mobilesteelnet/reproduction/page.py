@@ -11,7 +11,15 @@ from typing import Any
 from ..recipes import OURS, PUBLISHED, SEARCH
 from ..run_folder import RunFolderError, write_atomically, write_text
 from . import drawings
-from .grid import COST_TABLES, FIRST_SEED, NETWORKS, TABLES, PlannedRun, paper_figures
+from .grid import FIRST_SEED, NETWORKS, TABLES, PlannedRun, paper_figures
+from .page_measured import (
+    contrast_section,
+    cost_table,
+    image,
+    modules_table,
+    robustness_section,
+)
+from .sets import NETWORK, SETS
 from .summary import Results, Row, read_results
 
 # Differences that are told apart from the spread of the seeds: in points, and in deviations.
@@ -72,21 +80,18 @@ def make_page(found: Results, links: dict[str, str]) -> str:
     for name in ("table7", "table9", "table5", "table4"):
         parts.append(_accuracy_table(name, found, paper["accuracy"].get(name, {})))
         if name == "table7":
-            parts += [_image(links, "confusion", "Confusion matrices of the ablation")]
-            parts += [_image(links, "curves", "Training curves of the ablation")]
-    parts.append(_cost_table(found, paper))
-    parts.append(_image(links, "cost", "Accuracy against cost of all networks"))
-    parts.append(_modules_table(found, paper))
-    parts.append(_contrast(found, paper, links))
+            parts += [image(links, "confusion", "Confusion matrices of the ablation")]
+            parts += [image(links, "curves", "Training curves of the ablation")]
+    parts.append(cost_table(found, paper))
+    parts.append(image(links, "cost", "Accuracy against cost of all networks"))
+    parts.append(modules_table(found, paper))
+    parts.append(contrast_section(found, paper, links))
     parts.append(_recipe(found))
-    parts.append(_robustness(found))
+    parts.append(_sets(found))
+    parts.append(robustness_section(found))
     remarks = "\n".join(f"* {remark}" for remark in paper["remarks"])
     parts.append(f"## Where the paper does not add up\n\n{remarks}")
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _image(links: dict[str, str], name: str, alt: str) -> str:
-    return f"![{alt}]({links[name]})" if name in links else ""
 
 
 def _accuracy_table(name: str, found: Results, paper: dict[str, Any]) -> str:
@@ -111,6 +116,7 @@ def _accuracy_table(name: str, found: Results, paper: dict[str, Any]) -> str:
         "Of a class: the mean here, in brackets the paper's figure where it gives one. "
         f"Published recipe; command: `mobilesteelnet reproduce {name} --data NEU-DET.zip`."
     )
+    note += _precisions(rows)
     told = "\n".join(f"* {sentence}" for sentence in sentences)
     return "\n\n".join(p for p in (f"## {TABLES[name].title}", text, note, told) if p)
 
@@ -132,6 +138,22 @@ def _strays(rows: list[Row]) -> list[str]:
                 f"{', '.join(other)}."
             )
     return told
+
+
+def _precisions(rows: list[Row]) -> str:
+    """Which runs were not computed in float32, and in what."""
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        seeds: dict[str, list[str]] = {}
+        for result in row.results:
+            seeds.setdefault(result["machine"]["precision"], []).append(str(result["seed"]))
+        for precision in seeds.keys() - {"32-true"}:
+            runs = f"{NETWORKS[row.network].name} (seeds {', '.join(seeds[precision])})"
+            told.setdefault(precision, []).append(runs)
+    return "".join(
+        f" Trained with `--precision {precision}`: {', '.join(runs)}; all others in float32."
+        for precision, runs in sorted(told.items())
+    )
 
 
 def _class_cell(row: Row, name: str, figures: dict[str, Any]) -> str:
@@ -192,7 +214,7 @@ def _ours(found: Results, links: dict[str, str]) -> str:
         mean = 100 * sum(errors) / len(errors)
         parts.append(f"Expected calibration error {mean:.2f} % (mean over the seeds).")
         parts.append(_coverage_table(row))
-        parts.append(_image(links, "calibration", "Calibration of our recipe"))
+        parts.append(image(links, "calibration", "Calibration of our recipe"))
     parts.append(_hard_cases(row))
     return "\n\n".join(part for part in parts if part)
 
@@ -254,81 +276,6 @@ def _hard_cases(row: Row) -> str:
     )
 
 
-def _cost_table(found: Results, paper: dict[str, Any]) -> str:
-    rows = [key for key in COST_TABLES["table6"].rows if key in found.costs]
-    if not rows:
-        return ""
-    head = (
-        "| network | parameters | MB in float32 | GFLOP | paper | images/s | paper | ms an image |"
-    )
-    lines = [head, "|---" + "|---:" * 7 + "|"]
-    for key in rows:
-        cost, figures = found.costs[key], paper["cost"].get(key, {})
-        gflop = f"{cost['flop'] / 1e9:.2f}"
-        if cost["published_flop"] != cost["flop"]:
-            gflop += f" (published form {cost['published_flop'] / 1e9:.2f})"
-        cells = [NETWORKS[key].name, f"{cost['parameters']:,}"]
-        cells += [f"{cost['float32_bytes'] / 1e6:.1f}", gflop, _number(figures.get("gflop"))]
-        cells += [f"{cost['images_per_second']:.2f}", _number(figures.get("images_per_second"))]
-        lines.append("| " + " | ".join([*cells, f"{1000 * cost['forward_seconds']:.2f}"]) + " |")
-    size = found.costs[rows[0]]["input_size"]
-    machines = sorted({found.costs[key]["machine"]["device"] for key in rows})
-    return (
-        f"## {COST_TABLES['table6'].title}\n\n" + "\n".join(lines) + "\n\n"
-        f"Measured on {'; '.join(machines)}, one image of {size}×{size}, float32, evaluation mode, "
-        "median; two FLOP a multiply-add (the paper's figures of other networks count one). The "
-        "paper's speeds are those of an RTX 3090. Command: `mobilesteelnet reproduce table6`."
-    )
-
-
-def _modules_table(found: Results, paper: dict[str, Any]) -> str:
-    rows = [key for key in COST_TABLES["table8"].rows if key in found.costs]
-    if "backbone" not in rows or "mobilesteelnet" not in rows:
-        return ""
-    base = found.costs["backbone"]
-    lines = ["| network | training, ms an image | test, ms an image |", "|---|---:|---:|"]
-    for key in rows:
-        cost = found.costs[key]
-        train, test = cost["training_seconds_an_image"], cost["forward_seconds"]
-        ratio = train / base["training_seconds_an_image"]
-        lines.append(
-            f"| {NETWORKS[key].name} | {1000 * train:.1f} (×{ratio:.2f}) | {1000 * test:.2f} "
-            f"({1000 * (test - base['forward_seconds']):+.2f}) |"
-        )
-    figures = paper["table8"]
-    return (
-        f"## {COST_TABLES['table8'].title}\n\n" + "\n".join(lines) + "\n\n"
-        f"The paper has training time +{figures['training_time_percent']} % and test time "
-        f"+{figures['test_milliseconds']} ms of MobileSteelNet over MobileNetV1, on an RTX 3090. "
-        f"Training steps here hold {base['training_batch']} images. Command: "
-        "`mobilesteelnet reproduce table8`."
-    )
-
-
-def _contrast(found: Results, paper: dict[str, Any], links: dict[str, str]) -> str:
-    if not found.contrast:
-        return ""
-    names = ("min", "max", "mean", "median", "std")
-    lines = ["| class | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
-    for item in found.contrast:
-        figures = paper["contrast"].get(item["class"], {})
-        cells = [
-            f"{item[name]:.2f}" + (f" ({figures[name]:.2f})" if name in figures else "")
-            for name in names
-        ]
-        lines.append(f"| {item['class']} | " + " | ".join(cells) + " |")
-    return "\n\n".join(
-        part
-        for part in (
-            "## Table 3: contrast (standard deviation of the grey levels)",
-            "\n".join(lines),
-            "In brackets the paper's figures.",
-            _image(links, "contrast", "Contrast of the classes"),
-        )
-        if part
-    )
-
-
 def _recipe(found: Results) -> str:
     if not found.candidates:
         return ""
@@ -354,22 +301,31 @@ def _recipe(found: Results) -> str:
     )
 
 
-def _robustness(found: Results) -> str:
-    rows = found.robustness.get("rows", [])
-    if not rows:
+def _sets(found: Results) -> str:
+    """Both recipes on other picture sets."""
+    if not found.sets:
         return ""
-    lines = ["| change | level | accuracy | calibration error |", "|---|---:|---:|---:|"]
-    for row in rows:
-        level = "–" if row["change"] == "none" else f"{row['level']:g}"
-        figures = (row["average_accuracy"], row["calibration_error"])
-        cells = [row["change"], level, *(f"{100 * value:.2f}" for value in figures)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return (
-        "## Changed pictures\n\n" + "\n".join(lines) + "\n\nLevels: brightness and contrast a "
-        "factor, blur the radius in pixels, noise the standard deviation in grey levels, jpeg the "
-        "quality. Command: `mobilesteelnet robustness RUN --json results/robustness.json`."
+    recipes = (PUBLISHED, OURS)
+    lines = [
+        "| set | classes | published recipe | our recipe | seeds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, rows in found.sets.items():
+        some = next(iter(rows.values()))
+        title = f"{name}: {SETS[name].title}" if name in SETS else name
+        cells = [rows[recipe].accuracy.percent() if recipe in rows else "–" for recipe in recipes]
+        seeds = str(min(len(row.results) for row in rows.values()))
+        lines.append("| " + " | ".join([title, str(len(some.classes)), *cells, seeds]) + " |")
+    told = [f"* {name}: {text}" for name, text in found.notes.get("sets", {}).items()]
+    return "\n\n".join(
+        part
+        for part in (
+            "## Other picture sets",
+            "Both recipes as they stand, 5 % of the pictures to train on, 5 % to validate, tested "
+            "on the rest; nothing was chosen on these sets. The network is "
+            f"{NETWORKS[NETWORK].name} of table 7. Command: `mobilesteelnet reproduce sets`.",
+            "\n".join(lines),
+            "\n".join(told),
+        )
+        if part
     )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

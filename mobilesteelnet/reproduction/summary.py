@@ -11,6 +11,7 @@ from typing import Any
 from ..run_folder import RunFolderError
 from .grid import TABLES
 from .runner import read_result
+from .sets import FOLDER as SETS_FOLDER
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Results:
         robustness: Of the released weights; empty if it was not measured.
         contrast: One dict a class; empty if it was not measured.
         notes: Sentences by table and row: why a figure differs.
+        sets: Of other picture sets, by name: the rows by recipe.
     """
 
     rows: dict[tuple[str, str], Row]
@@ -88,6 +90,7 @@ class Results:
     robustness: dict[str, Any]
     contrast: list[dict[str, Any]]
     notes: dict[str, dict[str, str]]
+    sets: dict[str, dict[str, Row]]
 
     def table(self, name: str, recipe: str) -> list[Row]:
         """The rows of a table that have results."""
@@ -101,6 +104,25 @@ def read_results(folder: Path) -> Results:
     Raises:
         RunFolderError: A file is damaged, or the runs of a network have different options.
     """
+    rows = _read_rows(folder)
+    sets = {
+        path.name: {recipe: row for (recipe, _), row in _read_rows(path).items()}
+        for path in sorted((folder / SETS_FOLDER).glob("*"))
+        if path.is_dir()
+    }
+    return Results(
+        rows,
+        {path.stem: read_result(path) for path in sorted(folder.glob("cost/*.json"))},
+        {path.stem: _read(path) for path in sorted(folder.glob("recipe/*.json"))},
+        _read(folder / "robustness.json", {}),
+        _read(folder / "contrast.json", []),
+        _read(folder / "notes.json", {}),
+        sets,
+    )
+
+
+def _read_rows(folder: Path) -> dict[tuple[str, str], Row]:
+    """The runs below a folder, by recipe and network."""
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/*-seed*.json")):
         result = read_result(path)
@@ -115,14 +137,7 @@ def read_results(folder: Path) -> Results:
                 "again with --overwrite"
             )
         rows[key] = Row(key[1], tuple(results))
-    return Results(
-        rows,
-        {path.stem: read_result(path) for path in sorted(folder.glob("cost/*.json"))},
-        {path.stem: _read(path) for path in sorted(folder.glob("recipe/*.json"))},
-        _read(folder / "robustness.json", {}),
-        _read(folder / "contrast.json", []),
-        _read(folder / "notes.json", {}),
-    )
+    return rows
 
 
 def _read(path: Path, default: Any = None) -> Any:
