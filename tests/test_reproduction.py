@@ -1,8 +1,7 @@
-"""Reproduction: which runs a table needs, resuming run by run, cross-validation, and the page."""
+"""Reproduction: which runs a table needs, resuming run by run, and the page."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections import Counter
@@ -22,8 +21,7 @@ from training_cases import CLASSES, ROOT, one_thread  # noqa: F401
 
 from mobilesteelnet.__main__ import main
 from mobilesteelnet.checkpoint import load_checkpoint
-from mobilesteelnet.crossval import cross_validate
-from mobilesteelnet.data import DataError, scan, stratified_split
+from mobilesteelnet.data import scan, stratified_split
 from mobilesteelnet.evaluate import evaluate
 from mobilesteelnet.lightning_modules import Classifier
 from mobilesteelnet.recipes import OURS, PUBLISHED
@@ -43,7 +41,7 @@ from mobilesteelnet.reproduction.runner import Places, finish_runs, read_result
 from mobilesteelnet.reproduction.summary import read_results
 from mobilesteelnet.run_folder import RunFolder, RunFolderError, write_json
 from mobilesteelnet.runs import finish_run
-from mobilesteelnet.splits import Split, fold_splits
+from mobilesteelnet.splits import Split
 from mobilesteelnet.train import TrainConfig, TrainingError, resume, train
 
 CHANGES = {key: value for key, value in SMALL.items() if key != "patience"}
@@ -212,79 +210,6 @@ def test_the_list_tells_what_is_left(places: Places) -> None:
     assert begun.state == "begun (1 of 2 epochs)"
     assert begun.seconds == pytest.approx(known.seconds / 2, rel=0.01)
     assert [in_words(x) for x in (3, 600, 36000)] == ["3 s", "10 min", "10.0 h"]
-
-
-# ------------------------------------------------------------------------------ cross-validation
-
-
-def test_folds_leave_the_test_pictures_alone(pictures: Path) -> None:
-    found = scan(pictures)
-    split = stratified_split(found, (0.25, 0.25, 0.5), 42)
-    parts = fold_splits(found, split, folds=2, repeats=3, seed=1)
-    assert len(parts) == 6
-    pool = sorted([*split.train, *split.val])
-    for part in parts:
-        assert part.test == []
-        assert sorted([*part.train, *part.val]) == pool
-        assert not set(part.train) & set(part.val)
-        counts = Counter(found.labels[i] for i in part.val)
-        assert max(counts.values()) - min(counts.values()) <= 1
-    for repeat in range(3):
-        first, second = parts[2 * repeat : 2 * repeat + 2]
-        assert first.val == second.train
-    assert len({tuple(part.val) for part in parts}) == 6
-    assert fold_splits(found, split, 2, 3, seed=1) == parts
-    assert Split.from_dict(parts[0].to_dict(found), found) == parts[0]
-
-
-def test_duplicates_stay_in_one_fold(tmp_path: Path) -> None:
-    from training_cases import make_pictures
-
-    folder = make_pictures(tmp_path / "set", per_class=8)
-    for name in CLASSES:
-        for number in range(4):
-            copy = (folder / name / f"{name}_{number}.png").read_bytes()
-            (folder / name / f"{name}_{number + 100}.png").write_bytes(copy)
-    found = scan(folder)
-    split = stratified_split(found, (0.4, 0.4, 0.2), 42)
-    for part in fold_splits(found, split, folds=3, repeats=2, seed=0):
-        train_digests = {found.items[i].digest for i in part.train}
-        assert not train_digests & {found.items[i].digest for i in part.val}
-
-
-def test_too_few_pictures_for_the_folds(pictures: Path) -> None:
-    found = scan(pictures)
-    split = stratified_split(found, (0.125, 0.125, 0.75), 42)
-    with pytest.raises(DataError, match=r"too few pictures for folds=3"):
-        fold_splits(found, split, folds=3, repeats=1)
-    with pytest.raises(DataError, match="folds=1"):
-        fold_splits(found, split, folds=1, repeats=1)
-
-
-def test_cross_validation_judges_on_the_folds(pictures: Path, tmp_path: Path) -> None:
-    config = small(pictures, attention="none", epochs=1)
-    found = cross_validate(config, tmp_path / "cv", folds=2, repeats=1, machine=CPU)
-    stored = json.loads((tmp_path / "cv" / "crossval.json").read_text())
-    assert stored == json.loads(json.dumps(found.to_dict()))
-    data = scan(pictures)
-    accuracies = []
-    for fold in found.folds:
-        run = RunFolder(tmp_path / "cv" / fold.run)
-        part = Split.from_dict(run.read_json(run.split), data)
-        assert part.test == []
-        result = evaluate(load_checkpoint(run.best), data, part.val)
-        accuracies.append(result.average_accuracy)
-        assert fold.average_accuracy == result.average_accuracy
-    assert found.average_accuracy == pytest.approx(sum(accuracies) / 2)
-    runs = [RunFolder(tmp_path / "cv" / fold.run) for fold in found.folds]
-    assert [run.read_json(run.config)["seed"] for run in runs] == [42, 43]
-    again = cross_validate(config, tmp_path / "cv", folds=2, repeats=1, machine=CPU)
-    assert again == found
-    one = cross_validate(config, tmp_path / "cv", folds=2, repeats=1, fits=1, machine=CPU)
-    assert (one.folds, one.deviation) == (found.folds[:1], None)
-    for fits in (0, 3):
-        with pytest.raises(ValueError, match=f"fits={fits}"):
-            cross_validate(config, tmp_path / "cv", folds=2, repeats=1, fits=fits, machine=CPU)
 
 
 # ------------------------------------------------------------------------ the whole, and the page

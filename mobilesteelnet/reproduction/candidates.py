@@ -14,7 +14,7 @@ from ..run_folder import RunFolderError, write_json
 from ..runs import differing_option
 from ..train import Machine, TrainConfig
 from .grid import FIRST_SEED
-from .runner import Places
+from .runner import Places, machine_facts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,7 @@ def judge_candidates(
             overwrite=overwrite,
         )
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, found.to_dict())
+        write_json(target, {**found.to_dict(), "machine": machine_facts(machine or Machine())})
         tell(target, found)
 
 

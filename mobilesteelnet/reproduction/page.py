@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -228,11 +229,8 @@ def _effort(row: Row) -> str:
     """What the trainings took, and on what."""
     minutes = sorted({round(result["training"]["seconds"] / 60) for result in row.results})
     took = " to ".join(f"{end}" for end in dict.fromkeys((minutes[0], minutes[-1])))
-    places = sorted(
-        {f"{r['machine']['device']}, {r['machine'].get('precision', '?')}" for r in row.results}
-    )
     note = "by the clock, with the pauses and whatever ran beside it"
-    return f"A training took {took} minutes {note} ({'; '.join(places)})."
+    return f"A training took {took} minutes {note}.{_machines(row.results)}"
 
 
 def _changed(options: dict[str, Any]) -> list[str]:
@@ -283,6 +281,7 @@ def _recipe(found: Results) -> str:
     head = "| candidate | accuracy | loss | calibration error | fits |"
     lines = [head, "|---" + "|---:" * 4 + "|"]
     search = ", ".join(_option(name, value) for name, value in SEARCH.items())
+    told = "".join(f"\n\n{text}" for text in found.notes.get("recipe", {}).values())
     for name, item in ranked:
         fits = len(item["folds"])
         figure = f"{100 * item['average_accuracy']:.2f}"
@@ -298,7 +297,15 @@ def _recipe(found: Results) -> str:
         "half of those pictures: differences of a few points may be chance, which is why the loss "
         "stands beside the accuracy.\n\n" + "\n".join(lines) + "\n\n"
         "Command: `mobilesteelnet reproduce recipe --data NEU-DET.zip --fits FITS`."
+        f"{_machines(item for _, item in ranked)}{told}"
     )
+
+
+def _machines(results: Iterable[dict[str, Any]]) -> str:
+    """On what they were computed, where they say it."""
+    known = (result["machine"] for result in results if "machine" in result)
+    places = sorted({f"{machine['device']}, {machine['precision']}" for machine in known})
+    return f" Computed on {'; '.join(places)}." if places else ""
 
 
 def _sets(found: Results) -> str:

@@ -185,12 +185,17 @@ def _judge(
             "history": {name: [_rounded(row[name]) for row in done.rows] for name in columns},
         },
         "test": test_figures(test),
-        "machine": {
-            "device": device_name(device),
-            "precision": machine.precision,
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        },
+        "machine": machine_facts(machine),
+    }
+
+
+def machine_facts(machine: Machine) -> dict[str, str]:
+    """Where, how and when a result came about."""
+    return {
+        "device": device_name(choose_device(machine.device)),
+        "precision": machine.precision,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
 
