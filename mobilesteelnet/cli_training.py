@@ -56,6 +56,10 @@ def train_command(  # one parameter an option
     crop_scale: Annotated[
         float, typer.Option(help="Least area of a crop of texture.", rich_help_panel=DATA)
     ] = 0.5,
+    light: Annotated[
+        float,
+        typer.Option(help="How far texture changes brightness and contrast.", rich_help_panel=DATA),
+    ] = 0.3,
     quarter_turns: Annotated[
         bool, typer.Option(help="Let texture turn by 90 degrees.", rich_help_panel=DATA)
     ] = True,

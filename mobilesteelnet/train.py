@@ -272,7 +272,10 @@ def _training_transform(config: TrainConfig, size: int) -> Transform:
         return eval_transform(size)
     if config.augmentation == "texture":
         return texture_transform(
-            size, crop_scale=config.crop_scale, quarter_turns=config.quarter_turns
+            size,
+            crop_scale=config.crop_scale,
+            light=config.light,
+            quarter_turns=config.quarter_turns,
         )
     return train_transform(size)
 

@@ -30,6 +30,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "gradient_clip": (0.0, 1e12),
     "width": (0.0, 64.0),
     "crop_scale": (0.0, 1.0),
+    "light": (0.0, 1.0),
     "mix_alpha": (0.0, 100.0),
     "label_smoothing": (0.0, 1.0),
     "dropout": (0.0, 1.0),
@@ -38,7 +39,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "small_share": (0.0, 1.0),
 }
 ABOVE_ZERO = ("learning_rate", "width", "crop_scale", "mix_alpha")
-BELOW_ONE = ("label_smoothing", "dropout", "average_decay", "average_from", "small_share")
+BELOW_ONE = ("label_smoothing", "light", "dropout", "average_decay", "average_from", "small_share")
 SWITCHES = ("quarter_turns", "recalibrate_bn")
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": OPTIMIZERS,
@@ -68,6 +69,8 @@ class TrainConfig:
         augmentation: Of the training pictures: ``published`` (see ``transforms.train_transform``),
             ``texture`` (``transforms.texture_transform``) or ``none``.
         crop_scale: Least share of a picture's area that a crop of ``texture`` keeps.
+        light: How far ``texture`` changes brightness and contrast: factors from 1 - light to
+            1 + light.
         quarter_turns: Whether ``texture`` turns pictures by multiples of 90 degrees; where the
             rolling direction tells classes apart, it should not.
         mix: ``none``, ``mixup`` or ``cutmix``: each training picture is blended with another one.
@@ -109,6 +112,7 @@ class TrainConfig:
     small_share: float = 0.75
     augmentation: str = "published"
     crop_scale: float = 0.5
+    light: float = 0.3
     quarter_turns: bool = True
     mix: str = "none"
     mix_alpha: float = 0.2

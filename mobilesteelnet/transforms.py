@@ -118,20 +118,23 @@ def texture_transform(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     crop_scale: float = 0.5,
+    light: float = 0.3,
     quarter_turns: bool = True,
 ) -> Transform:
     """An augmenting transform for grey textures, which have no up, no colour and no one scale.
 
     A random crop of `crop_scale` to 1 of the area (sides 3:4 to 4:3) resized to size x size, flips
     along both axes and a turn by a multiple of 90 degrees (no empty corners, no blurred lines),
-    brightness and contrast 0.3, and with p 0.2 each a slight blur (sigma 0.1 to 1.5) and noise
-    (standard deviation 0.03 of the white level); no hue or saturation, which grey does not have.
+    brightness and contrast times 1 - `light` to 1 + `light`, and with p 0.2 each a slight blur
+    (sigma 0.1 to 1.5) and noise (standard deviation 0.03 of the white level); no hue or saturation,
+    which grey does not have.
 
     Args:
         size: side of the square result in pixels.
         mean: value taken from each channel, pixels in [0, 1].
         std: divisor of each channel.
         crop_scale: least share of the area, above 0, at most 1.
+        light: from 0 to below 1.
         quarter_turns: whether pictures are turned; flips are made in any case.
 
     Returns:
@@ -139,13 +142,15 @@ def texture_transform(
 
     Raises:
         ImportError: torchvision is not installed.
-        ValueError: as `eval_transform`, or crop_scale out of range.
+        ValueError: as `eval_transform`, or crop_scale or light out of range.
     """
     v2 = _torchvision_transforms()
     mean, std = _three("mean", mean), _three("std", std)
     _check_arguments(size, mean, std)
     if not 0 < crop_scale <= 1:
         raise ValueError(f"crop_scale={crop_scale!r} must be above 0, at most 1")
+    if not 0 <= light < 1:
+        raise ValueError(f"light={light!r} must be at least 0, below 1")
     angles = (90, 180, 270) if quarter_turns else ()
     turns = [v2.RandomRotation((angle, angle)) for angle in angles]
     return v2.Compose(
@@ -155,7 +160,7 @@ def texture_transform(
             v2.RandomHorizontalFlip(0.5),
             v2.RandomVerticalFlip(0.5),
             v2.RandomChoice([v2.Identity(), *turns]),
-            v2.ColorJitter(brightness=0.3, contrast=0.3),
+            v2.ColorJitter(brightness=light, contrast=light),
             v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.2),
             v2.ToDtype(torch.float32, scale=True),
             v2.RandomApply([v2.GaussianNoise(sigma=0.03)], 0.2),

@@ -239,6 +239,20 @@ def test_textures_are_turned_but_keep_their_grey() -> None:
         texture_transform(32, crop_scale=0)
 
 
+def test_light_says_how_far_textures_are_lit() -> None:
+    picture = Image.fromarray(np.full((64, 64), 100, np.uint8)).convert("RGB")
+    for light in (0.0, 0.3, 0.6):
+        transform = texture_transform(16, mean=(0, 0, 0), std=(1, 1, 1), light=light)
+        torch.manual_seed(0)
+        # The median: noise comes upon some.
+        levels = [255 * float(transform(picture).median()) for _ in range(80)]
+        assert 100 * (1 - light) - 3 < min(levels) < 100 * (1 - 0.8 * light) + 3
+        assert 100 * (1 + 0.8 * light) - 3 < max(levels) < 100 * (1 + light) + 3
+    for light in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"light={light}"):
+            texture_transform(32, light=light)
+
+
 def test_the_split_may_have_a_seed_of_its_own(pictures: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         train(small(pictures, seed=seed, split_seed=7, epochs=1), tmp_path / str(seed), machine=CPU)

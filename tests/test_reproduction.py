@@ -327,6 +327,9 @@ def test_runs_of_one_row_have_the_same_options(places: Places) -> None:
     finish_runs(RUNS, places, CHANGES, machine=CPU)
     path = places.result(RUNS[1])
     result = read_result(path)
+    del result["config"]["light"]  # as in a result of before there was such an option
+    write_json(path, result)
+    assert len(read_results(places.results).rows[PUBLISHED, "backbone"].results) == 2
     result["config"]["epochs"] = 9
     write_json(path, result)
     with pytest.raises(RunFolderError, match="different options"):

@@ -85,6 +85,7 @@ def test_learning_rate_warms_up_linearly_then_stays_or_falls() -> None:
         ("on_bad_file", "ignore"),
         ("augmentation", "auto"),
         ("crop_scale", 0.0),
+        ("light", 1.0),
         ("mix", "both"),
         ("averaging", "mean"),
         ("average_decay", 1.0),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run_folder import RunFolderError
+from ..train_config import TrainConfig
 from .grid import TABLES
 from .runner import read_result
 from .sets import FOLDER as SETS_FOLDER
@@ -103,6 +104,7 @@ def read_results(folder: Path) -> Results:
 
     Raises:
         RunFolderError: A file is damaged, or the runs of a network have different options.
+        ValueError: A run's options are unknown or out of range.
     """
     rows = _read_rows(folder)
     sets = {
@@ -130,7 +132,9 @@ def _read_rows(folder: Path) -> dict[tuple[str, str], Row]:
     rows = {}
     for key, results in grouped.items():
         results.sort(key=lambda result: result["seed"])
-        options = [{**result["config"], "seed": 0} for result in results]
+        # An option that came after a result has its default there.
+        configs = [TrainConfig.from_dict(result["config"]) for result in results]
+        options = [{**config.to_dict(), "seed": 0} for config in configs]
         if any(other != options[0] for other in options):
             raise RunFolderError(
                 f"results of {key[1]!r} by the recipe {key[0]!r} have different options: make them "
