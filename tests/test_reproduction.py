@@ -341,6 +341,10 @@ def test_costs_are_those_of_the_network() -> None:
     assert cost["parameters"] == 11_179_590
     assert cost["images_per_second"] == pytest.approx(1 / cost["forward_seconds"])
     assert cost["training_seconds_an_image"] > 0
+    assert "frozen_seconds" not in cost
+    ours = measure_cost("backbone", device=torch.device("cpu"), size=32, batch=2, repeats=2)
+    assert ours["frozen_seconds"] > 0
+    assert ours["machine"]["precision"] == "32-true"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..crossval import CrossValidation, cross_validate
+from ..predict import choose_device
 from ..recipes import CANDIDATES
 from ..run_folder import RunFolderError, write_json
 from ..runs import differing_option
@@ -70,7 +71,9 @@ def judge_candidates(
             overwrite=overwrite,
         )
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, {**found.to_dict(), "machine": machine_facts(machine or Machine())})
+        where = machine or Machine()
+        facts = machine_facts(choose_device(where.device), where.precision)
+        write_json(target, {**found.to_dict(), "machine": facts})
         tell(target, found)
 
 

@@ -19,9 +19,10 @@ def cost_table(found: Results, paper: dict[str, Any]) -> str:
     if not rows:
         return ""
     head = (
-        "| network | parameters | MB in float32 | GFLOP | paper | images/s | paper | ms an image |"
+        "| network | parameters | MB in float32 | GFLOP | paper | images/s | paper | ms an image "
+        "| frozen, ms |"
     )
-    lines = [head, "|---" + "|---:" * 7 + "|"]
+    lines = [head, "|---" + "|---:" * 8 + "|"]
     for key in rows:
         cost, figures = found.costs[key], paper["cost"].get(key, {})
         gflop = f"{cost['flop'] / 1e9:.2f}"
@@ -30,14 +31,17 @@ def cost_table(found: Results, paper: dict[str, Any]) -> str:
         cells = [NETWORKS[key].name, f"{cost['parameters']:,}"]
         cells += [f"{cost['float32_bytes'] / 1e6:.1f}", gflop, _number(figures.get("gflop"))]
         cells += [f"{cost['images_per_second']:.2f}", _number(figures.get("images_per_second"))]
-        lines.append("| " + " | ".join([*cells, f"{1000 * cost['forward_seconds']:.2f}"]) + " |")
+        cells += [_milliseconds(cost["forward_seconds"]), _milliseconds(cost.get("frozen_seconds"))]
+        lines.append("| " + " | ".join(cells) + " |")
     size = found.costs[rows[0]]["input_size"]
     machines = sorted({found.costs[key]["machine"]["device"] for key in rows})
     return (
         f"## {COST_TABLES['table6'].title}\n\n" + "\n".join(lines) + "\n\n"
         f"Measured on {'; '.join(machines)}, one image of {size}×{size}, float32, evaluation mode, "
-        "median; two FLOP a multiply-add (the paper's figures of other networks count one). The "
-        "paper's speeds are those of an RTX 3090. Command: `mobilesteelnet reproduce table6`."
+        "median; two FLOP a multiply-add (the paper's figures of other networks count one). "
+        "Frozen: the copy by `fused.optimize_for_inference`, by which `mobilesteelnet predict` "
+        "works. The paper's speeds are those of an RTX 3090. Command: "
+        "`mobilesteelnet reproduce table6`."
     )
 
 
@@ -53,7 +57,7 @@ def modules_table(found: Results, paper: dict[str, Any]) -> str:
         train, test = cost["training_seconds_an_image"], cost["forward_seconds"]
         ratio = train / base["training_seconds_an_image"]
         lines.append(
-            f"| {NETWORKS[key].name} | {1000 * train:.1f} (×{ratio:.2f}) | {1000 * test:.2f} "
+            f"| {NETWORKS[key].name} | {1000 * train:.1f} (×{ratio:.2f}) | {_milliseconds(test)} "
             f"({1000 * (test - base['forward_seconds']):+.2f}) |"
         )
     figures = paper["table8"]
@@ -111,3 +115,7 @@ def robustness_section(found: Results) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return _number(None if seconds is None else 1000 * seconds)

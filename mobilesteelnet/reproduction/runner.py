@@ -185,15 +185,15 @@ def _judge(
             "history": {name: [_rounded(row[name]) for row in done.rows] for name in columns},
         },
         "test": test_figures(test),
-        "machine": machine_facts(machine),
+        "machine": machine_facts(device, machine.precision),
     }
 
 
-def machine_facts(machine: Machine) -> dict[str, str]:
+def machine_facts(device: torch.device, precision: str = "32-true") -> dict[str, str]:
     """Where, how and when a result came about."""
     return {
-        "device": device_name(choose_device(machine.device)),
-        "precision": machine.precision,
+        "device": device_name(device),
+        "precision": precision,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
