@@ -168,7 +168,8 @@ class RunWriter(Checkpoint):
         # Without the seconds: the same run has to give the same file.
         figures = {key: value for key, value in row.items() if key != "seconds"}
         training = {**self.card["training"], **figures, "selected_by": self.select}
-        save_checkpoint(self.folder.best, network, **{**self.card, "training": training})
+        card = {**self.card, "training": training, "temperature": module.temperature}
+        save_checkpoint(self.folder.best, network, **card)
 
     def write_state(self, state: str, reason: str) -> None:
         """Write ``run.json``."""

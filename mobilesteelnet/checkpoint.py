@@ -49,6 +49,8 @@ class Checkpoint:
         normalisation: ``{"mean": [3 floats], "std": [3 floats]}`` on pixels in 0..1.
         training: Summary of the training (epoch, validation figures, options); may be empty.
         named_classes: False when the file holds no class names and they are ``class_0``, ....
+        temperature: What logits are divided by before the softmax, so that probabilities say how
+            often the network is right (see :func:`mobilesteelnet.calibration.fit_temperature`).
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class Checkpoint:
     normalisation: dict[str, list[float]]
     training: dict[str, Any] = field(default_factory=dict)
     named_classes: bool = True
+    temperature: float = 1.0
 
     def frozen(self, dtype: torch.dtype | None = None) -> Checkpoint:
         """The same with the frozen, fastest form of the network (fused.optimize_for_inference)."""
@@ -73,6 +76,7 @@ def save_checkpoint(
     input_size: int,
     normalisation: dict[str, list[float]],
     training: dict[str, Any],
+    temperature: float = 1.0,
     store: Store | None = None,
 ) -> None:
     """Write a checkpoint; ``path`` is replaced only once the new file is complete.
@@ -84,6 +88,7 @@ def save_checkpoint(
         input_size: Height and width of the network's input in pixels.
         normalisation: ``{"mean": [...], "std": [...]}``, three numbers each.
         training: JSON-able summary of the training.
+        temperature: See :class:`Checkpoint`.
         store: Turns the weights into those of the file, and gives the JSON-able record from which
             :func:`mobilesteelnet.quantisation.restore` has them back; None writes them as they are.
 
@@ -104,6 +109,7 @@ def save_checkpoint(
         "input_size": input_size,
         "normalisation": normalisation,
         "training": training,
+        "temperature": temperature,
     }
     _check_metadata(metadata, str(path))
     # An own copy of each tensor: safetensors refuses tensors that share memory.
@@ -178,6 +184,7 @@ def load_checkpoint(
         normalisation=metadata["normalisation"],
         training=metadata["training"],
         named_classes=named,
+        temperature=metadata.get("temperature", 1.0),
     )
 
 
@@ -280,6 +287,9 @@ def _check_metadata(metadata: Any, name: str) -> None:
             or (key == "std" and min(numbers) <= 0)
         ):
             refuse(f"normalisation[{key!r}]", numbers, "three finite numbers (std above 0)")
+    warmth = metadata.get("temperature", 1.0)  # files of before there was one have none
+    if type(warmth) not in (int, float) or not 1e-6 < warmth < 1e6:
+        refuse("temperature", warmth, "a finite number above 0")
     for key in ("model", "training"):
         if not isinstance(metadata.get(key), dict):
             refuse(key, metadata.get(key), "a JSON object")

@@ -26,7 +26,12 @@ from .cli_common import (
     write,
 )
 from .cli_reproduce import reproduce_command
-from .cli_results import crossval_command, package_weights_command, robustness_command
+from .cli_results import (
+    calibrate_command,
+    crossval_command,
+    package_weights_command,
+    robustness_command,
+)
 from .cli_training import train_command
 from .progress import bar
 
@@ -56,6 +61,7 @@ app.command("train")(train_command)
 app.command("crossval")(crossval_command)
 app.command("reproduce")(reproduce_command)
 app.command("robustness")(robustness_command)
+app.command("calibrate")(calibrate_command)
 app.command("package-weights")(package_weights_command)
 
 

@@ -122,15 +122,82 @@ def robustness_command(
     return tell_bad_files(pictures.bad)
 
 
+def calibrate_command(
+    source: CheckpointArgument,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="test, val, train or all; left out: val of the training.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The new checkpoint; left out: that of the run itself.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+    backend: Backend = None,
+    on_bad_file: OnBadFile = "skip",
+) -> int:
+    """Make a checkpoint say how sure it is, by pictures that it did not learn from.
+
+    Fits the temperature by which logits are divided: no decision changes, only the probabilities,
+    and with them what --min-confidence accepts. A training does so with its validation pictures;
+    this is for other pictures, as those of your own line. Weights are written in float32.
+
+    Example: [bold]mobilesteelnet calibrate shipped --data my-line/ --out my-line.safetensors[/bold]
+    """
+    from .checkpoint import save_checkpoint
+    from .evaluate import fitted, pick_split
+    from .shipped import validation_pictures
+
+    console = Console(stderr=True)
+    checkpoint, run = open_checkpoint(source, device, backend, None)
+    target = out or (None if run is None else run.best)
+    if target is None:
+        raise ValueError(f"--out is needed: {str(source)!r} is no run folder")
+    pictures = _pictures(source, data, run, on_bad_file, console)
+    if split is None and (run is None or data is not None):
+        split, indexes = validation_pictures(checkpoint, pictures)
+    else:
+        split = split or "val"
+        indexes = pick_split(pictures, split, run)
+    with bar("classifying twice", console) as progress:
+        temperature, before, after = fitted(
+            checkpoint, pictures, indexes, split=split, batch_size=batch_size, progress=progress
+        )
+    save_checkpoint(
+        target,
+        checkpoint.model,
+        classes=checkpoint.classes if checkpoint.named_classes else pictures.classes,
+        input_size=checkpoint.input_size,
+        normalisation=checkpoint.normalisation,
+        training=checkpoint.training,
+        temperature=temperature,
+    )
+    errors = [100 * r.calibration.expected_error for r in (before, after) if r.calibration]
+    typer.echo(
+        f"temperature {temperature:g} from {len(indexes)} pictures ({split}): loss "
+        f"{before.loss:.4f} -> {after.loss:.4f}, calibration error {errors[0]:.2f} -> "
+        f"{errors[1]:.2f} %"
+    )
+    typer.echo(f"checkpoint: {target}")
+    return tell_bad_files(pictures.bad)
+
+
 def package_weights_command(
-    source: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    source: Annotated[Path, typer.Argument(help="A finished run folder, or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of weights, card.json and CARD.md.")] = Path(
         "mobilesteelnet/weights"
     ),
     data: Annotated[
         Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
     ] = None,
-    split: Annotated[str, typer.Option(help="What the accuracies are measured on.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="What the accuracies are measured on; left out: what the training never saw."
+        ),
+    ] = None,
     storage: Annotated[str, typer.Option(help="int8, float16 or float32.")] = "int8",
     max_bytes: Annotated[
         int | None, typer.Option(help="Largest file; int8 takes seven bits where it must.")
@@ -147,12 +214,16 @@ def package_weights_command(
     Example: [bold]mobilesteelnet package-weights runs/ours --max-bytes 8200000[/bold]
     """
     from .evaluate import pick_split
-    from .shipped import package_weights
+    from .shipped import package_weights, unseen_pictures
 
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, None, None)
     pictures = _pictures(source, data, run, "skip", console)
-    indexes = pick_split(pictures, split, run)
+    if split is None and run is None:
+        split, indexes = unseen_pictures(checkpoint, pictures)
+    else:
+        split = split or "test"
+        indexes = pick_split(pictures, split, run)
     with bar("classifying twice", console) as progress:
         made = package_weights(
             checkpoint,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .calibration import Calibration, calibrate
+from .calibration import Calibration, calibrate, fit_temperature
 from .checkpoint import Checkpoint
 from .data import BadFile, DataError, PictureSet, Split
 from .predict import Change, Progress, classify
@@ -98,6 +98,15 @@ class Evaluation:
         return asdict(self)
 
     @property
+    def loss(self) -> float:
+        """Cross-entropy of the probabilities, a picture."""
+        chances = (item.probabilities[self.classes.index(item.true)] for item in self.predictions)
+        # What underflows in float32 counts as its least number.
+        return -math.fsum(math.log(max(chance, 1e-38)) for chance in chances) / len(
+            self.predictions
+        )
+
+    @property
     def wrong(self) -> list[PictureResult]:
         """The wrong ones, the most confident mistakes first."""
         wrong = [item for item in self.predictions if item.true != item.predicted]
@@ -166,6 +175,42 @@ def evaluate(
         ),
         **figures,
     )
+
+
+def fitted(
+    checkpoint: Checkpoint,
+    pictures: PictureSet,
+    indexes: Sequence[int],
+    *,
+    split: str = "val",
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> tuple[float, Evaluation, Evaluation]:
+    """The temperature that fits pictures which the network did not learn from.
+
+    Args:
+        checkpoint: The network; its own temperature takes no part.
+        pictures: The labelled set.
+        indexes: Which pictures to take.
+        split: The name of that part, for the record.
+        batch_size: Pictures a forward.
+        progress: Called with (done, total) of each of both evaluations.
+
+    Returns:
+        The temperature, and the evaluations at temperature 1 and at it.
+
+    Raises:
+        DataError, CheckpointError: As :func:`evaluate`.
+    """
+    take: dict[str, Any] = {"split": split, "batch_size": batch_size, "progress": progress}
+    plain = evaluate(replace(checkpoint, temperature=1.0), pictures, indexes, **take)
+    chances = torch.tensor([item.probabilities for item in plain.predictions])
+    truth = torch.tensor([plain.classes.index(item.true) for item in plain.predictions])
+    # Up to a number of each row, which a softmax takes out, these are the logits.
+    logits = chances.clamp_min(torch.finfo(chances.dtype).tiny).log()
+    temperature = fit_temperature(logits, truth)
+    checkpoint = replace(checkpoint, temperature=temperature)
+    return temperature, plain, evaluate(checkpoint, pictures, indexes, **take)
 
 
 def pick_split(pictures: PictureSet, split: str, run: RunFolder | None) -> list[int]:
@@ -262,6 +307,7 @@ def _about(checkpoint: Checkpoint, pictures: PictureSet) -> dict[str, Any]:
         "data": Path(pictures.path).name,
         "bad_files": [str(file) for file in pictures.bad],
         "input_size": checkpoint.input_size,
+        "temperature": checkpoint.temperature,
         "device": str(next(checkpoint.model.parameters()).device),
         "network": dict(getattr(checkpoint.model, "config", {})),
         "training": checkpoint.training,

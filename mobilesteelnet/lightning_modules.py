@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .calibration import fit_temperature
 from .train_config import TrainConfig
 
 try:
@@ -186,7 +187,8 @@ class Classifier(L.LightningModule):
     """One step of training or validation of a picture classifier.
 
     Logs ``train_loss``, ``train_accuracy``, ``val_loss``, ``val_accuracy`` (fractions of 1) and
-    ``learning_rate`` once an epoch, and ``train_loss_step``.
+    ``learning_rate`` once an epoch, and ``train_loss_step``. ``temperature`` is that of the last
+    validation (see :func:`mobilesteelnet.calibration.fit_temperature`).
 
     Args:
         model: images (B,3,H,W) → logits (B,num_classes).
@@ -206,6 +208,8 @@ class Classifier(L.LightningModule):
         self.train_accuracy = MeanMetric(nan_strategy="disable")
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.val_accuracy = MeanMetric(nan_strategy="disable")
+        self.temperature = 1.0
+        self._validated: list[Batch] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (B,num_classes) of images (B,3,H,W)."""
@@ -266,6 +270,20 @@ class Classifier(L.LightningModule):
         blended, shares = mix(images, labels)
         return blended, shares
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation's logits."""
+        self._validated = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Fit the temperature of the network that was validated, on all processes' pictures."""
+        logits, labels, counted = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
+        gathered: Any = self.all_gather((logits, labels, counted))
+        # Of several processes each tensor has a dimension in front.
+        all_labels, all_counted = gathered[1].flatten(), gathered[2].flatten()
+        all_logits = gathered[0].reshape(-1, logits.shape[1])
+        self.temperature = fit_temperature(all_logits[all_counted], all_labels[all_counted])
+        self._validated = []
+
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Loss and accuracy of one batch; a picture taken twice to fill up counts once."""
         images, labels, counted = batch
@@ -274,6 +292,7 @@ class Classifier(L.LightningModule):
         weight = counted.float()
         losses = functional.cross_entropy(logits, labels, reduction="none")
         self._require_finite(losses, f"validation batch {batch_index + 1}")
+        self._validated.append((logits, labels, counted))
         self.val_loss.update(losses, weight)
         self.val_accuracy.update((logits.argmax(1) == labels).float(), weight)
         self.log("val_loss", self.val_loss, on_epoch=True)

@@ -29,7 +29,7 @@ class Prediction:
     Attributes:
         name: The picture's path below the folder or zip.
         label: The most probable class.
-        probability: Its softmax probability, 0 to 1.
+        probability: Its softmax probability at the checkpoint's temperature, 0 to 1.
         top: The most probable classes with their probabilities, falling.
         rejected: Whether the probability is below the least confidence that was asked for.
     """
@@ -156,7 +156,7 @@ def classify(
             batch = wanted[start : start + batch_size]
             loaded = list(pool.map(load, batch))
             images = [item for item in loaded if isinstance(item, torch.Tensor)]
-            rows = iter(_probabilities(checkpoint.model, images, device))
+            rows = iter(_probabilities(checkpoint, images, device))
             for index, item in zip(batch, loaded, strict=True):
                 if isinstance(item, BadFile):
                     yield index, item
@@ -173,12 +173,13 @@ def classify(
 
 
 def _probabilities(
-    model: torch.nn.Module, images: list[torch.Tensor], device: torch.device
+    checkpoint: Checkpoint, images: list[torch.Tensor], device: torch.device
 ) -> torch.Tensor:
     if not images:
         return torch.empty(0, 0)
     with torch.inference_mode():
-        logits = model(torch.stack(images).to(device)).float()
+        logits = checkpoint.model(torch.stack(images).to(device)).float()
+        logits /= checkpoint.temperature
     # A softmax would hide an infinite logit, so that it is judged before.
     finite = torch.isfinite(logits).all(dim=1, keepdim=True)
     return torch.where(finite, logits.softmax(dim=1), torch.nan).cpu()

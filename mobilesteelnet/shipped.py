@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from .data import DataError, PictureSet, stratified_split
+from .data import DataError, PictureSet, Split, stratified_split
 from .evaluate import Evaluation, evaluate
 from .predict import Progress
 from .quantisation import choose_bits, quantise
@@ -78,6 +78,18 @@ def unseen_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, 
     The test part, if the set divides as the checkpoint's training says that its own did; all
     pictures, if they must be others.
     """
+    split = _split_of_training(checkpoint, pictures)
+    return ("all", list(range(len(pictures)))) if split is None else ("test", split.test)
+
+
+def validation_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, list[int]]:
+    """The pictures to fit a temperature to: ``val`` of the training's own set, else all."""
+    split = _split_of_training(checkpoint, pictures)
+    return ("all", list(range(len(pictures)))) if split is None else ("val", split.val)
+
+
+def _split_of_training(checkpoint: Checkpoint, pictures: PictureSet) -> Split | None:
+    """How the training divided these pictures; None if it must have been others."""
     options, counts = (checkpoint.training.get(key) for key in ("options", "pictures"))
     if isinstance(options, dict) and isinstance(counts, dict):
         seed = options.get("split_seed")
@@ -89,9 +101,9 @@ def unseen_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, 
         same = split is not None and all(
             len(getattr(split, side)) == counts.get(side) for side in SIDES
         )
-        if split is not None and same and pictures.classes == checkpoint.classes:
-            return "test", split.test
-    return "all", list(range(len(pictures)))
+        if same and pictures.classes == checkpoint.classes:
+            return split
+    return None
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,7 @@ def _write_draft(draft: Path, checkpoint: Checkpoint, storage: str, max_bytes: i
             input_size=checkpoint.input_size,
             normalisation=checkpoint.normalisation,
             training=checkpoint.training,
+            temperature=checkpoint.temperature,
             store=partial(_store, storage=storage, max_bytes=room),
         )
         size = draft.stat().st_size
@@ -231,6 +244,7 @@ def _card(made: PackagedWeights, checkpoint: Checkpoint, storage: str, note: str
         "pictures": len(made.after.predictions),
         "float32": figures(made.before),
         "stored": figures(made.after),
+        "temperature": checkpoint.temperature,
         "training": checkpoint.training,
         "note": note,
     }
@@ -257,7 +271,8 @@ def _card_text(card: dict[str, Any]) -> str:
         f"**How good.** On {card['pictures']} pictures ({card['split']} of `{card['data']}`) that "
         f"the training never saw: average accuracy {100 * stored['average_accuracy']:.2f} % (in "
         f"float32 {100 * plain['average_accuracy']:.2f} %), expected calibration error "
-        f"{100 * stored['calibration_error']:.2f} %.",
+        f"{100 * stored['calibration_error']:.2f} % (logits divided by "
+        f"{card.get('temperature', 1.0):g} before the softmax).",
         f"| class | accuracy, % |\n|---|---:|\n{rows}",
         f"**How made.** `mobilesteelnet train`, then `mobilesteelnet package-weights`. {shown}.",
         f"**Data.** {card['note']}" if card["note"] else "",

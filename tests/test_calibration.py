@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,14 @@ from training_cases import (
 )
 
 from mobilesteelnet.__main__ import main
-from mobilesteelnet.calibration import Coverage, calibrate, least_threshold
-from mobilesteelnet.checkpoint import Checkpoint
+from mobilesteelnet.calibration import Coverage, calibrate, fit_temperature, least_threshold
+from mobilesteelnet.checkpoint import Checkpoint, load_checkpoint
 from mobilesteelnet.data import PictureSet, scan
-from mobilesteelnet.evaluate import evaluate
+from mobilesteelnet.evaluate import evaluate, fitted
 from mobilesteelnet.predict import predict
 from mobilesteelnet.robustness import LEVELS, change_picture, measure_robustness
 from mobilesteelnet.run_folder import rows_to_csv
+from mobilesteelnet.shipped import load_shipped
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,73 @@ def test_calibration_by_hand() -> None:
     assert by_threshold[0.95] == Coverage(0.95, 0.0, None)
     shares = [item.coverage for item in found.coverage]
     assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_the_temperature_that_made_the_truth_is_found(temperature: float) -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(20000, 5)
+    truth = (logits / temperature).softmax(1).multinomial(1).squeeze(1)
+    found = fit_temperature(logits, truth)
+    assert found == pytest.approx(temperature, rel=0.03)
+    assert fit_temperature(logits + torch.randn(20000, 1), truth) == pytest.approx(found, rel=1e-3)
+    before, after = (calibrate((logits / t).softmax(1), truth) for t in (1.0, found))
+    assert after.expected_error < (0.02 if temperature == 1 else before.expected_error / 3)
+
+
+def test_a_few_right_pictures_do_not_make_certain() -> None:
+    for count in (3, 30, 300):
+        logits = torch.randn(count, 4, generator=torch.Generator().manual_seed(count))
+        truth = logits.argmax(1)
+        found = fit_temperature(logits, truth)
+        assert 0.05 < found < 1
+        chance = (logits / found).softmax(1).amax(1).mean()
+        assert chance < (count + 1) / (count + 2) + 1e-6
+    assert fit_temperature(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long)) == 1.0
+    wrong = torch.eye(4)[[1, 2, 3, 0]] * 50
+    assert fit_temperature(wrong, torch.arange(4)) == 20.0
+
+
+def test_probabilities_are_those_at_the_temperature(pictures: PictureSet) -> None:
+    cold = Checkpoint(small_network(), CLASSES, SIZE, NORMALISATION)
+    warm = replace(cold, temperature=2.5)
+    indexes = range(len(pictures))
+    one, other = (evaluate(item, pictures, indexes) for item in (cold, warm))
+    for left, right in zip(one.predictions, other.predictions, strict=True):
+        expected = (torch.tensor(left.probabilities).double().log() / 2.5).softmax(0)
+        torch.testing.assert_close(
+            torch.tensor(right.probabilities).double(), expected, rtol=1e-5, atol=1e-6
+        )
+        assert left.predicted == right.predicted
+    assert warm.frozen().temperature == 2.5
+
+
+def test_calibration_from_the_command_line(
+    folder: Path, pictures: PictureSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "small.safetensors", tmp_path / "own.safetensors"
+    save_small(source)
+    arguments = ["calibrate", str(source), "--data", str(folder), "--device", "cpu"]
+    assert main(arguments) == 2
+    assert "--out is needed" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    before, after = load_checkpoint(source), load_checkpoint(out)
+    assert before.temperature == 1.0
+    indexes = range(len(pictures))
+    assert after.temperature == fitted(before, pictures, indexes)[0]
+    assert f"temperature {after.temperature:g} from 12 pictures (all): loss" in told
+    losses = [evaluate(item, pictures, indexes).loss for item in (before, after)]
+    assert losses[1] < losses[0]
+    assert f"{losses[0]:.4f} -> {losses[1]:.4f}" in told
+    for key, value in before.model.state_dict().items():
+        assert torch.equal(after.model.state_dict()[key], value)
+    packaged = tmp_path / "weights"
+    command = ["package-weights", str(out), "--data", str(folder), "--out", str(packaged)]
+    assert main([*command, "--tolerance", "100", "--device", "cpu"]) == 0
+    assert load_shipped(folder=packaged).temperature == after.temperature
+    card = json.loads((packaged / "card.json").read_text())
+    assert (card["split"], card["temperature"]) == ("all", after.temperature)
 
 
 def test_the_least_threshold_that_is_accurate_enough() -> None:

@@ -29,6 +29,10 @@ from training_cases import (
     run_program,
 )
 
+from mobilesteelnet.checkpoint import load_checkpoint
+from mobilesteelnet.data import scan
+from mobilesteelnet.evaluate import fitted, pick_split
+from mobilesteelnet.run_folder import RunFolder
 from mobilesteelnet.train import resume, train
 
 KILL_IN_EPOCH_3 = """
@@ -121,6 +125,11 @@ def test_two_processes_train_one_network(pictures: Path, tmp_path: Path) -> None
     # 4 pictures a class in training, so 2 a class and process: 6 in 2 steps of at most 5.
     assert states(tmp_path / "run")["global_step"] == 4
     assert done.stdout.count("finished after") == 1
+    # Each process validates half of the pictures: the temperature is that of all of them.
+    checkpoint = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    found = scan(pictures)
+    indexes = pick_split(found, "val", RunFolder(tmp_path / "run"))
+    assert checkpoint.temperature == pytest.approx(fitted(checkpoint, found, indexes)[0], rel=2e-3)
     resumed = run_program(
         *("train", "--resume", tmp_path / "run", "--epochs", 3, "--accelerator", "cpu"),
         *("--devices", 2, "--strategy", "ddp"),

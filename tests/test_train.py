@@ -191,15 +191,22 @@ def test_a_run_leaves_its_files(run: Path, pictures: Path) -> None:
 
 
 def test_validation_figures_are_those_of_the_saved_network(run: Path, pictures: Path) -> None:
-    from mobilesteelnet.evaluate import evaluate, pick_split
+    from mobilesteelnet.evaluate import evaluate, fitted, pick_split
 
     found = scan(pictures)
     checkpoint = load_checkpoint(run / "best.safetensors")
-    result = evaluate(checkpoint, found, pick_split(found, "val", RunFolder(run)))
+    indexes = pick_split(found, "val", RunFolder(run))
+    result = evaluate(replace(checkpoint, temperature=1.0), found, indexes)
     assert checkpoint.training["val_accuracy"] == pytest.approx(result.overall_accuracy)
     chances = [item.probabilities[CLASSES.index(item.true)] for item in result.predictions]
     loss = -sum(map(math.log, chances)) / len(chances)
     assert checkpoint.training["val_loss"] == pytest.approx(loss, rel=1e-4)
+    assert result.loss == pytest.approx(loss)
+    temperature, before, after = fitted(checkpoint, found, indexes)
+    assert checkpoint.temperature == pytest.approx(temperature, rel=2e-3)
+    assert before.loss == result.loss
+    assert before.average_accuracy == after.average_accuracy
+    assert evaluate(checkpoint, found, indexes).loss == pytest.approx(after.loss, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_run_with_any_workers(
