@@ -322,5 +322,8 @@ def test_the_shipped_weights_are_as_good_as_their_card() -> None:
     assert len(result.predictions) == card["pictures"]
     wanted = card["stored"]["average_accuracy"]
     assert result.average_accuracy == pytest.approx(wanted, abs=0.002)
+    assert result.calibration is not None
+    error = card["stored"]["calibration_error"]
+    assert result.calibration.expected_error == pytest.approx(error, abs=0.005)
     assert card["bytes"] <= 8_200_000
     assert card["float32"]["average_accuracy"] - wanted <= 0.003

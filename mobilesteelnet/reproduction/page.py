@@ -214,6 +214,7 @@ def _ours(found: Results, links: dict[str, str]) -> str:
     if errors:
         mean = 100 * sum(errors) / len(errors)
         parts.append(f"Expected calibration error {mean:.2f} % (mean over the seeds).")
+        parts += found.notes.get("ours", {}).values()
         parts.append(_coverage_table(row))
         parts.append(image(links, "calibration", "Calibration of our recipe"))
     parts.append(_hard_cases(row))
