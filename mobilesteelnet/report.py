@@ -321,6 +321,7 @@ def _origin_section(evaluation: Evaluation, command: str) -> str:
         ("network", _pairs(about.get("network", {}))),
         ("trained with", _pairs(training.get("options", {}))),
         ("pictures", _pairs(training.get("pictures", {}))),
+        ("logits divided by", about.get("temperature", "")),
         ("torch, device", f"{about.get('torch')}, {about.get('device')}"),
         ("time", f"{evaluation.seconds:.1f} s, {each:.1f} ms a picture with reading"),
     ]

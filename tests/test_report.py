@@ -65,8 +65,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportFiles, Evaluat
     folder = make_pictures(tmp_path_factory.mktemp("set") / "pictures", per_class=4)
     (folder / "lines").rename(folder / HOSTILE.replace("/", "|"))
     pictures = scan(folder)
+    training = {"epoch": 2, "options": {"a": 1}}
     checkpoint = Checkpoint(
-        small_network(), pictures.classes, SIZE, NORMALISATION, {"epoch": 2, "options": {"a": 1}}
+        small_network(), pictures.classes, SIZE, NORMALISATION, training, temperature=1.25
     )
     evaluation = evaluate(checkpoint, pictures, range(len(pictures)), split="test")
     run = RunFolder(tmp_path_factory.mktemp("run"))
@@ -80,6 +81,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportFiles, Evaluat
 def test_the_page_needs_nothing_else(made: tuple[ReportFiles, Evaluation]) -> None:
     text = made[0].page.read_text(encoding="utf-8")
     page = Page(text)
+    assert "<th scope=row>logits divided by</th><td>1.25</td>" in text
     assert "$" not in re.sub(r"\$x\^2\$", "", re.sub(r"base64,[^\"]+", "", text))
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe", "object"}
