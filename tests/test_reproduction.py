@@ -230,6 +230,8 @@ def test_tables_and_page_from_the_command_line(
         assert main([*table7, "--part", part]) == 0
     assert len(list(Path("results/published").glob("*.json"))) == 8
     assert main(["reproduce", "ours", *data, "--seeds", "1", *set_options()]) == 0
+    ablated = ["reproduce", "table7", *data, "--recipe", "ours", "--only", "msff", "--seeds", "1"]
+    assert main([*ablated, *set_options()]) == 0
     quick = set_options(epochs=1, attention="none", fusion="none")
     judged = ["reproduce", "recipe", *data, "--only"]
     assert main([*judged, "published,mixup", *quick]) == 0
@@ -259,13 +261,16 @@ def test_tables_and_page_from_the_command_line(
     assert "points below the paper's figure: no reason is known yet." in page
     assert "**not** made by the recipe as it stands: " in page
     assert "epochs 2" in page
-    assert "Trained with `--precision bf16-mixed`: + MSFF (seeds 43); all others in" in page
+    assert "Trained with `--precision bf16-mixed`: + MSFF (seed 43); all others in" in page
+    both = [results.rows[recipe, "msff"].accuracy.percent() for recipe in (OURS, PUBLISHED)]
+    assert f"| + MSFF | 1 | {both[0]} | {both[1]} |" in page
     by = results.sets[pictures.stem]
     assert set(by) == {PUBLISHED, OURS}
     figures = " | ".join(by[recipe].accuracy.percent() for recipe in (PUBLISHED, OURS))
     assert f"| {pictures.stem} | {len(CLASSES)} | {figures} | 1 |" in page
     assert f"* {pictures.stem}: squares." in page
-    headings = ("Table 3", "Table 7", "Table 8", "How the recipe was chosen", "Other", "Changed")
+    headings = ("Table 3", "Table 7", "Table 8", "How the recipe was chosen", "The modules")
+    headings += ("Other", "Changed")
     for heading in headings:
         assert f"## {heading}" in page
     for line in page.splitlines():

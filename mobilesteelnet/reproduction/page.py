@@ -77,6 +77,7 @@ def make_page(found: Results, links: dict[str, str]) -> str:
         "package brings once more, to measure what storing them in eight bits costs).",
         f"Paper: {paper['citation']}.",
         _ours(found, links),
+        _ours_ablation(found),
     ]
     for name in ("table7", "table9", "table5", "table4"):
         parts.append(_accuracy_table(name, found, paper["accuracy"].get(name, {})))
@@ -149,7 +150,8 @@ def _precisions(rows: list[Row]) -> str:
         for result in row.results:
             seeds.setdefault(result["machine"]["precision"], []).append(str(result["seed"]))
         for precision in seeds.keys() - {"32-true"}:
-            runs = f"{NETWORKS[row.network].name} (seeds {', '.join(seeds[precision])})"
+            several = "s" if len(seeds[precision]) > 1 else ""
+            runs = f"{NETWORKS[row.network].name} (seed{several} {', '.join(seeds[precision])})"
             told.setdefault(precision, []).append(runs)
     return "".join(
         f" Trained with `--precision {precision}`: {', '.join(runs)}; all others in float32."
@@ -219,6 +221,38 @@ def _ours(found: Results, links: dict[str, str]) -> str:
         parts.append(image(links, "calibration", "Calibration of our recipe"))
     parts.append(_hard_cases(row))
     return "\n\n".join(part for part in parts if part)
+
+
+def _ours_ablation(found: Results) -> str:
+    """The networks of the ablations by our recipe, whose trainings do not stop early."""
+    tables = [TABLES[name].rows for name in ("table7", "table9", "table5")]
+    networks = dict.fromkeys(network for rows in tables for network in rows)
+    rows = [found.rows[OURS, network] for network in networks if (OURS, network) in found.rows]
+    if len(rows) < 2:
+        return ""
+    classes = rows[0].classes
+    head = ["network", "runs", "our recipe", "published recipe", *classes]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for row in rows:
+        other = found.rows.get((PUBLISHED, row.network))
+        cells = [NETWORKS[row.network].name, str(len(row.results)), row.accuracy.percent()]
+        cells.append("–" if other is None else other.accuracy.percent())
+        lines.append(cells + [_class_cell(row, name, {}) for name in classes])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    notes = found.notes.get("ours ablation", {}).values()
+    told = "\n".join(f"* {note}" for note in notes)
+    return "\n\n".join(
+        part
+        for part in (
+            "## The modules by our recipe",
+            "What MSFF and CIEMA add where a training ends with its schedule, not at a chance rise "
+            "of the validation loss. Command: "
+            "`mobilesteelnet reproduce table7 --recipe ours --data NEU-DET.zip`.",
+            text,
+            told,
+        )
+        if part
+    )
 
 
 def _seeds(row: Row) -> str:
