@@ -18,6 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .published import (
+    MAX_CLASSES,
+    CheckpointError,
+    first_line,
+    published_metadata,
+    read_published,
+)
 from .quantisation import restore
 from .run_folder import write_atomically
 
@@ -26,16 +33,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 METADATA_KEY = "mobilesteelnet"
-# The published transforms normalise with these; data.py holds the same numbers for training.
-PUBLISHED_NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-PUBLISHED_INPUT_SIZE = 224
 Store = Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, Any]]]
-MAX_CLASSES = 100_000
 MAX_INPUT_SIZE = 8192
-
-
-class CheckpointError(ValueError):
-    """A file is not a checkpoint that this package can use; the message says why."""
 
 
 @dataclass
@@ -164,8 +163,8 @@ def load_checkpoint(
         tensors = _restore(tensors, metadata, str(file))
         named = True
     else:
-        tensors = _read_published(file)
-        metadata = _published_metadata(tensors, str(file))
+        tensors = read_published(file)
+        metadata = published_metadata(tensors, str(file))
         named = False
     _check_finite(tensors, str(file))
     if classes is not None:
@@ -221,7 +220,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {str(file)!r} is corrupt or cut off: {_first_line(error)}"
+            f"checkpoint {str(file)!r} is corrupt or cut off: {first_line(error)}"
         ) from None
     if METADATA_KEY not in texts:
         raise CheckpointError(
@@ -287,9 +286,9 @@ def _check_metadata(metadata: Any, name: str) -> None:
             or (key == "std" and min(numbers) <= 0)
         ):
             refuse(f"normalisation[{key!r}]", numbers, "three finite numbers (std above 0)")
-    warmth = metadata.get("temperature", 1.0)  # files of before there was one have none
-    if type(warmth) not in (int, float) or not 1e-6 < warmth < 1e6:
-        refuse("temperature", warmth, "a finite number above 0")
+    temperature = metadata.get("temperature", 1.0)  # files of before there was one have none
+    if type(temperature) not in (int, float) or not 1e-6 < temperature < 1e6:
+        refuse("temperature", temperature, "a finite number above 0")
     for key in ("model", "training"):
         if not isinstance(metadata.get(key), dict):
             refuse(key, metadata.get(key), "a JSON object")
@@ -297,69 +296,6 @@ def _check_metadata(metadata: Any, name: str) -> None:
         refuse(
             "classes", classes, f"of length num_classes={metadata['model']['num_classes']!r:.40}"
         )
-
-
-def _read_published(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch.load raises a dozen different types on damaged bytes; all mean the same to a user.
-        raise CheckpointError(
-            f"checkpoint {str(file)!r} is neither a safetensors file nor one of plain weights that "
-            f"torch can read without running code: {_first_line(error)}"
-        ) from None
-    if isinstance(content, dict) and "pytorch-lightning_version" in content:
-        raise CheckpointError(
-            f"checkpoint {str(file)!r} is the state of a training: use best.safetensors "
-            "beside it, or continue with: mobilesteelnet train --resume "
-            f"{str(file.parent)!r}"
-        )
-    for key in ("state_dict", "model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(
-            f"checkpoint {str(file)!r} holds a {type(content).__name__}, no weights"
-        )
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"checkpoint {str(file)!r}: {key!r:.80} is a {type(value).__name__}, no weight"
-            )
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content)
-
-
-def _published_metadata(tensors: dict[str, torch.Tensor], name: str) -> dict[str, Any]:
-    """What the weights of the published network tell about it, in the form of our metadata."""
-    if any("cross_spatial_conv" in key for key in tensors):
-        raise CheckpointError(
-            f"checkpoint {name!r} is of the older published variant of CIEMA (keys with "
-            "'cross_spatial_conv', no 'alpha'), a different network from that of the paper; the "
-            "variant that can be read has the keys 'channel_feat', 'alpha' and 'ms_reduce'"
-        )
-    for key, dimensions in (("fc.weight", 2), ("initial_conv.0.weight", 4)):
-        if key not in tensors or tensors[key].dim() != dimensions:
-            raise CheckpointError(
-                f"checkpoint {name!r} is of another network: {key!r} does not fit"
-            )
-    num_classes = int(tensors["fc.weight"].shape[0])
-    if not 1 <= num_classes <= MAX_CLASSES:
-        raise CheckpointError(f"checkpoint {name!r}: fc.weight has {num_classes} rows")
-    return {
-        "model": {
-            "num_classes": num_classes,
-            "in_channels": int(tensors["initial_conv.0.weight"].shape[1]),
-            "attention": "ciema" if any(key.startswith("ciema.") for key in tensors) else "none",
-            "fusion": "msff" if any(key.startswith("msff.") for key in tensors) else "none",
-        },
-        "classes": [f"class_{index}" for index in range(num_classes)],
-        "input_size": PUBLISHED_INPUT_SIZE,
-        "normalisation": {key: list(value) for key, value in PUBLISHED_NORMALISATION.items()},
-        "training": {"source": "published form", "file": Path(name).name},
-    }
 
 
 def _build(
@@ -376,7 +312,7 @@ def _build(
         raise CheckpointError(f"checkpoint {name!r}: {error}") from None
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {name!r}: network {config!r:.200} cannot be built: {_first_line(error)}"
+            f"checkpoint {name!r}: network {config!r:.200} cannot be built: {first_line(error)}"
         ) from None
     wanted = {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
@@ -401,8 +337,3 @@ def _check_finite(tensors: dict[str, torch.Tensor], name: str) -> None:
     for key, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"checkpoint {name!r}: {key!r} holds values that are not finite")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else 'no details'}"

@@ -147,7 +147,7 @@ def calibrate_command(
     Example: [bold]mobilesteelnet calibrate shipped --data my-line/ --out my-line.safetensors[/bold]
     """
     from .checkpoint import save_checkpoint
-    from .evaluate import fitted, pick_split
+    from .evaluate import find_temperature, pick_split
     from .shipped import validation_pictures
 
     console = Console(stderr=True)
@@ -161,8 +161,8 @@ def calibrate_command(
     else:
         split = split or "val"
         indexes = pick_split(pictures, split, run)
-    with bar("classifying twice", console) as progress:
-        temperature, before, after = fitted(
+    with bar("classifying", console) as progress:
+        temperature, before, after = find_temperature(
             checkpoint, pictures, indexes, split=split, batch_size=batch_size, progress=progress
         )
     save_checkpoint(

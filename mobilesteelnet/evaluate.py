@@ -177,7 +177,7 @@ def evaluate(
     )
 
 
-def fitted(
+def find_temperature(
     checkpoint: Checkpoint,
     pictures: PictureSet,
     indexes: Sequence[int],
@@ -194,7 +194,7 @@ def fitted(
         indexes: Which pictures to take.
         split: The name of that part, for the record.
         batch_size: Pictures a forward.
-        progress: Called with (done, total) of each of both evaluations.
+        progress: Called with (done, total).
 
     Returns:
         The temperature, and the evaluations at temperature 1 and at it.
@@ -202,15 +202,27 @@ def fitted(
     Raises:
         DataError, CheckpointError: As :func:`evaluate`.
     """
-    take: dict[str, Any] = {"split": split, "batch_size": batch_size, "progress": progress}
-    plain = evaluate(replace(checkpoint, temperature=1.0), pictures, indexes, **take)
+    plain = evaluate(
+        replace(checkpoint, temperature=1.0),
+        pictures,
+        indexes,
+        split=split,
+        batch_size=batch_size,
+        progress=progress,
+    )
     chances = torch.tensor([item.probabilities for item in plain.predictions])
     truth = torch.tensor([plain.classes.index(item.true) for item in plain.predictions])
     # Up to a number of each row, which a softmax takes out, these are the logits.
     logits = chances.clamp_min(torch.finfo(chances.dtype).tiny).log()
     temperature = fit_temperature(logits, truth)
-    checkpoint = replace(checkpoint, temperature=temperature)
-    return temperature, plain, evaluate(checkpoint, pictures, indexes, **take)
+    rows = (logits / temperature).softmax(1)
+    predictions = [
+        replace(item, probabilities=row)
+        for item, row in zip(plain.predictions, rows.tolist(), strict=True)
+    ]
+    about = {**plain.about, "temperature": temperature}
+    after = replace(plain, predictions=predictions, calibration=calibrate(rows, truth), about=about)
+    return temperature, plain, after
 
 
 def pick_split(pictures: PictureSet, split: str, run: RunFolder | None) -> list[int]:

@@ -271,12 +271,8 @@ def _training_transform(config: TrainConfig, size: int) -> Transform:
     if config.augmentation == "none":
         return eval_transform(size)
     if config.augmentation == "texture":
-        return texture_transform(
-            size,
-            crop_scale=config.crop_scale,
-            light=config.light,
-            quarter_turns=config.quarter_turns,
-        )
+        options = {name: getattr(config, name) for name in ("crop_scale", "light", "quarter_turns")}
+        return texture_transform(size, **options)
     return train_transform(size)
 
 

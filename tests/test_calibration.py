@@ -26,7 +26,7 @@ from mobilesteelnet.__main__ import main
 from mobilesteelnet.calibration import Coverage, calibrate, fit_temperature, least_threshold
 from mobilesteelnet.checkpoint import Checkpoint, load_checkpoint
 from mobilesteelnet.data import PictureSet, scan
-from mobilesteelnet.evaluate import evaluate, fitted
+from mobilesteelnet.evaluate import evaluate, find_temperature
 from mobilesteelnet.predict import predict
 from mobilesteelnet.robustness import LEVELS, change_picture, measure_robustness
 from mobilesteelnet.run_folder import rows_to_csv
@@ -112,7 +112,7 @@ def test_calibration_from_the_command_line(
     before, after = load_checkpoint(source), load_checkpoint(out)
     assert before.temperature == 1.0
     indexes = range(len(pictures))
-    assert after.temperature == fitted(before, pictures, indexes)[0]
+    assert after.temperature == find_temperature(before, pictures, indexes)[0]
     assert f"temperature {after.temperature:g} from 12 pictures (all): loss" in told
     losses = [evaluate(item, pictures, indexes).loss for item in (before, after)]
     assert losses[1] < losses[0]

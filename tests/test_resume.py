@@ -31,7 +31,7 @@ from training_cases import (
 
 from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.data import scan
-from mobilesteelnet.evaluate import fitted, pick_split
+from mobilesteelnet.evaluate import find_temperature, pick_split
 from mobilesteelnet.run_folder import RunFolder
 from mobilesteelnet.train import resume, train
 
@@ -129,7 +129,9 @@ def test_two_processes_train_one_network(pictures: Path, tmp_path: Path) -> None
     checkpoint = load_checkpoint(tmp_path / "run" / "best.safetensors")
     found = scan(pictures)
     indexes = pick_split(found, "val", RunFolder(tmp_path / "run"))
-    assert checkpoint.temperature == pytest.approx(fitted(checkpoint, found, indexes)[0], rel=2e-3)
+    assert checkpoint.temperature == pytest.approx(
+        find_temperature(checkpoint, found, indexes)[0], rel=2e-3
+    )
     resumed = run_program(
         *("train", "--resume", tmp_path / "run", "--epochs", 3, "--accelerator", "cpu"),
         *("--devices", 2, "--strategy", "ddp"),

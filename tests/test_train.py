@@ -191,7 +191,7 @@ def test_a_run_leaves_its_files(run: Path, pictures: Path) -> None:
 
 
 def test_validation_figures_are_those_of_the_saved_network(run: Path, pictures: Path) -> None:
-    from mobilesteelnet.evaluate import evaluate, fitted, pick_split
+    from mobilesteelnet.evaluate import evaluate, find_temperature, pick_split
 
     found = scan(pictures)
     checkpoint = load_checkpoint(run / "best.safetensors")
@@ -202,7 +202,7 @@ def test_validation_figures_are_those_of_the_saved_network(run: Path, pictures: 
     loss = -sum(map(math.log, chances)) / len(chances)
     assert checkpoint.training["val_loss"] == pytest.approx(loss, rel=1e-4)
     assert result.loss == pytest.approx(loss)
-    temperature, before, after = fitted(checkpoint, found, indexes)
+    temperature, before, after = find_temperature(checkpoint, found, indexes)
     assert checkpoint.temperature == pytest.approx(temperature, rel=2e-3)
     assert before.loss == result.loss
     assert before.average_accuracy == after.average_accuracy
