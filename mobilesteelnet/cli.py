@@ -20,8 +20,10 @@ from .cli_common import (
     Device,
     FrozenOption,
     OnBadFile,
+    choose_part,
     command_line,
     open_checkpoint,
+    read_pictures,
     tell_bad_files,
     write,
 )
@@ -114,26 +116,14 @@ def evaluate_command(
 
     Example: [bold]mobilesteelnet eval best.safetensors --data plates.zip --out report[/bold]
     """
-    from .data import scan
-    from .evaluate import evaluate, pick_split
+    from .evaluate import WHOSE, evaluate
     from .run_folder import write_json
-    from .shipped import unseen_pictures
     from .tables import evaluation_table
 
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, backend, classes, frozen)
-    if data is None:
-        if run is None:
-            raise ValueError(f"--data is needed: {str(source)!r} is no run folder")
-        data = Path(run.read_json(run.config).get("data", ""))
-    rule: Any = on_bad_file
-    with bar("reading pictures", console) as progress:
-        pictures = scan(data, on_bad_file=rule, progress=progress)
-    if split is None and run is None:
-        split, indexes = unseen_pictures(checkpoint, pictures)
-    else:
-        split = split or "test"
-        indexes = pick_split(pictures, split, run)
+    pictures = read_pictures(source, data, run, on_bad_file, console)
+    split, indexes = choose_part(split, checkpoint, pictures, run)
     with bar("classifying", console) as progress:
         result = evaluate(
             checkpoint, pictures, indexes, split=split, batch_size=batch_size, progress=progress
@@ -142,7 +132,7 @@ def evaluate_command(
     typer.echo(
         f"average accuracy {100 * result.average_accuracy:.2f} %, overall accuracy "
         f"{100 * result.overall_accuracy:.2f} %, {len(result.wrong)} of "
-        f"{len(result.predictions)} wrong"
+        f"{len(result.predictions)} wrong ({WHOSE[split]})"
     )
     target = out or (run.path / f"eval-{split}" if run is not None else Path("evaluation"))
     if report:
@@ -378,6 +368,7 @@ def demo_command(
     Example: [bold]mobilesteelnet demo --data NEU-DET.zip --budget small[/bold]
     """
     from .demo import default_budget, run_demo
+    from .evaluate import WHOSE
 
     result = run_demo(
         out,
@@ -390,7 +381,7 @@ def demo_command(
     )
     typer.echo(
         f"average accuracy {100 * result.evaluation.average_accuracy:.2f} % on "
-        f"{len(result.evaluation.predictions)} pictures that the training never saw "
+        f"{len(result.evaluation.predictions)} pictures, {WHOSE[result.evaluation.split]} "
         f"(chance: {100 / len(result.evaluation.classes):.1f} %)"
     )
     typer.echo(f"report:      {result.report}")

@@ -11,8 +11,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .progress import bar
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+    from .data import PictureSet
     from .run_folder import RunFolder
     from .train_config import Machine
 
@@ -73,6 +76,33 @@ def open_checkpoint(
     names = [name.strip() for name in classes.split(",")] if classes is not None else None
     checkpoint = load_checkpoint(file, place, classes=names, backend=backend)
     return checkpoint.frozen() if frozen and place.type == "cpu" else checkpoint, run
+
+
+def read_pictures(
+    source: Path, data: Path | None, run: RunFolder | None, on_bad_file: str, console: Console
+) -> PictureSet:
+    """The labelled pictures of ``--data``, or those of the run that ``source`` is."""
+    from .data import scan
+
+    if data is None:
+        if run is None:
+            raise ValueError(f"--data is needed: {str(source)!r} is no run folder")
+        data = Path(run.read_json(run.config).get("data", ""))
+    rule: Any = on_bad_file
+    with bar("reading pictures", console) as progress:
+        return scan(data, on_bad_file=rule, progress=progress)
+
+
+def choose_part(
+    split: str | None, checkpoint: Checkpoint, pictures: PictureSet, run: RunFolder | None
+) -> tuple[str, list[int]]:
+    """The part that was asked for; else what the training never saw: its name, and its pictures."""
+    from .evaluate import pick_split
+    from .shipped import unseen_pictures
+
+    if split is None and run is None:
+        return unseen_pictures(checkpoint, pictures)
+    return split or "test", pick_split(pictures, split or "test", run)
 
 
 def write(target: str, text: str) -> None:

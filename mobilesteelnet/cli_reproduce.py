@@ -33,9 +33,22 @@ WHAT = (
     *("table3", "table4", "table5", "table6", "table7", "table8", "table9"),
     *("ours", "recipe", "sets", "page"),
 )
+_PLACES = {"data", "runs", "results", "page", "figures"}
+_COMPUTING = {"settings", "only", "show", "accelerator", "backend", "overwrite"}
+_TRAINING = {*_COMPUTING, "epochs", "part", "precision", "workers"}
+# The options that do something, but for the places; any other one is refused rather than ignored.
+_MEANT: dict[str, set[str]] = {
+    "page": set(),
+    "table3": {"show"},
+    **dict.fromkeys(("table6", "table8"), _COMPUTING),
+    "recipe": {*_TRAINING, "fits"},
+    "sets": {*_TRAINING, "seeds"},
+}
+_OF_A_TABLE = {*_TRAINING, "seeds", "recipe"}
 
 
 def reproduce_command(
+    context: typer.Context,
     what: Annotated[
         str,
         typer.Argument(
@@ -85,6 +98,7 @@ def reproduce_command(
 
     if what not in WHAT:
         raise ValueError(f"{what!r}: must be one of {', '.join(WHAT)}")
+    _refuse_unused(context, what)
     if what == "page":
         from .reproduction.page import write_page
 
@@ -95,16 +109,16 @@ def reproduce_command(
     if epochs is not None:
         changes["epochs"] = epochs
     machine = make_machine(accelerator, precision, workers, backend)
-    if what in ("table6", "table8"):
-        return _measure(what, only, results, machine, changes, overwrite)
-    if data is None and what != "sets":
-        raise ValueError(f"reproduce {what}: --data is needed")
-    if data is not None and what == "table3":
-        return _contrast(data, results)
     from .reproduction.runner import Places
 
     places = Places("" if data is None else str(data.absolute()), runs, results)
     request = _Request(places, changes, machine, only, part, show, overwrite)
+    if what in ("table6", "table8"):
+        return _measure(what, request)
+    if data is None and what != "sets":
+        raise ValueError(f"reproduce {what}: --data is needed")
+    if data is not None and what == "table3":
+        return _contrast(data, results, show)
     if what == "sets":
         return _sets(data, seeds, request)
     if what == "recipe":
@@ -112,9 +126,18 @@ def reproduce_command(
     return _accuracies(what, seeds, recipe, request)
 
 
+def _refuse_unused(context: typer.Context, what: str) -> None:
+    """Raise for an option that would change nothing of what is asked for."""
+    meant = _MEANT.get(what, _OF_A_TABLE) | _PLACES | {"what"}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name not in meant and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"reproduce {what}: {parameter.opts[0]} has no meaning")
+
+
 @dataclass(frozen=True)
 class _Request:
-    """What tables of accuracies, other sets and the choice of a recipe have in common."""
+    """What was asked for, but for what only some of it takes."""
 
     places: Places
     changes: dict[str, Any]
@@ -127,8 +150,9 @@ class _Request:
 
 def _accuracies(what: str, seeds: int, recipe: str | None, request: _Request) -> int:
     from .recipes import OURS, PUBLISHED
-    from .reproduction.grid import plan_runs
+    from .reproduction.grid import ROW_OPTIONS, plan_runs
 
+    _refuse(what, request.changes, {"seed", *ROW_OPTIONS}, "each row and run has its own")
     planned = plan_runs(what, seeds, recipe or (OURS if what == "ours" else PUBLISHED))
     names = _chosen(request.only, sorted({run.network for run in planned}))
     return _train([run for run in planned if run.network in names], request)
@@ -136,11 +160,15 @@ def _accuracies(what: str, seeds: int, recipe: str | None, request: _Request) ->
 
 def _sets(data: Path | None, seeds: int, request: _Request) -> int:
     """Both recipes on one's own pictures, or on those that can be made here."""
-    from .reproduction.sets import SETS, find_set, plan_set, set_places
+    from .reproduction.sets import SETS, find_set, plan_set, set_folder, set_name, set_places
 
+    _refuse("sets", request.changes, {"seed"}, "each run has its own")
     planned = plan_set(seeds)
-    found = {} if data is None else {data.stem: data.absolute()}
+    found = {} if data is None else {set_name(data): data.absolute()}
     for name in _chosen(request.only, list(found or SETS)):
+        if data is None and request.show and not set_folder(name, request.places.runs).is_dir():
+            typer.echo(f"{name}: pictures to make, {len(planned)} runs to do")
+            continue
         if data is None:
             with bar(f"making the pictures of {name}", Console(stderr=True)) as progress:
                 found[name] = find_set(name, request.places.runs, progress)
@@ -181,7 +209,12 @@ def _list(planned: list[PlannedRun], request: _Request) -> int:
     device = choose_device(request.machine.device)
     with console.status("timing two steps of each network"):
         listed = list_runs(
-            planned, request.places, request.changes, pictures=len(pictures), device=device
+            planned,
+            request.places,
+            request.changes,
+            pictures=pictures,
+            device=device,
+            precision=request.machine.precision,
         )
     for item in listed:
         left = f", {in_words(item.seconds)} at most" if item.seconds else ""
@@ -219,48 +252,50 @@ def _candidates(request: _Request, fits: int | None) -> int:
     return OK
 
 
-def _measure(
-    what: str,
-    only: str | None,
-    results: Path,
-    machine: Machine,
-    changes: dict[str, Any],
-    overwrite: bool,
-) -> int:
+def _refuse(what: str, changes: dict[str, Any], names: set[str], why: str) -> None:
+    """Raise for an option by ``--set`` that ``names`` has."""
+    for name in sorted(names & changes.keys()):
+        raise ValueError(f"reproduce {what}: --set {name} has no meaning, {why}")
+
+
+def _measure(what: str, request: _Request) -> int:
     from .predict import choose_device
-    from .reproduction.cost import measure_cost
+    from .reproduction.cost import measure_cost, stored_cost
     from .reproduction.grid import COST_TABLES
     from .run_folder import write_json
 
-    foreign = sorted(set(changes) - {"size", "batch_size"})
-    if foreign:
-        raise ValueError(f"reproduce {what}: --set {foreign[0]} has no meaning, nothing is trained")
-    options: dict[str, Any] = {"size": changes.get("size", 224)}
-    options["batch"] = changes.get("batch_size", 4)
+    changes, backend = request.changes, request.machine.backend
+    _refuse(what, changes, set(changes) - {"size", "batch_size"}, "nothing is trained")
+    size, batch = changes.get("size", 224), changes.get("batch_size", 4)
     console = Console(stderr=True)
-    for name in _chosen(only, list(COST_TABLES[what].rows)):
-        target = results / "cost" / f"{name}.json"
-        if target.is_file() and not overwrite:
-            typer.echo(f"there already: {target}")
+    for name in _chosen(request.only, list(COST_TABLES[what].rows)):
+        target = request.places.results / "cost" / f"{name}.json"
+        if not request.overwrite and (found := stored_cost(target, size, batch, backend)):
+            typer.echo(f"there already, of {found['machine']['device']}: {target}")
+            continue
+        if request.show:
+            typer.echo(f"{name}: to do")
             continue
         with console.status(f"measuring {name}"):
-            cost = measure_cost(
-                name, device=choose_device(machine.device), backend=machine.backend, **options
-            )
+            device = choose_device(request.machine.device)
+            cost = measure_cost(name, device=device, backend=backend, size=size, batch=batch)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, cost)
         typer.echo(f"{1000 * cost['forward_seconds']:8.2f} ms an image  {target}")
     return OK
 
 
-def _contrast(data: Path, results: Path) -> int:
+def _contrast(data: Path, results: Path, show: bool) -> int:
     from .data import contrast_table, scan
     from .run_folder import write_json
 
+    target = results / "contrast.json"
+    if show:
+        typer.echo(f"{target}: {'there, to be measured again' if target.is_file() else 'to do'}")
+        return OK
     with bar("reading pictures", Console(stderr=True)) as progress:
         pictures = scan(data, progress=progress)
     results.mkdir(parents=True, exist_ok=True)
-    target = results / "contrast.json"
     write_json(target, contrast_table(pictures))
     typer.echo(target)
     return tell_bad_files(pictures.bad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -24,16 +24,14 @@ from .cli_common import (
     Precision,
     Settings,
     Workers,
+    choose_part,
     make_machine,
     open_checkpoint,
+    read_pictures,
     tell_bad_files,
     write,
 )
 from .progress import bar
-
-if TYPE_CHECKING:
-    from .data import PictureSet
-    from .run_folder import RunFolder
 
 
 def crossval_command(
@@ -88,7 +86,10 @@ def robustness_command(
     data: Annotated[
         Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
     ] = None,
-    split: Annotated[str, typer.Option(help="test, val, train or all.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(help="test, val, train or all; left out: what the training never saw."),
+    ] = None,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - is the output.")
     ] = None,
@@ -102,19 +103,24 @@ def robustness_command(
 
     Example: [bold]mobilesteelnet robustness runs/first --json results/robustness.json[/bold]
     """
-    from .evaluate import pick_split
     from .robustness import measure_robustness
     from .tables import robustness_table
 
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, backend, None, frozen)
-    pictures = _pictures(source, data, run, on_bad_file, console)
-    indexes = pick_split(pictures, split, run)
+    pictures = read_pictures(source, data, run, on_bad_file, console)
+    split, indexes = choose_part(split, checkpoint, pictures, run)
     with bar("classifying changed pictures", console) as progress:
         rows = measure_robustness(
             checkpoint, pictures, indexes, batch_size=batch_size, progress=progress
         )
-    facts = {"split": split, "pictures": len(indexes), "rows": [asdict(row) for row in rows]}
+    facts = {
+        "split": split,
+        "pictures": len(indexes),
+        "checkpoint": source.name,
+        "temperature": checkpoint.temperature,
+        "rows": [asdict(row) for row in rows],
+    }
     if json_file is not None:
         write(json_file, json.dumps(facts, indent=2) + "\n")
     if json_file != "-":
@@ -155,7 +161,7 @@ def calibrate_command(
     target = out or (None if run is None else run.best)
     if target is None:
         raise ValueError(f"--out is needed: {str(source)!r} is no run folder")
-    pictures = _pictures(source, data, run, on_bad_file, console)
+    pictures = read_pictures(source, data, run, on_bad_file, console)
     if split is None and (run is None or data is not None):
         split, indexes = validation_pictures(checkpoint, pictures)
     else:
@@ -213,17 +219,12 @@ def package_weights_command(
 
     Example: [bold]mobilesteelnet package-weights runs/ours --max-bytes 8200000[/bold]
     """
-    from .evaluate import pick_split
-    from .shipped import package_weights, unseen_pictures
+    from .shipped import package_weights
 
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, None, None)
-    pictures = _pictures(source, data, run, "skip", console)
-    if split is None and run is None:
-        split, indexes = unseen_pictures(checkpoint, pictures)
-    else:
-        split = split or "test"
-        indexes = pick_split(pictures, split, run)
+    pictures = read_pictures(source, data, run, "skip", console)
+    split, indexes = choose_part(split, checkpoint, pictures, run)
     with bar("classifying twice", console) as progress:
         made = package_weights(
             checkpoint,
@@ -243,18 +244,4 @@ def package_weights_command(
         f"({abs(made.loss):.2f} points {'less' if made.loss > 0 else 'more'} than before)"
     )
     typer.echo(f"weights: {made.file}")
-    return OK
-
-
-def _pictures(
-    source: Path, data: Path | None, run: RunFolder | None, on_bad_file: str, console: Console
-) -> PictureSet:
-    from .data import scan
-
-    if data is None:
-        if run is None:
-            raise ValueError(f"--data is needed: {str(source)!r} is no run folder")
-        data = Path(run.read_json(run.config).get("data", ""))
-    rule: Any = on_bad_file
-    with bar("reading pictures", console) as progress:
-        return scan(data, on_bad_file=rule, progress=progress)
+    return tell_bad_files(pictures.bad)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import load_checkpoint
-from .data import scan, stratified_split
+from .data import PictureSet, scan, stratified_split
 from .evaluate import evaluate
 from .predict import choose_device
 from .progress import bar
 from .run_folder import write_json
-from .runs import finish_run
-from .splits import fold_splits
+from .runs import delete_runs, finish_run
+from .splits import Split, fold_splits
 from .train import Machine, TrainConfig
 
 if TYPE_CHECKING:
@@ -70,6 +70,35 @@ class CrossValidation:
         return asdict(self)
 
 
+def fold_folder(folder: Path, number: int) -> Path:
+    """The run folder of a fold, counted from 0."""
+    return folder / f"fold{number + 1}"
+
+
+def forget(folder: Path, count: int = FOLDS * REPEATS) -> None:
+    """Delete what a cross-validation of so many trainings left in its folder.
+
+    Raises:
+        RunFolderError: A fold's folder holds something else than a run; nothing was deleted.
+    """
+    delete_runs(fold_folder(folder, number) for number in range(count))
+    (folder / RESULT).unlink(missing_ok=True)
+
+
+def judged_on(config: TrainConfig, pictures: PictureSet) -> list[int]:
+    """How many pictures each training of a cross-validation is judged on."""
+    return [len(part.val) for part in _parts(config, pictures, FOLDS, REPEATS)[1]]
+
+
+def _parts(
+    config: TrainConfig, pictures: PictureSet, folds: int, repeats: int
+) -> tuple[int, list[Split]]:
+    """The seed of the split, and the splits inside its training and validation pictures."""
+    seed = config.seed_of_split
+    split = stratified_split(pictures, config.fractions, seed)
+    return seed, fold_splits(pictures, split, folds, repeats, seed)
+
+
 def cross_validate(
     config: TrainConfig,
     out: str | os.PathLike[str],
@@ -103,22 +132,21 @@ def cross_validate(
         raise ValueError(f"fits={fits}: must be from 1 to folds·repeats = {folds * repeats}")
     machine = machine or Machine()
     folder = Path(out)
+    if overwrite:
+        forget(folder, folds * repeats)
     with bar("reading pictures", console) as progress:
         rule: Any = config.on_bad_file
         pictures = scan(config.data, on_bad_file=rule, progress=progress)
-    seed = config.seed if config.split_seed is None else config.split_seed
-    split = stratified_split(pictures, config.fractions, seed)
+    seed, parts = _parts(config, pictures, folds, repeats)
+    parts = parts[:fits]
     found = []
-    parts = fold_splits(pictures, split, folds, repeats, seed)[:fits]
     for number, part in enumerate(parts):
         if console is not None:
             console.print(f"fold {number + 1} of {len(parts)}", highlight=False)
-        path = folder / f"fold{number + 1}"
+        path = fold_folder(folder, number)
         # A seed of its own for each fold: their spread is that of a training, weights included.
         own = replace(config, seed=config.seed + number, split_seed=seed)
-        done = finish_run(
-            own, path, machine=machine, console=console, split=part, overwrite=overwrite
-        )
+        done = finish_run(own, path, machine=machine, console=console, split=part)
         checkpoint = load_checkpoint(done.checkpoint, choose_device(machine.device))
         # The temperature was fitted to these very pictures.
         checkpoint = replace(checkpoint, temperature=1.0)

@@ -17,7 +17,15 @@ from .data import BadFile, DataError, PictureSet, Split
 from .predict import Change, Progress, classify
 from .run_folder import RunFolder
 
-SPLITS = ("test", "val", "train", "all")
+WHOSE = {
+    "test": "which the training never saw",
+    "val": "on which the training was watched",
+    "train": "from which the training learnt",
+    "all": "the whole set, with any that the training saw",
+}
+"""The parts of a set, and what a figure on them must say of them."""
+
+SPLITS = tuple(WHOSE)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,6 @@ def finish_run(
     machine: Machine | None = None,
     console: Console | None = None,
     split: Split | None = None,
-    overwrite: bool = False,
 ) -> TrainResult:
     """Train a run, continue it where it was cut off, or take it as it is when it is finished.
 
@@ -33,14 +33,13 @@ def finish_run(
         machine: Where it is computed.
         console: Where progress is shown.
         split: Of the pictures of a new run; None draws it as the options say.
-        overwrite: Start again.
 
     Raises:
         RunFolderError: The folder holds a run with other options, or no run at all.
         DataError, ValueError, TrainingError: As :func:`mobilesteelnet.train.train`.
     """
     run = RunFolder(path)
-    if run.config.is_file() and not overwrite:
+    if run.config.is_file():
         stored = TrainConfig.from_dict(run.read_json(run.config))
         changed = differing_option(stored, config)
         if changed:
@@ -51,9 +50,24 @@ def finish_run(
         return resume(run.path, machine=machine, console=console)
     if run.path.is_dir() and {item.name for item in run.path.iterdir()} == {run.split.name}:
         shutil.rmtree(run.path)  # cut off before its options were written: nothing is lost
-    return train(
-        config, run.path, machine=machine, console=console, split=split, overwrite=overwrite
-    )
+    return train(config, run.path, machine=machine, console=console, split=split)
+
+
+def delete_runs(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Delete runs that are to be made again: all of them before the first one begins.
+
+    So what is there after an interruption is of the new ones, and they go on without being told to
+    begin again.
+
+    Raises:
+        RunFolderError: A folder holds something else than a run; nothing was deleted.
+    """
+    found = [RunFolder(path) for path in paths]
+    for run in found:
+        run.check_free(overwrite=True)
+    for run in found:
+        if run.path.is_dir():
+            shutil.rmtree(run.path)
 
 
 def differing_option(stored: TrainConfig, wanted: TrainConfig) -> str:

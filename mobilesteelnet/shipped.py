@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from .data import DataError, PictureSet, Split, stratified_split
-from .evaluate import Evaluation, evaluate
+from .evaluate import SPLITS, WHOSE, Evaluation, evaluate
 from .predict import Progress
 from .quantisation import choose_bits, quantise
 from .run_folder import write_json, write_text
@@ -75,8 +75,8 @@ def load_shipped(
 def unseen_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, list[int]]:
     """The pictures that a fair figure may be measured on: a part's name, and its indexes.
 
-    The test part, if the set divides as the checkpoint's training says that its own did; all
-    pictures, if they must be others.
+    The test part, if the set divides as the checkpoint's training says that its own did; else all
+    pictures: others, or the training's with some changed, which cannot be told from others.
     """
     split = _split_of_training(checkpoint, pictures)
     return ("all", list(range(len(pictures)))) if split is None else ("test", split.test)
@@ -144,11 +144,13 @@ def package_weights(
     """Write weights as a release holds them, once it is sure that they are as good.
 
     Args:
-        checkpoint: The trained network.
+        checkpoint: The trained network. Where its file names no classes, those of the pictures
+            are taken, in their order.
         pictures: The labelled set.
         indexes: What the accuracies are measured on.
         out: Folder of the files; made if missing.
-        split: The name of that part, for the card.
+        split: What that part is of the training's pictures, for the card: ``test``, ``val``,
+            ``train`` or ``all``.
         storage: ``int8`` (weights only, see :mod:`mobilesteelnet.quantisation`), ``float16`` or
             ``float32``.
         max_bytes: Largest size of the file; with ``int8`` large weights get seven bits to fit.
@@ -164,6 +166,10 @@ def package_weights(
     """
     if storage not in STORAGES:
         raise ValueError(f"storage={storage!r}: must be one of {', '.join(STORAGES)}")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
+    if not checkpoint.named_classes:
+        checkpoint = replace(checkpoint, classes=pictures.classes, named_classes=True)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{WEIGHTS}.draft"
@@ -268,8 +274,8 @@ def _card_text(card: dict[str, Any]) -> str:
         "names one of them: another defect, another material or a sound surface is not recognised "
         "as such. Pictures that hold two defects have one label in the data. Try it on pictures of "
         "your own line before you rely on it.",
-        f"**How good.** On {card['pictures']} pictures ({card['split']} of `{card['data']}`) that "
-        f"the training never saw: average accuracy {100 * stored['average_accuracy']:.2f} % (in "
+        f"**How good.** On {card['pictures']} pictures ({card['split']} of `{card['data']}`), "
+        f"{WHOSE[card['split']]}: average accuracy {100 * stored['average_accuracy']:.2f} % (in "
         f"float32 {100 * plain['average_accuracy']:.2f} %), expected calibration error "
         f"{100 * stored['calibration_error']:.2f} % (logits divided by "
         f"{card.get('temperature', 1.0):g} before the softmax).",

@@ -125,7 +125,7 @@ def train(
         folder.check_free(overwrite=overwrite)
     pictures = _scan(config, console)
     if split is None:
-        seed = config.seed if config.split_seed is None else config.split_seed
+        seed = config.seed_of_split
         split = stratified_split(pictures, config.fractions, seed)
     session = _Session(config, machine, folder, pictures, split, console)
     if is_first_process():

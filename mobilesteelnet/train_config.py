@@ -173,6 +173,11 @@ class TrainConfig:
             )
         _check_fractions(self.fractions)
 
+    @property
+    def seed_of_split(self) -> int:
+        """What decides the split."""
+        return self.seed if self.split_seed is None else self.split_seed
+
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON-able values."""
         return {**asdict(self), "fractions": list(self.fractions)}

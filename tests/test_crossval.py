@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 pytest.importorskip("torchvision", reason="torchvision is not installed")
+from reproduction_cases import CHANGES
 from run_cases import CPU, pictures, small  # noqa: F401
 from training_cases import CLASSES, make_pictures, one_thread  # noqa: F401
 
@@ -17,7 +20,10 @@ from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.crossval import cross_validate
 from mobilesteelnet.data import DataError, scan, stratified_split
 from mobilesteelnet.evaluate import evaluate
-from mobilesteelnet.run_folder import RunFolder
+from mobilesteelnet.recipes import OURS
+from mobilesteelnet.reproduction.candidates import judge_candidates, result_file
+from mobilesteelnet.reproduction.runner import Places
+from mobilesteelnet.run_folder import RunFolder, RunFolderError
 from mobilesteelnet.splits import Split, fold_splits
 
 
@@ -84,6 +90,40 @@ def test_cross_validation_judges_on_the_folds(pictures: Path, tmp_path: Path) ->
     assert again == found
     one = cross_validate(config, tmp_path / "cv", folds=2, repeats=1, fits=1, machine=CPU)
     assert (one.folds, one.deviation) == (found.folds[:1], None)
+    stale = tmp_path / "cv" / "fold2" / "best.safetensors"
+    stale.write_bytes(b"")
+    cross_validate(config, tmp_path / "cv", repeats=1, fits=1, machine=CPU, overwrite=True)
+    assert not stale.exists()  # else a later call would take it for one of the new
     for fits in (0, 3):
         with pytest.raises(ValueError, match=f"fits={fits}"):
             cross_validate(config, tmp_path / "cv", folds=2, repeats=1, fits=fits, machine=CPU)
+
+
+def test_a_candidate_with_fewer_fits_is_gone_on_with(pictures: Path, tmp_path: Path) -> None:
+    places = Places(str(pictures), tmp_path / "runs", tmp_path / "results")
+    changes = {**CHANGES, "attention": "none", "epochs": 1}
+    told: list[int] = []
+
+    def judge(data: Path = pictures, **options: Any) -> None:
+        judge_candidates(
+            [OURS],
+            replace(places, data=str(data)),
+            changes,
+            machine=CPU,
+            tell=lambda _, found: told.append(len(found.folds)),
+            **options,
+        )
+
+    judge(fits=1)
+    judge(fits=1)
+    judge(fits=2)
+    judge(fits=1)
+    assert told == [1, 2]
+    more = make_pictures(tmp_path / "more" / "pictures", per_class=16)
+    with pytest.raises(RunFolderError, match="is of other pictures"):
+        judge(more, fits=1)
+    (places.runs / "recipe" / OURS / "fold3").mkdir()
+    (places.runs / "recipe" / OURS / "fold3" / "mine.txt").touch()
+    with pytest.raises(RunFolderError, match="holds no run"):
+        judge(fits=1, overwrite=True)
+    assert result_file(OURS, places).is_file()

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..crossval import CrossValidation, cross_validate
+from ..crossval import FOLDS, REPEATS, CrossValidation, cross_validate, forget, judged_on
+from ..data import PictureSet, scan
 from ..predict import choose_device
+from ..progress import bar
 from ..recipes import CANDIDATES
 from ..run_folder import RunFolderError, write_json
 from ..runs import differing_option
 from ..train import Machine, TrainConfig
 from .grid import FIRST_SEED
-from .runner import Places, machine_facts
+from .runner import WAY_OUT, Places, machine_facts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,21 +46,30 @@ def judge_candidates(
         places: Where things lie.
         changes: Options that replace those of all candidates.
         fits: Trainings of each; None does all (see :func:`mobilesteelnet.crossval.cross_validate`).
+            A result of fewer is gone on with.
         machine: Where it is computed.
         console: Where progress is shown.
-        overwrite: Judge them again, even if their results are there.
+        overwrite: Judge them again; what is there of any of them is deleted first.
         tell: Called with each new result file and what is in it.
 
     Raises:
         RunFolderError: A run or result of other options is in the way.
         DataError, ValueError, TrainingError: As training does.
     """
+    wanted = FOLDS * REPEATS if fits is None else fits
+    with bar("reading pictures", console) as progress:
+        pictures = scan(places.data, progress=progress)
+    if overwrite:
+        for name in names:
+            forget(places.runs / "recipe" / name)
+            result_file(name, places).unlink(missing_ok=True)
     for name in names:
         target = result_file(name, places)
         options = {"data": places.data, "seed": FIRST_SEED, **CANDIDATES[name]}
         config = replace(TrainConfig(**options), **changes)
-        if target.is_file() and not overwrite:
-            _require_same(target, config)
+        if target.is_file() and _fits_done(target, config, pictures) >= wanted:
+            if console is not None:
+                console.print(f"there already: {target}", highlight=False, markup=False)
             continue
         if console is not None:
             console.print(f"candidate {name}", highlight=False, markup=False)
@@ -68,7 +79,6 @@ def judge_candidates(
             fits=fits,
             machine=machine,
             console=console,
-            overwrite=overwrite,
         )
         target.parent.mkdir(parents=True, exist_ok=True)
         where = machine or Machine()
@@ -77,15 +87,22 @@ def judge_candidates(
         tell(target, found)
 
 
-def _require_same(target: Path, config: TrainConfig) -> None:
+def _fits_done(target: Path, config: TrainConfig, pictures: PictureSet) -> int:
+    """How many trainings a result is of; it must be one of the same options and pictures."""
     try:
-        options = json.loads(target.read_text("utf-8"))["config"]
-        stored = TrainConfig.from_dict({**options, "data": config.data})
+        result = json.loads(target.read_text("utf-8"))
+        had = [fold["pictures"] for fold in result["folds"]]
+        stored = TrainConfig.from_dict({**result["config"], "data": config.data})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"result {str(target)!r} cannot be read: {error}") from None
     changed = differing_option(stored, config)
     if changed:
         raise RunFolderError(
-            f"result {str(target)!r} was made with other options ({changed}): choose another "
-            "--results folder, or make it again with --overwrite"
+            f"result {str(target)!r} was made with other options ({changed}): {WAY_OUT}"
         )
+    if had != (has := judged_on(config, pictures))[: len(had)]:
+        raise RunFolderError(
+            f"result {str(target)!r} is of other pictures (judged on {had}, here on {has}): "
+            f"{WAY_OUT}"
+        )
+    return len(had)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from fused import optimize_for_inference
 
 from ..model import MobileSteelNet
 from ..networks import build_network, describe_network
+from ..run_folder import RunFolderError
 from ..train import TrainConfig, build_model
 from .grid import NETWORKS
-from .runner import FORMAT, machine_facts
+from .runner import FORMAT, WAY_OUT, machine_facts, read_result
 
 CLASSES = 6
 ESTIMATE_IMAGES = 2
@@ -69,9 +71,34 @@ def measure_cost(
         "images_per_second": 1 / forward,
         "training_batch": batch,
         "training_seconds_an_image": step / batch,
+        "backend": backend,
         **frozen,
         "machine": machine_facts(device),
     }
+
+
+def stored_cost(path: Path, size: int, batch: int, backend: str | None) -> dict[str, Any] | None:
+    """What was measured before; None if there is nothing.
+
+    Raises:
+        RunFolderError: It is of other options.
+    """
+    if not path.is_file():
+        return None
+    found = read_result(path)
+    wanted = {"input_size": size, "training_batch": batch, "backend": backend}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise RunFolderError(
+                f"result {str(path)!r} was made with other options ({key}={found.get(key)!r}, not "
+                f"{value!r}): {WAY_OUT}"
+            )
+    return found
+
+
+def count_flop(network: str, size: int) -> int:
+    """FLOP of one image of ``size``×``size``; nothing is timed."""
+    return int(_build(network, size, None)[1]["flop"])
 
 
 def step_estimate(config: TrainConfig, device: torch.device) -> float:

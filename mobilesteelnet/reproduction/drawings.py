@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.text import Text
@@ -11,6 +11,7 @@ from matplotlib.transforms import Bbox
 from ..calibration import Calibration, ConfidenceBin, Coverage
 from ..figures import LIGHT, calibration, figure_png, new_figure, paint, shorten
 from ..recipes import OURS, PUBLISHED
+from .cost import count_flop
 from .grid import NETWORKS
 from .summary import Results, Row
 
@@ -25,12 +26,17 @@ def draw_all(found: Results) -> dict[str, bytes]:
         drawn["confusion"] = confusion_matrices(ablation)
         drawn["curves"] = training_curves(ablation)
     points = [
-        (NETWORKS[network].name + (", our recipe" if recipe == OURS else ""), row, network)
+        CostPoint(
+            NETWORKS[network].name + (", our recipe" if recipe == OURS else ""),
+            row,
+            _flop(network, row.results[0]["config"]["size"], found.costs[network]),
+            found.costs[network]["parameters"],
+        )
         for (recipe, network), row in found.rows.items()
         if recipe in (PUBLISHED, OURS) and network in found.costs
     ]
     if points:
-        drawn["cost"] = accuracy_against_cost(points, found.costs)
+        drawn["cost"] = accuracy_against_cost(points)
     ours = found.rows.get((OURS, "mobilesteelnet"))
     if ours is not None and ours.results[0]["test"]["calibration"]:
         drawn["calibration"] = calibration(_mean_calibration(ours))
@@ -84,30 +90,36 @@ def training_curves(rows: list[Row]) -> bytes:
     return figure_png(figure)
 
 
-def accuracy_against_cost(
-    points: list[tuple[str, Row, str]], costs: dict[str, dict[str, Any]]
-) -> bytes:
-    """Accuracy over FLOP, the area of a mark showing parameters.
+class CostPoint(NamedTuple):
+    """A network of the plot: its name, its results, and its cost at the size of their pictures."""
 
-    Args:
-        points: name to show, results, and network; in any order.
-        costs: of the networks.
-    """
+    name: str
+    row: Row
+    flop: float
+    parameters: int
+
+
+def _flop(network: str, size: int, cost: dict[str, Any]) -> float:
+    """Of an image; counted anew where the cost was measured at another size."""
+    return float(cost["flop"] if size == cost["input_size"] else count_flop(network, size))
+
+
+def accuracy_against_cost(points: list[CostPoint]) -> bytes:
+    """Accuracy over FLOP, the area of a mark showing parameters."""
     figure = new_figure((8, 4.6))
     axes = figure.add_subplot()
     paint(axes)
     names = []
-    for name, row, network in sorted(points, key=lambda point: costs[point[2]]["flop"]):
-        cost = costs[network]
-        colour = LIGHT.second if network == "mobilesteelnet" else LIGHT.first
-        x, y = cost["flop"] / 1e9, 100 * row.accuracy.mean
+    for name, row, flop, parameters in sorted(points, key=lambda point: point.flop):
+        colour = LIGHT.second if row.network == "mobilesteelnet" else LIGHT.first
+        x, y = flop / 1e9, 100 * row.accuracy.mean
         spread = 100 * (row.accuracy.deviation or 0.0)
         axes.errorbar(x, y, yerr=spread, color=colour, linewidth=1)
-        axes.scatter(x, y, s=8 * cost["parameters"] / 1e6 + 8, color=colour, alpha=0.6)
+        axes.scatter(x, y, s=8 * parameters / 1e6 + 8, color=colour, alpha=0.6)
         names.append((name, x, y))
     axes.set_xscale("log")
     axes.margins(0.08)
-    axes.set_xlabel("GFLOP an image (two a multiply-add)")
+    axes.set_xlabel("GFLOP an image of the size it was trained for (two a multiply-add)")
     axes.set_ylabel("average accuracy, %")
     axes.grid(color=LIGHT.faint, linewidth=0.8)
     _label_points(axes, names)

@@ -43,6 +43,10 @@ NETWORKS: dict[str, Network] = {
 }
 
 
+ROW_OPTIONS = frozenset(option for network in NETWORKS.values() for option in network.options)
+"""The options by which the rows of a table differ."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of the paper.

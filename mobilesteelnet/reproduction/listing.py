@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from ..data import PictureSet
 from ..run_folder import RunFolder
 from ..train import TrainConfig
 from .cost import step_estimate
 from .grid import PlannedRun
-from .runner import Places, is_done, read_result
+from .runner import Places, device_name, is_done, read_result
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def list_runs(
     places: Places,
     changes: dict[str, Any],
     *,
-    pictures: int,
+    pictures: PictureSet,
     device: torch.device,
+    precision: str = "32-true",
 ) -> list[ListedRun]:
     """The state of each run, and an estimate of what is left.
 
@@ -46,23 +48,24 @@ def list_runs(
         planned: The runs.
         places: Where things lie.
         changes: Options that replace those of the recipe.
-        pictures: Of the set.
+        pictures: The set.
         device: Where the runs would be computed.
+        precision: In what.
 
     Raises:
-        RunFolderError: A result of other options is in the way.
+        RunFolderError: A result of other options or pictures is in the way.
     """
     seconds_an_image: dict[tuple[str, int], tuple[float, bool]] = {}
     listed = []
     for run in planned:
         config = run.config(places.data, changes)
-        if is_done(run, config, places):
+        if is_done(run, config, places, pictures):
             listed.append(ListedRun(run, "done", 0.0, True))
             continue
         key = (run.network, config.size)
-        images = pictures * config.fractions[0]
+        images = len(pictures) * config.fractions[0]
         if key not in seconds_an_image:
-            known = _known_epoch(run.network, config, places)
+            known = _known_epoch(run.network, config, places, (device_name(device), precision))
             measured = known is not None
             cost = known / images if known is not None else _guess(config, device)
             seconds_an_image[key] = (cost, measured)
@@ -74,11 +77,14 @@ def list_runs(
     return listed
 
 
-def _known_epoch(network: str, config: TrainConfig, places: Places) -> float | None:
-    """Seconds an epoch in a result of the same network, size and shares, if there is one."""
+def _known_epoch(
+    network: str, config: TrainConfig, places: Places, computed: tuple[str, str]
+) -> float | None:
+    """Seconds of an epoch in a result of the same network, size, shares, device and precision."""
     for path in sorted(places.results.glob(f"*/{network}-seed*.json")):
         result = read_result(path)
-        same = all(
+        machine = result["machine"]
+        same = (machine["device"], machine["precision"]) == computed and all(
             result["config"][name] == getattr(config, name) for name in ("size", "batch_size")
         )
         if same and result["config"]["fractions"] == list(config.fractions):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..recipes import OURS, PUBLISHED, SEARCH
+from ..recipes import OURS, PUBLISHED
 from ..run_folder import RunFolderError, write_atomically, write_text
 from . import drawings
-from .grid import FIRST_SEED, NETWORKS, TABLES, PlannedRun, paper_figures
+from .grid import FIRST_SEED, NETWORKS, TABLES, paper_figures
+from .made_how import machines, named, precisions, strays
 from .page_measured import (
     contrast_section,
     cost_table,
@@ -20,7 +20,7 @@ from .page_measured import (
     modules_table,
     robustness_section,
 )
-from .sets import NETWORK, SETS
+from .page_trials import recipe_section, sets_section
 from .summary import Results, Row, read_results
 
 # Differences that are told apart from the spread of the seeds: in points, and in deviations.
@@ -45,7 +45,7 @@ def write_page(results: Path, out: Path, figures: Path) -> list[Path]:
         OSError: A file cannot be written.
     """
     found = read_results(results)
-    if not found.rows and not found.costs:
+    if not found:
         raise RunFolderError(f"results={str(results)!r} holds no results")
     out.parent.mkdir(parents=True, exist_ok=True)
     images = drawings.draw_all(found)
@@ -67,14 +67,17 @@ def _write(path: Path, content: bytes) -> None:
 def make_page(found: Results, links: dict[str, str]) -> str:
     """The page's text; ``links`` are the figures by name."""
     paper = paper_figures()
+    again = "and of the weights that the package brings once more, to measure what storing them in "
+    again += "eight bits costs"
+    if found.robustness.get("split") == "test":
+        again += ", and once for each change of the pictures, at the end of this page"
     parts = [
         "# Results",
         "Made by `mobilesteelnet reproduce page` from the files in `results/`; nothing here is "
         "written by hand but the reasons in `results/notes.json`. Accuracies are the mean of the "
         "classes' accuracies on the test pictures, in per cent, mean ± standard deviation over the "
         f"seeds; the split is fixed (seed {FIRST_SEED}), every network is trained from scratch. "
-        "The test pictures were read once a run, after its training (and of the weights that the "
-        "package brings once more, to measure what storing them in eight bits costs).",
+        f"The test pictures were read once a run, after its training ({again}).",
         f"Paper: {paper['citation']}.",
         _ours(found, links),
         _ours_ablation(found),
@@ -88,8 +91,8 @@ def make_page(found: Results, links: dict[str, str]) -> str:
     parts.append(image(links, "cost", "Accuracy against cost of all networks"))
     parts.append(modules_table(found, paper))
     parts.append(contrast_section(found, paper, links))
-    parts.append(_recipe(found))
-    parts.append(_sets(found))
+    parts.append(recipe_section(found))
+    parts.append(sets_section(found))
     parts.append(robustness_section(found))
     remarks = "\n".join(f"* {remark}" for remark in paper["remarks"])
     parts.append(f"## Where the paper does not add up\n\n{remarks}")
@@ -112,51 +115,15 @@ def _accuracy_table(name: str, found: Results, paper: dict[str, Any]) -> str:
         cells += ["–" if average is None else f"{average:.2f}", difference or "–"]
         lines.append(cells + [_class_cell(row, item, figures) for item in classes])
         sentences += _sentences(name, row, figures, found.notes)
-    sentences = [*_strays(rows), *sentences]
+    sentences = [*strays(rows), *sentences]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = (
         "Of a class: the mean here, in brackets the paper's figure where it gives one. "
         f"Published recipe; command: `mobilesteelnet reproduce {name} --data NEU-DET.zip`."
     )
-    note += _precisions(rows)
+    note += precisions(named(rows))
     told = "\n".join(f"* {sentence}" for sentence in sentences)
     return "\n\n".join(p for p in (f"## {TABLES[name].title}", text, note, told) if p)
-
-
-def _strays(rows: list[Row]) -> list[str]:
-    """What a reader must know first: results that were not made by the recipe as it stands."""
-    told = []
-    for row in rows:
-        result = row.results[0]
-        wanted = PlannedRun(row.network, result["recipe"], result["seed"]).config("", {}).to_dict()
-        other = [
-            f"{key} {value}"
-            for key, value in result["config"].items()
-            if key != "data" and value != wanted.get(key)
-        ]
-        if other:
-            told.append(
-                f"{NETWORKS[row.network].name} was **not** made by the recipe as it stands: "
-                f"{', '.join(other)}."
-            )
-    return told
-
-
-def _precisions(rows: list[Row]) -> str:
-    """Which runs were not computed in float32, and in what."""
-    told: dict[str, list[str]] = {}
-    for row in rows:
-        seeds: dict[str, list[str]] = {}
-        for result in row.results:
-            seeds.setdefault(result["machine"]["precision"], []).append(str(result["seed"]))
-        for precision in seeds.keys() - {"32-true"}:
-            several = "s" if len(seeds[precision]) > 1 else ""
-            runs = f"{NETWORKS[row.network].name} (seed{several} {', '.join(seeds[precision])})"
-            told.setdefault(precision, []).append(runs)
-    return "".join(
-        f" Trained with `--precision {precision}`: {', '.join(runs)}; all others in float32."
-        for precision, runs in sorted(told.items())
-    )
 
 
 def _class_cell(row: Row, name: str, figures: dict[str, Any]) -> str:
@@ -209,7 +176,7 @@ def _ours(found: Results, links: dict[str, str]) -> str:
         "Command: `mobilesteelnet reproduce ours --data NEU-DET.zip`; one network: "
         "`mobilesteelnet train --recipe ours --data NEU-DET.zip`.",
         f"By class: {classes}.",
-        *_strays([row]),
+        *strays([row]),
         "The recipe: " + ", ".join(_option(k, options[k]) for k in _changed(options)) + ".",
         _effort(row),
     ]
@@ -239,17 +206,17 @@ def _ours_ablation(found: Results) -> str:
         cells.append("–" if other is None else other.accuracy.percent())
         lines.append(cells + [_class_cell(row, name, {}) for name in classes])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    notes = found.notes.get("ours ablation", {}).values()
-    told = "\n".join(f"* {note}" for note in notes)
+    told = [*strays(rows), *found.notes.get("ours ablation", {}).values()]
     return "\n\n".join(
         part
         for part in (
             "## The modules by our recipe",
             "What MSFF and CIEMA add where a training ends with its schedule, not at a chance rise "
             "of the validation loss. Command: "
-            "`mobilesteelnet reproduce table7 --recipe ours --data NEU-DET.zip`.",
+            "`mobilesteelnet reproduce table7 --recipe ours --data NEU-DET.zip`."
+            f"{precisions(named(rows))}",
             text,
-            told,
+            "\n".join(f"* {sentence}" for sentence in told),
         )
         if part
     )
@@ -265,7 +232,7 @@ def _effort(row: Row) -> str:
     minutes = sorted({round(result["training"]["seconds"] / 60) for result in row.results})
     took = " to ".join(f"{end}" for end in dict.fromkeys((minutes[0], minutes[-1])))
     note = "by the clock, with the pauses and whatever ran beside it"
-    return f"A training took {took} minutes {note}.{_machines(row.results)}"
+    return f"A training took {took} minutes {note}.{machines(row.results)}"
 
 
 def _changed(options: dict[str, Any]) -> list[str]:
@@ -306,68 +273,4 @@ def _hard_cases(row: Row) -> str:
     return (
         f"Hardest pictures: {listed}. `mobilesteelnet eval RUN` draws them with the spatial gate "
         "over them; the data set's pictures are not part of this project."
-    )
-
-
-def _recipe(found: Results) -> str:
-    if not found.candidates:
-        return ""
-    ranked = sorted(found.candidates.items(), key=lambda item: -item[1]["average_accuracy"])
-    head = "| candidate | accuracy | loss | calibration error | fits |"
-    lines = [head, "|---" + "|---:" * 4 + "|"]
-    search = ", ".join(_option(name, value) for name, value in SEARCH.items())
-    told = "".join(f"\n\n{text}" for text in found.notes.get("recipe", {}).values())
-    for name, item in ranked:
-        fits = len(item["folds"])
-        figure = f"{100 * item['average_accuracy']:.2f}"
-        if item["deviation"] is not None:
-            figure += f" ± {100 * item['deviation']:.2f}"
-        error = f"{100 * item['calibration_error']:.2f}"
-        lines.append(f"| {name} | {figure} | {item['loss']:.3f} | {error} | {fits} |")
-    return (
-        "## How the recipe was chosen\n\nCross-validation inside the training and validation "
-        "pictures (10 % of the set); the test pictures took no part. Each candidate is `ours` with "
-        f"a change, judged on a cheaper network ({search}); but `published`, which is favoured: "
-        "it stops, and chooses its epoch, on the pictures that it is judged on. A fit is judged on "
-        "half of those pictures: differences of a few points may be chance, which is why the loss "
-        "stands beside the accuracy.\n\n" + "\n".join(lines) + "\n\n"
-        "Command: `mobilesteelnet reproduce recipe --data NEU-DET.zip --fits FITS`."
-        f"{_machines(item for _, item in ranked)}{told}"
-    )
-
-
-def _machines(results: Iterable[dict[str, Any]]) -> str:
-    """On what they were computed, where they say it."""
-    known = (result["machine"] for result in results if "machine" in result)
-    places = sorted({f"{machine['device']}, {machine['precision']}" for machine in known})
-    return f" Computed on {'; '.join(places)}." if places else ""
-
-
-def _sets(found: Results) -> str:
-    """Both recipes on other picture sets."""
-    if not found.sets:
-        return ""
-    recipes = (PUBLISHED, OURS)
-    lines = [
-        "| set | classes | published recipe | our recipe | seeds |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name, rows in found.sets.items():
-        some = next(iter(rows.values()))
-        title = f"{name}: {SETS[name].title}" if name in SETS else name
-        cells = [rows[recipe].accuracy.percent() if recipe in rows else "–" for recipe in recipes]
-        seeds = str(min(len(row.results) for row in rows.values()))
-        lines.append("| " + " | ".join([title, str(len(some.classes)), *cells, seeds]) + " |")
-    told = [f"* {name}: {text}" for name, text in found.notes.get("sets", {}).items()]
-    return "\n\n".join(
-        part
-        for part in (
-            "## Other picture sets",
-            "Both recipes as they stand, 5 % of the pictures to train on, 5 % to validate, tested "
-            "on the rest; nothing was chosen on these sets. The network is "
-            f"{NETWORKS[NETWORK].name} of table 7. Command: `mobilesteelnet reproduce sets`.",
-            "\n".join(lines),
-            "\n".join(told),
-        )
-        if part
     )

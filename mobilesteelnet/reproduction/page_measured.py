@@ -33,11 +33,12 @@ def cost_table(found: Results, paper: dict[str, Any]) -> str:
         cells += [f"{cost['images_per_second']:.2f}", _number(figures.get("images_per_second"))]
         cells += [_milliseconds(cost["forward_seconds"]), _milliseconds(cost.get("frozen_seconds"))]
         lines.append("| " + " | ".join(cells) + " |")
-    size = found.costs[rows[0]]["input_size"]
+    sizes = sorted({found.costs[key]["input_size"] for key in rows})
+    size = " or ".join(f"{side}×{side}" for side in sizes)
     machines = sorted({found.costs[key]["machine"]["device"] for key in rows})
     return (
         f"## {COST_TABLES['table6'].title}\n\n" + "\n".join(lines) + "\n\n"
-        f"Measured on {'; '.join(machines)}, one image of {size}×{size}, float32, evaluation mode, "
+        f"Measured on {'; '.join(machines)}, one image of {size}, float32, evaluation mode, "
         "median; two FLOP a multiply-add (the paper's figures of other networks count one). "
         "Frozen: the copy by `fused.optimize_for_inference`, by which `mobilesteelnet predict` "
         "works. The paper's speeds are those of an RTX 3090. Command: "
@@ -61,11 +62,12 @@ def modules_table(found: Results, paper: dict[str, Any]) -> str:
             f"({1000 * (test - base['forward_seconds']):+.2f}) |"
         )
     figures = paper["table8"]
+    batches = " or ".join(str(n) for n in sorted({found.costs[k]["training_batch"] for k in rows}))
     return (
         f"## {COST_TABLES['table8'].title}\n\n" + "\n".join(lines) + "\n\n"
         f"The paper has training time +{figures['training_time_percent']} % and test time "
         f"+{figures['test_milliseconds']} ms of MobileSteelNet over MobileNetV1, on an RTX 3090. "
-        f"Training steps here hold {base['training_batch']} images. Command: "
+        f"Training steps here hold {batches} images. Command: "
         "`mobilesteelnet reproduce table8`."
     )
 
@@ -106,8 +108,14 @@ def robustness_section(found: Results) -> str:
         figures = (row["average_accuracy"], row["calibration_error"])
         cells = [row["change"], level, *(f"{100 * value:.2f}" for value in figures)]
         lines.append("| " + " | ".join(cells) + " |")
+    measured = found.robustness
+    about = f"{measured['pictures']} pictures ({measured['split']})"
+    if "checkpoint" in measured:
+        about += f", network {measured['checkpoint']}, softmax at {measured['temperature']:g}"
     return (
-        "## Changed pictures\n\n" + "\n".join(lines) + "\n\nLevels: brightness and contrast a "
+        f"## Changed pictures\n\n{about}.\n\n"
+        + "\n".join(lines)
+        + "\n\nLevels: brightness and contrast a "
         "factor, blur the radius in pixels, noise the standard deviation in grey levels, jpeg the "
         "quality. Command: `mobilesteelnet robustness RUN --json results/robustness.json`."
     )

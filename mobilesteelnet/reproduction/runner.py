@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint import load_checkpoint
-from ..data import PictureSet, scan
+from ..data import PictureSet, scan, stratified_split
 from ..evaluate import Evaluation, evaluate, pick_split
 from ..lightning_modules import NotFiniteError
 from ..predict import choose_device
 from ..progress import bar
 from ..run_folder import RunFolder, RunFolderError, write_json
-from ..runs import differing_option, finish_run
+from ..runs import delete_runs, differing_option, finish_run
 from ..train import Machine, TrainConfig, TrainingError, TrainResult
 from .grid import PlannedRun
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DIGITS = 5
+WAY_OUT = "choose another --results folder, or make it again with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,35 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def is_done(planned: PlannedRun, config: TrainConfig, places: Places) -> bool:
+def is_done(planned: PlannedRun, config: TrainConfig, places: Places, pictures: PictureSet) -> bool:
     """Whether the result is there.
 
     Raises:
-        RunFolderError: It is one of other options.
+        RunFolderError: It is one of other options, or of other pictures.
     """
     path = places.result(planned)
     if not path.is_file():
         return False
-    stored = TrainConfig.from_dict({**read_result(path)["config"], "data": config.data})
+    result = read_result(path)
+    stored = TrainConfig.from_dict({**result["config"], "data": config.data})
     changed = differing_option(stored, config)
     if changed:
         raise RunFolderError(
-            f"result {str(path)!r} was made with other options ({changed}): choose another "
-            "--results folder, or make it again with --overwrite"
+            f"result {str(path)!r} was made with other options ({changed}): {WAY_OUT}"
+        )
+    split = stratified_split(pictures, config.fractions, config.seed_of_split)
+    had = _described(result["test"]["classes"], result["test"]["pictures"])
+    has = _described(pictures.classes, len(split.test))
+    if had != has:
+        raise RunFolderError(
+            f"result {str(path)!r} is of other pictures ({had}) than {places.data!r} ({has}): "
+            f"{WAY_OUT}"
         )
     return True
+
+
+def _described(classes: Iterable[str], tested: int) -> str:
+    return f"{', '.join(classes)}; {tested} to test on"
 
 
 def finish_runs(
@@ -109,7 +122,7 @@ def finish_runs(
         changes: Options that replace those of the recipe.
         machine: Where it is computed.
         console: Where progress is shown.
-        overwrite: Do them again, even if their results are there.
+        overwrite: Do them again; what is there of any of them is deleted first.
 
     Raises:
         RunFolderError: A run or result of other options is in the way; nothing of it was changed.
@@ -118,12 +131,17 @@ def finish_runs(
     """
     machine = machine or Machine()
     configs = [run.config(places.data, changes) for run in planned]
+    with bar("reading pictures", console) as progress:
+        pictures = scan(places.data, progress=progress)
+    if overwrite:
+        delete_runs(places.run(run) for run in planned)
+        for run in planned:
+            places.result(run).unlink(missing_ok=True)
     left = [
         place
         for place, run in enumerate(planned)
-        if overwrite or not is_done(run, configs[place], places)
+        if not is_done(run, configs[place], places, pictures)
     ]
-    pictures: PictureSet | None = None
     failed: list[str] = []
     for number, place in enumerate(left):
         run = planned[place]
@@ -131,19 +149,10 @@ def finish_runs(
             text = f"run {number + 1} of {len(left)}: {run.recipe}, {run.name}"
             console.print(text, highlight=False, markup=False)
         try:
-            done = finish_run(
-                configs[place],
-                places.run(run),
-                machine=machine,
-                console=console,
-                overwrite=overwrite,
-            )
+            done = finish_run(configs[place], places.run(run), machine=machine, console=console)
         except NotFiniteError as error:
             failed.append(f"{run.recipe} {run.name}: {error}")
             continue
-        if pictures is None:
-            with bar("reading pictures", console) as progress:
-                pictures = scan(places.data, progress=progress)
         result = _judge(run, configs[place], done, pictures, machine, console)
         target = places.result(run)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,17 @@ SETS: dict[str, PictureSource] = {
 }
 
 
+def set_name(data: Path) -> str:
+    """What a set of one's own is called."""
+    name = data.resolve().name
+    return name.removesuffix(".zip") or "pictures"
+
+
+def set_folder(name: str, runs: Path) -> Path:
+    """Where the pictures of one of :data:`SETS` lie, or will lie."""
+    return runs / FOLDER / name / "pictures"
+
+
 def find_set(name: str, runs: Path, progress: Progress | None = None) -> Path:
     """The folder of one of :data:`SETS`; it is made if it is not there.
 
@@ -88,7 +99,7 @@ def find_set(name: str, runs: Path, progress: Progress | None = None) -> Path:
         ImportError: What it is made from is not installed.
         OSError: It cannot be written.
     """
-    path = runs / FOLDER / name / "pictures"
+    path = set_folder(name, runs)
     if not path.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         SETS[name].make(path, progress)

@@ -79,7 +79,7 @@ class Results:
         rows: By recipe and network.
         costs: By network.
         candidates: Cross-validations by name.
-        robustness: Of the released weights; empty if it was not measured.
+        robustness: Of one network under changes of the pictures; empty if it was not measured.
         contrast: One dict a class; empty if it was not measured.
         notes: Sentences by table and row: why a figure differs.
         sets: Of other picture sets, by name: the rows by recipe.
@@ -92,6 +92,12 @@ class Results:
     contrast: list[dict[str, Any]]
     notes: dict[str, dict[str, str]]
     sets: dict[str, dict[str, Row]]
+
+    def __bool__(self) -> bool:
+        """Whether there is any result."""
+        return any(
+            (self.rows, self.costs, self.candidates, self.robustness, self.contrast, self.sets)
+        )
 
     def table(self, name: str, recipe: str) -> list[Row]:
         """The rows of a table that have results."""
@@ -108,9 +114,9 @@ def read_results(folder: Path) -> Results:
     """
     rows = _read_rows(folder)
     sets = {
-        path.name: {recipe: row for (recipe, _), row in _read_rows(path).items()}
+        path.name: {recipe: row for (recipe, _), row in found.items()}
         for path in sorted((folder / SETS_FOLDER).glob("*"))
-        if path.is_dir()
+        if (found := _read_rows(path))
     }
     return Results(
         rows,
@@ -118,7 +124,7 @@ def read_results(folder: Path) -> Results:
         {path.stem: _read(path) for path in sorted(folder.glob("recipe/*.json"))},
         _read(folder / "robustness.json", {}),
         _read(folder / "contrast.json", []),
-        _read(folder / "notes.json", {}),
+        _read_notes(folder / "notes.json"),
         sets,
     )
 
@@ -142,6 +148,17 @@ def _read_rows(folder: Path) -> dict[tuple[str, str], Row]:
             )
         rows[key] = Row(key[1], tuple(results))
     return rows
+
+
+def _read_notes(path: Path) -> dict[str, dict[str, str]]:
+    notes: dict[str, dict[str, str]] = _read(path, {})
+    try:
+        good = all(isinstance(text, str) for group in notes.values() for text in group.values())
+    except AttributeError:
+        good = False
+    if not good:
+        raise RunFolderError(f"{str(path)!r} must hold sentences by section and row")
+    return notes
 
 
 def _read(path: Path, default: Any = None) -> Any:
