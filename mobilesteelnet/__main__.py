@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 USAGE, DATA, CHECKPOINT, TRAINING, FILES, FAULT, INTERRUPTED = 2, 3, 4, 5, 6, 70, 130
@@ -28,9 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FILES
     except Exception as error:
+        message, code = _explain(error)
         if "--debug" in given:
-            raise
-        return _fail(*_explain(error))
+            traceback.print_exc()
+        return _fail(message, code)
 
 
 def _run(arguments: list[str]) -> int:

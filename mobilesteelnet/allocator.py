@@ -10,7 +10,8 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 _MOST = 2**31 - 1
-_LARGE = 1 << 30
+# glibc before 2.35 takes no threshold above half an arena (32 MB on 64 bits).
+_LARGE = (1 << 30, 1 << 25)
 
 
 def keep_freed_memory() -> bool:
@@ -29,5 +30,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    done = [mallopt(_MMAP_THRESHOLD, _LARGE), mallopt(_TRIM_THRESHOLD, _MOST)]
-    return all(result == 1 for result in done)
+    # Setting either alone ends glibc's own raising of the other, which would be worse than nothing.
+    if not any(mallopt(_MMAP_THRESHOLD, large) == 1 for large in _LARGE):
+        return False
+    return bool(mallopt(_TRIM_THRESHOLD, _MOST) == 1)

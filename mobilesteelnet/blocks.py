@@ -14,8 +14,6 @@ from torch import nn
 
 import fused
 
-MOST_EMA_GROUPS = 32
-
 
 class EMA(nn.Module):
     """Efficient multi-scale attention, (B, C, H, W) → (B, C, H, W).

@@ -20,6 +20,7 @@ from .cli_common import (
     Device,
     FrozenOption,
     OnBadFile,
+    Output,
     choose_part,
     command_line,
     open_checkpoint,
@@ -128,7 +129,7 @@ def evaluate_command(
         result = evaluate(
             checkpoint, pictures, indexes, split=split, batch_size=batch_size, progress=progress
         )
-    Console().print(evaluation_table(result))
+    Output().print(evaluation_table(result))
     typer.echo(
         f"average accuracy {100 * result.average_accuracy:.2f} %, overall accuracy "
         f"{100 * result.overall_accuracy:.2f} %, {len(result.wrong)} of "
@@ -179,6 +180,8 @@ def predict_command(
 
     With one path alone the pictures are meant: the weights are those that come with the package.
 
+    In CSV, names that a spreadsheet would take for a formula begin with an apostrophe.
+
     Example: [bold]mobilesteelnet predict plate.jpg --min-confidence 0.9[/bold]
 
     Example: [bold]mobilesteelnet predict runs/first plate.jpg --top-k 3[/bold]
@@ -215,7 +218,7 @@ def predict_command(
     if csv_file is not None:
         write(csv_file, rows_to_csv(result.to_rows()))
     if "-" not in (json_file, csv_file) and result.items:
-        Console().print(prediction_table(result))
+        Output().print(prediction_table(result))
     return tell_bad_files(result.bad, all_failed=not result.items)
 
 
@@ -244,7 +247,7 @@ def check_command(
     if json_file is not None:
         write(json_file, facts.to_json() + "\n")
     if json_file != "-":
-        Console().print(facts)
+        Output().print(facts)
     if plot is not None:
         contrast_box_plot(pictures, plot)
     return OK if facts.ok else SOME_FAILED
@@ -302,7 +305,7 @@ def info_command(
     if json_file is not None:
         write(json_file, json.dumps(facts, indent=2) + "\n")
     if json_file != "-":
-        console = Console()
+        console = Output()
         console.print(information_table(facts))
         megabytes = facts["float32_bytes"] / 1e6
         typer.echo(f"{facts['parameters']:,} parameters, {megabytes:.1f} MB in float32\n")
@@ -332,6 +335,8 @@ def export_command(
         about = {
             "classes": json.dumps(checkpoint.classes),
             "normalisation": json.dumps(checkpoint.normalisation),
+            # What the logits are divided by before the softmax; the file gives them undivided.
+            "temperature": json.dumps(checkpoint.temperature),
         }
         export_onnx(checkpoint.model, example, out, metadata=about)
     typer.echo(out)

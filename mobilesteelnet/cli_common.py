@@ -52,6 +52,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Do again what is t
 OnBadFile = Annotated[str, typer.Option(help="skip bad files (exit code 1), or fatal.")]
 
 
+class Output(Console):
+    """What a command answers; a reader that has gone is told as by print, not as bad pictures."""
+
+    def on_broken_pipe(self) -> None:
+        """As rich asks for it."""
+        raise BrokenPipeError
+
+
 def open_checkpoint(
     source: Path, device: str, backend: str | None, classes: str | None, frozen: bool = False
 ) -> tuple[Checkpoint, RunFolder | None]:

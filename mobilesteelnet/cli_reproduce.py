@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .cli_common import (
     OK,
+    SOME_FAILED,
     Accelerator,
     Backend,
     Fits,
@@ -165,6 +166,7 @@ def _sets(data: Path | None, seeds: int, request: _Request) -> int:
     _refuse("sets", request.changes, {"seed"}, "each run has its own")
     planned = plan_set(seeds)
     found = {} if data is None else {set_name(data): data.absolute()}
+    code = OK
     for name in _chosen(request.only, list(found or SETS)):
         if data is None and request.show and not set_folder(name, request.places.runs).is_dir():
             typer.echo(f"{name}: pictures to make, {len(planned)} runs to do")
@@ -173,8 +175,8 @@ def _sets(data: Path | None, seeds: int, request: _Request) -> int:
             with bar(f"making the pictures of {name}", Console(stderr=True)) as progress:
                 found[name] = find_set(name, request.places.runs, progress)
         places = set_places(name, found[name], request.places)
-        _train(planned, replace(request, places=places))
-    return OK
+        code = max(code, _train(planned, replace(request, places=places)))
+    return code
 
 
 def _train(planned: list[PlannedRun], request: _Request) -> int:
@@ -191,11 +193,13 @@ def _train(planned: list[PlannedRun], request: _Request) -> int:
         console=Console(stderr=True),
         overwrite=request.overwrite,
     )
+    code = OK
     for path in paths:
-        accuracy = read_result(path)["test"]["average_accuracy"]
-        typer.echo(f"{100 * accuracy:6.2f} %  {path}")
+        result = read_result(path)
+        typer.echo(f"{100 * result['test']['average_accuracy']:6.2f} %  {path}")
+        code = SOME_FAILED if result.get("bad_files") else code
     typer.echo("next: mobilesteelnet reproduce page")
-    return OK
+    return code
 
 
 def _list(planned: list[PlannedRun], request: _Request) -> int:
@@ -229,7 +233,10 @@ def _candidates(request: _Request, fits: int | None) -> int:
     from .recipes import CANDIDATES
     from .reproduction.candidates import judge_candidates, result_file
 
+    codes = [OK]
+
     def tell(path: Path, found: CrossValidation) -> None:
+        codes.append(SOME_FAILED if found.bad_files else OK)
         spread = "" if found.deviation is None else f" ± {100 * found.deviation:.2f}"
         typer.echo(f"{100 * found.average_accuracy:.2f}{spread} %  {path}")
 
@@ -249,7 +256,7 @@ def _candidates(request: _Request, fits: int | None) -> int:
         overwrite=request.overwrite,
         tell=tell,
     )
-    return OK
+    return max(codes)
 
 
 def _refuse(what: str, changes: dict[str, Any], names: set[str], why: str) -> None:

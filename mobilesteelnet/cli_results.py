@@ -12,6 +12,7 @@ from rich.console import Console
 
 from .cli_common import (
     OK,
+    SOME_FAILED,
     Accelerator,
     Backend,
     BatchSize,
@@ -20,6 +21,7 @@ from .cli_common import (
     Fits,
     FrozenOption,
     OnBadFile,
+    Output,
     Overwrite,
     Precision,
     Settings,
@@ -78,7 +80,7 @@ def crossval_command(
         f"{len(found.folds)} trainings, loss {found.loss:.4f}, calibration error "
         f"{100 * found.calibration_error:.2f} %"
     )
-    return OK
+    return SOME_FAILED if found.bad_files else OK
 
 
 def robustness_command(
@@ -124,7 +126,7 @@ def robustness_command(
     if json_file is not None:
         write(json_file, json.dumps(facts, indent=2) + "\n")
     if json_file != "-":
-        Console().print(robustness_table(rows))
+        Output().print(robustness_table(rows))
     return tell_bad_files(pictures.bad)
 
 

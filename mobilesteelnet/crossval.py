@@ -56,6 +56,7 @@ class CrossValidation:
         average_accuracy: Mean over the folds.
         deviation: Its standard deviation; None of one fold.
         loss, calibration_error: Means over the folds.
+        bad_files: How many files of the set could not be used.
     """
 
     config: dict[str, Any]
@@ -64,6 +65,7 @@ class CrossValidation:
     deviation: float | None
     loss: float
     calibration_error: float
+    bad_files: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -132,12 +134,12 @@ def cross_validate(
         raise ValueError(f"fits={fits}: must be from 1 to folds·repeats = {folds * repeats}")
     machine = machine or Machine()
     folder = Path(out)
-    if overwrite:
-        forget(folder, folds * repeats)
     with bar("reading pictures", console) as progress:
         rule: Any = config.on_bad_file
         pictures = scan(config.data, on_bad_file=rule, progress=progress)
     seed, parts = _parts(config, pictures, folds, repeats)
+    if overwrite:
+        forget(folder, folds * repeats)
     parts = parts[:fits]
     found = []
     for number, part in enumerate(parts):
@@ -171,6 +173,7 @@ def cross_validate(
         statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         statistics.fmean(fold.loss for fold in found),
         statistics.fmean(fold.calibration_error for fold in found),
+        len(pictures.bad),
     )
     write_json(folder / RESULT, summary.to_dict())
     return summary

@@ -28,6 +28,8 @@ from .synthetic import make_synthetic
 from .train import TrainConfig, TrainResult, resume, train
 
 SETTINGS = "demo.json"
+OWN = (SETTINGS, "data", "run", "report", "predictions.json")
+"""What a demo writes into its folder, and ``overwrite`` deletes from it."""
 # The paper's protocol, cut to a budget: a narrow network on small pictures, more of them to learn
 # from, a cosine instead of an early stop, and ReLU in the blocks.
 QUICK: dict[str, Any] = {
@@ -98,7 +100,7 @@ def run_demo(
         budget: ``tiny``, ``small`` or ``full`` (the paper's protocol), or ``shipped``: ``data`` is
             classified with the package's weights, and nothing is trained.
         seed: Of the pictures and the training.
-        overwrite: Delete an earlier demo in ``out``.
+        overwrite: Delete an earlier demo in ``out``; what else lies there stays.
         console: Where progress is shown.
         command: The command line, for the report.
 
@@ -153,7 +155,7 @@ def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
         if not record.is_file():
             raise RunFolderError(f"out={str(folder)!r} is not empty and holds no demo")
         if overwrite:
-            shutil.rmtree(folder)
+            _delete(folder, settings["data"])
         elif RunFolder(folder).read_json(record) != settings:
             raise RunFolderError(
                 f"out={str(folder)!r} holds a demo with other settings: choose another folder, or "
@@ -163,6 +165,22 @@ def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
         raise RunFolderError(f"out={str(folder)!r} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, settings)
+
+
+def _delete(folder: Path, data: str | None) -> None:
+    """Delete an earlier demo, but not the pictures that are to be read."""
+    for name in OWN:
+        path = folder / name
+        if data is not None and Path(data).resolve().is_relative_to(path.resolve()):
+            raise RunFolderError(
+                f"data={data!r} lies in what --overwrite would delete: choose another output folder"
+            )
+    for name in OWN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _train(path: Path, config: TrainConfig, console: Console | None) -> TrainResult:

@@ -285,7 +285,7 @@ def _gate_section(evaluation: Evaluation, checkpoint: Checkpoint, pictures: Pict
 
 
 def _samples(evaluation: Evaluation) -> list[PictureResult]:
-    """Pictures of each class in turn: the first ones of the part, right or wrong."""
+    """Pictures of each class in turn, evenly spaced over the part, right or wrong."""
     by_class = {
         name: [item for item in evaluation.predictions if item.true == name]
         for name in evaluation.classes

@@ -34,7 +34,15 @@ def confidence_section(found: Calibration | None, image: str) -> str:
 def _advice(found: Calibration) -> str:
     least = least_threshold(found.coverage, TRUSTED)
     if least is None or least.accuracy is None:
-        return f"No threshold leaves pictures of which {100 * TRUSTED:g} % are right."
+        text = f"There is no threshold from which on {100 * TRUSTED:g} % of the accepted are right"
+        known = [item for item in found.coverage if item.accuracy is not None]
+        if not known:
+            return f"{text}."
+        best = max(known, key=lambda item: (item.accuracy, item.coverage))
+        return (
+            f"{text}; nearest comes {best.threshold:g}, with {percent(best.accuracy)} % right of "
+            f"the {percent(best.coverage)} % that are accepted."
+        )
     return (
         f"From {least.threshold:g} on at least {100 * TRUSTED:g} % of the accepted pictures are "
         f"right; there {percent(least.coverage)} % are accepted."

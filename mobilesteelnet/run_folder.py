@@ -80,15 +80,31 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+_COMPUTED = ("=", "+", "-", "@", "\t", "\r")
+
+
 def rows_to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as CSV text; the columns are the keys of the first row."""
+    """The rows as CSV text; the columns are the keys of the first row.
+
+    A text that a spreadsheet would compute gets a leading apostrophe.
+    """
     if not rows:
         return ""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    columns = list(rows[0])
+    plain = csv.writer(buffer, lineterminator="\n")
+    # Python's writer quotes a carriage return only where it ends lines itself.
+    quoted = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    plain.writerow(columns)
+    for row in rows:
+        cells = [_harmless(row[name]) for name in columns]
+        strange = any(isinstance(cell, str) and "\r" in cell for cell in cells)
+        (quoted if strange else plain).writerow(cells)
     return buffer.getvalue()
+
+
+def _harmless(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_COMPUTED) else cell
 
 
 class RunFolder:

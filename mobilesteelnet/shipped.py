@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from .data import DataError, PictureSet, Split, stratified_split
+from .data import PictureSet
 from .evaluate import SPLITS, WHOSE, Evaluation, evaluate
 from .predict import Progress
 from .quantisation import choose_bits, quantise
 from .run_folder import write_json, write_text
-from .splits import SIDES
+from .splits import recognise
 
 SHIPPED = "shipped"
 """What the command line takes in place of a checkpoint's path for the weights of the package."""
@@ -75,35 +75,19 @@ def load_shipped(
 def unseen_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, list[int]]:
     """The pictures that a fair figure may be measured on: a part's name, and its indexes.
 
-    The test part, if the set divides as the checkpoint's training says that its own did; else all
-    pictures: others, or the training's with some changed, which cannot be told from others.
+    ``test``, without those that the training saw, if some of them are here; else ``all``: the set
+    is another one, or the checkpoint does not say what it saw.
     """
-    split = _split_of_training(checkpoint, pictures)
-    return ("all", list(range(len(pictures)))) if split is None else ("test", split.test)
+    parts = recognise(checkpoint.training.get("seen"), pictures)
+    return ("all", list(range(len(pictures)))) if parts is None else ("test", parts["test"])
 
 
 def validation_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, list[int]]:
-    """The pictures to fit a temperature to: ``val`` of the training's own set, else all."""
-    split = _split_of_training(checkpoint, pictures)
-    return ("all", list(range(len(pictures)))) if split is None else ("val", split.val)
-
-
-def _split_of_training(checkpoint: Checkpoint, pictures: PictureSet) -> Split | None:
-    """How the training divided these pictures; None if it must have been others."""
-    options, counts = (checkpoint.training.get(key) for key in ("options", "pictures"))
-    if isinstance(options, dict) and isinstance(counts, dict):
-        seed = options.get("split_seed")
-        seed = options.get("seed") if seed is None else seed
-        try:
-            split = stratified_split(pictures, options.get("fractions", ()), seed)  # type: ignore[arg-type]  # checked there
-        except DataError:
-            split = None
-        same = split is not None and all(
-            len(getattr(split, side)) == counts.get(side) for side in SIDES
-        )
-        if same and pictures.classes == checkpoint.classes:
-            return split
-    return None
+    """The pictures to fit a temperature to: ``val`` of the training if it is here, else unseen."""
+    parts = recognise(checkpoint.training.get("seen"), pictures)
+    if parts is not None and parts["val"]:
+        return "val", parts["val"]
+    return unseen_pictures(checkpoint, pictures)
 
 
 @dataclass(frozen=True)

@@ -269,3 +269,38 @@ def _deal(pictures: PictureSet, pool: Sequence[int], folds: int, seed: int) -> d
             part_of[i] = part
             counts[part][labels[i]] += 1
     return part_of
+
+
+_DIGEST = 16  # hexadecimal digits: enough to tell pictures apart, and short in a checkpoint
+_SEEN = ("train", "val")
+
+
+def seen_pictures(split: Split, pictures: PictureSet) -> dict[str, str]:
+    """What a checkpoint keeps of the pictures that its training saw: their pixels' digests."""
+    return {
+        side: "".join(pictures.items[i].digest[:_DIGEST] for i in getattr(split, side))
+        for side in _SEEN
+    }
+
+
+def recognise(seen: Any, pictures: PictureSet) -> dict[str, list[int]] | None:
+    """Indexes by side of pictures that a training may have seen, whatever they are called now.
+
+    Args:
+        seen: what :func:`seen_pictures` gave; anything else says nothing.
+        pictures: any set.
+
+    Returns:
+        ``train``, ``val``, and ``test`` for all others; None if none of them was seen.
+    """
+    if not isinstance(seen, Mapping) or not all(isinstance(seen.get(s), str) for s in _SEEN):
+        return None
+    side_of = {
+        seen[side][start : start + _DIGEST]: side
+        for side in _SEEN
+        for start in range(0, len(seen[side]), _DIGEST)
+    }
+    parts: dict[str, list[int]] = {side: [] for side in SIDES}
+    for i, picture in enumerate(pictures.items):
+        parts[side_of.get(picture.digest[:_DIGEST], "test")].append(i)
+    return parts if any(parts[side] for side in _SEEN) else None

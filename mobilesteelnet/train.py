@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from .checkpoint import CheckpointError, load_checkpoint
 from .data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -32,9 +28,10 @@ from .data import (
     texture_transform,
     train_transform,
 )
+from .initialisation import build_model
 from .lightning_modules import Classifier, PictureDataModule, TrainingError
-from .networks import MOBILESTEELNET, build_network
 from .run_folder import RunFolder, RunFolderError, write_json
+from .splits import seen_pictures
 from .train_config import Machine, TrainConfig
 from .transforms import Transform
 
@@ -60,10 +57,6 @@ __all__ = [
     "resume",
     "train",
 ]
-
-MOBILESTEELNET_OPTIONS = (
-    *("attention", "fusion", "activation", "bn_statistics", "width", "dropout"),
-)
 
 
 @dataclass(frozen=True)
@@ -224,7 +217,7 @@ class _Session:
             "classes": pictures.classes,
             "input_size": config.size,
             "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-            "training": _training_card(config, split),
+            "training": _training_card(config, split, pictures),
         }
         self.writer = RunWriter(folder, config.select, card)
         others: list[L.Callback] = []
@@ -274,43 +267,6 @@ def _training_transform(config: TrainConfig, size: int) -> Transform:
         options = {name: getattr(config, name) for name in ("crop_scale", "light", "quarter_turns")}
         return texture_transform(size, **options)
     return train_transform(size)
-
-
-def build_model(config: TrainConfig, classes: list[str], backend: str | None = None) -> nn.Module:
-    """The network of a run before its first step: seeded, or with the weights of ``init_from``.
-
-    Raises:
-        ValueError: The network does not take the options.
-        CheckpointError: ``init_from`` is no checkpoint, or one of another network.
-    """
-    random.seed(config.seed)
-    np.random.seed(config.seed % 2**32)
-    torch.manual_seed(config.seed)
-    options = {name: getattr(config, name) for name in MOBILESTEELNET_OPTIONS}
-    if config.network != MOBILESTEELNET:
-        given = [name for name, value in options.items() if value != getattr(TrainConfig, name)]
-        if given:
-            raise ValueError(f"network={config.network!r} does not take the option {given[0]}")
-        options = {"network": config.network}
-    model = build_network({"num_classes": len(classes), **options, "backend": backend})
-    if config.init_from is None:
-        return model
-    source = load_checkpoint(config.init_from)
-    weights = source.model.state_dict()
-    own = model.state_dict()
-    # Another set of classes gets a new head; everything else has to fit.
-    if source.classes != classes:
-        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-        weights |= {key: value for key, value in own.items() if key.startswith("fc.")}
-    unlike = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
-    unlike += [key for key in weights if key not in own]
-    if unlike:
-        raise CheckpointError(
-            f"init_from={config.init_from!r} has another network than the options ask for "
-            f"({unlike[0]!r} differs): give the same network, attention, fusion and width"
-        )
-    model.load_state_dict(weights)
-    return model
 
 
 def _saved_state(folder: RunFolder) -> dict[str, Any] | None:
@@ -365,7 +321,7 @@ def _result(
     return TrainResult(folder.path, folder.best, rows, best_epoch, reason, already, bad)
 
 
-def _training_card(config: TrainConfig, split: Split) -> dict[str, Any]:
+def _training_card(config: TrainConfig, split: Split, pictures: PictureSet) -> dict[str, Any]:
     """What the checkpoint says about its training; no paths, since checkpoints travel."""
     options = config.to_dict()
     options["data"] = Path(config.data).name
@@ -373,6 +329,7 @@ def _training_card(config: TrainConfig, split: Split) -> dict[str, Any]:
     return {
         "options": options,
         "pictures": {"train": len(split.train), "val": len(split.val), "test": len(split.test)},
+        "seen": seen_pictures(split, pictures),
         "versions": {"torch": torch.__version__, "lightning": L.__version__},
     }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+
+from mobilesteelnet import allocator
 
 FAULTS = """
 import resource, torch
@@ -44,12 +48,30 @@ def test_freed_maps_are_used_again() -> None:
     assert min(int(count) for count in faults(False)[-6:]) > pages / 2  # what it is for
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.parametrize(("most", "done"), [(2**31, True), (1 << 25, True), (0, False)])
+def test_a_threshold_that_is_not_taken_leaves_the_other_alone(
+    most: int, done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def mallopt(parameter: int, value: int) -> int:
+        taken = parameter == allocator._TRIM_THRESHOLD or value <= most
+        asked.extend([parameter] * taken)
+        return int(taken)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    for name in allocator._BY_USER:
+        monkeypatch.delenv(name, raising=False)
+    assert allocator.keep_freed_memory() == done
+    assert asked == ([allocator._MMAP_THRESHOLD, allocator._TRIM_THRESHOLD] if done else [])
+
+
 def test_a_users_own_setting_is_respected() -> None:
     assert faults(True, MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
 
 
 def test_the_program_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mobilesteelnet import allocator
     from mobilesteelnet.__main__ import main
 
     asked = []

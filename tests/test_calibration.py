@@ -23,11 +23,18 @@ from training_cases import (
 )
 
 from mobilesteelnet.__main__ import main
-from mobilesteelnet.calibration import Coverage, calibrate, fit_temperature, least_threshold
+from mobilesteelnet.calibration import (
+    Calibration,
+    Coverage,
+    calibrate,
+    fit_temperature,
+    least_threshold,
+)
 from mobilesteelnet.checkpoint import Checkpoint, load_checkpoint
 from mobilesteelnet.data import PictureSet, scan
 from mobilesteelnet.evaluate import evaluate, find_temperature
 from mobilesteelnet.predict import predict
+from mobilesteelnet.report_confidence import confidence_section
 from mobilesteelnet.robustness import LEVELS, change_picture, measure_robustness
 from mobilesteelnet.run_folder import rows_to_csv
 from mobilesteelnet.shipped import load_shipped
@@ -137,6 +144,16 @@ def test_the_least_threshold_that_is_accurate_enough() -> None:
     assert least_threshold(curve, 0.5) == curve[0]
 
 
+def test_the_report_says_which_threshold_can_be_trusted() -> None:
+    curve = [Coverage(0.0, 1.0, 0.9), Coverage(0.9, 0.6, 0.995), Coverage(0.995, 0.1, 0.96)]
+    found = Calibration(0.1, [], curve)
+    assert "nearest comes 0.9, with 99.50 % right of the 60.00 %" in confidence_section(found, "")
+    better = replace(found, coverage=curve[:2])
+    assert "From 0.9 on at least 99 %" in confidence_section(better, "")
+    nothing = replace(found, coverage=[Coverage(0.9, 0.0, None)])
+    assert "There is no threshold from which on 99 %" in confidence_section(nothing, "")
+
+
 def test_an_evaluation_holds_its_calibration(pictures: PictureSet) -> None:
     checkpoint = Checkpoint(small_network(), CLASSES, SIZE, NORMALISATION)
     result = evaluate(checkpoint, pictures, range(len(pictures)))
@@ -217,4 +234,7 @@ def test_robustness_from_the_command_line(
     facts = json.loads(capsys.readouterr().out)
     assert facts["pictures"] == 12
     assert {row["change"] for row in facts["rows"]} == {"none", *LEVELS}
-    assert main(arguments) == 2  # a part of the pictures needs the run that divided them
+    capsys.readouterr()
+    assert main([*arguments, "--json", "-", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts  # it does not say what it saw
+    assert main([*arguments, "--split", "test"]) == 2  # needs the run that divided them

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +20,7 @@ from training_cases import (
     ROOT,
     SIZE,
     WIDTH,
+    error_line,
     make_pictures,
     one_thread,  # noqa: F401
     program_environment,
@@ -31,9 +32,7 @@ from mobilesteelnet.__main__ import main
 from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.cli import EXIT_CODES
 from mobilesteelnet.data import scan
-from mobilesteelnet.demo import BUDGETS, run_demo
 from mobilesteelnet.predict import predict
-from mobilesteelnet.run_folder import RunFolderError
 
 COMMANDS = (
     *("train", "eval", "predict", "info", "export", "demo"),
@@ -58,15 +57,6 @@ def train_arguments(pictures: Path, out: Path) -> list[str]:
     options = ["--width", WIDTH, "--size", SIZE, "--epochs", 1, "--batch-size", 6]
     options += ["--fractions", "0.5,0.25,0.25", "--accelerator", "cpu", "--devices", 1]
     return [str(part) for part in ("train", "--data", pictures, "--out", out, *options)]
-
-
-def error_line(capture: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error: nothing before that looks like a traceback."""
-    errors = capture.readouterr().err
-    assert "Traceback" not in errors
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, errors
-    return lines[0]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -206,9 +196,25 @@ def test_errors_are_one_line_with_a_code(
     assert words in error_line(capsys)
 
 
-def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(ValueError, match="--data or --resume"):
-        main(["--debug", "train"])
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--debug", "train"]) == main(["train"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("Traceback") == 1
+    assert errors.count("error: --data or --resume is needed") == 2
+
+
+def test_a_reader_that_has_gone_is_no_bad_picture() -> None:
+    command = f"{sys.executable} -m mobilesteelnet info"
+    told = subprocess.run(
+        ["bash", "-c", f"{command} 2>/dev/null | true; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert told.stdout.strip() == "6"
 
 
 def test_a_fault_of_the_program_has_its_own_code(
@@ -280,55 +286,6 @@ def test_without_the_extra_it_says_what_to_install() -> None:
 
 
 # ------------------------------------------------------------------------------------------ demo
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo on so small a budget that only its steps are tested."""
-    import mobilesteelnet.demo
-
-    small: dict[str, Any] = {**BUDGETS["tiny"], "width": WIDTH, "size": SIZE}
-    monkeypatch.setitem(BUDGETS, "tiny", small)
-    monkeypatch.setattr(mobilesteelnet.demo, "STEPS", {"tiny": 3})
-    monkeypatch.setattr(mobilesteelnet.demo, "LEAST_EPOCHS", 1)
-    monkeypatch.setattr(mobilesteelnet.demo, "SYNTHETIC", {"tiny": (8, 48)})
-
-
-@pytest.mark.usefixtures("quick")
-def test_demo_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "demo"
-    arguments = ["demo", "--budget", "tiny", "--out", str(out)]
-    assert main(arguments) == 0
-    said = capsys.readouterr().out
-    assert str(out / "report" / "report.html") in said
-    assert "average accuracy" in said
-    assert len(json.loads((out / "predictions.json").read_text())["predictions"]) > 0
-    weights = (out / "run" / "best.safetensors").read_bytes()
-    page = (out / "report" / "report.html").read_text(encoding="utf-8")
-    assert "synthetic" in page
-    assert main(arguments) == 0
-    assert (out / "run" / "best.safetensors").read_bytes() == weights
-    assert main([*arguments, "--seed", "1"]) == 2
-    assert "other settings" in error_line(capsys)
-    assert main([*arguments, "--seed", "1", "--overwrite"]) == 0
-    assert (out / "run" / "best.safetensors").read_bytes() != weights
-
-
-@pytest.mark.usefixtures("quick")
-def test_demo_on_own_pictures(tmp_path: Path) -> None:
-    own = make_pictures(tmp_path / "own", per_class=10)
-    result = run_demo(tmp_path / "demo", data=own, budget="tiny")
-    assert result.evaluation.classes == CLASSES
-    assert not (tmp_path / "demo" / "data").exists()
-    assert result.report.is_file()
-
-
-def test_demo_leaves_other_folders_alone(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("precious")
-    for overwrite in (False, True):
-        with pytest.raises(RunFolderError, match="holds no demo"):
-            run_demo(tmp_path, budget="tiny", overwrite=overwrite)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 # ------------------------------------------------------------------------------------------ fuzz

@@ -14,9 +14,10 @@ pytest.importorskip("torchvision", reason="torchvision is not installed")
 import fused
 from mobilesteelnet.blocks import EMA, OTHER_ATTENTIONS
 from mobilesteelnet.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from mobilesteelnet.initialisation import build_model
 from mobilesteelnet.model import MobileSteelNet, describe
 from mobilesteelnet.networks import BASELINES, build_network, describe_network
-from mobilesteelnet.train import TrainConfig, build_model
+from mobilesteelnet.train import TrainConfig
 
 # Of the 1000-class networks in millions, as their papers and torchvision's tables give them.
 PUBLISHED_MILLIONS = {

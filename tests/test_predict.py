@@ -92,6 +92,16 @@ def test_the_written_forms(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert (table[3]["class"], bool(table[3]["error"])) == ("", True)
 
 
+def test_cells_are_no_formulas_and_stay_in_their_rows() -> None:
+    names = ["=1+1", "+a", "-b", "@c", "\tx", "a\rb", "a\nb", "plain", 'q"uote']
+    rows = [{"name": name, "value": -0.5} for name in names]
+    found = list(csv.reader(io.StringIO(rows_to_csv(rows), newline="")))
+    assert found[0] == ["name", "value"]
+    assert [name for name, _ in found[1:6]] == [f"'{name}" for name in names[:5]]
+    assert [name for name, _ in found[6:]] == names[5:]
+    assert {value for _, value in found[1:]} == {"-0.5"}
+
+
 def test_logits_that_are_not_finite(tmp_path: Path) -> None:
     broken = Checkpoint(small_network(), CLASSES, SIZE, NORMALISATION)
     with torch.no_grad():

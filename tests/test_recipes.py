@@ -36,10 +36,11 @@ from mobilesteelnet import figures
 from mobilesteelnet.averaging import KeptNetwork
 from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.data import PictureDataset, eval_transform, scan, texture_transform
+from mobilesteelnet.initialisation import build_model
 from mobilesteelnet.lightning_modules import Classifier
 from mobilesteelnet.recipes import CANDIDATES, RECIPES, parse_settings, recipe_options
 from mobilesteelnet.run_folder import RunFolder
-from mobilesteelnet.train import TrainConfig, TrainingError, build_model, resume, train
+from mobilesteelnet.train import TrainConfig, TrainingError, resume, train
 
 Weights = dict[str, torch.Tensor]
 

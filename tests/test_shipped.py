@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ from mobilesteelnet.shipped import (
     package_weights,
     shipped_folder,
     unseen_pictures,
+    validation_pictures,
 )
+from mobilesteelnet.splits import seen_pictures
 
 
 @pytest.fixture(scope="module")
@@ -279,22 +282,50 @@ def test_the_demo_with_the_packages_weights(
     assert demo.default_budget(folder) == "small"
 
 
-def test_pictures_that_a_training_never_saw(pictures: PictureSet) -> None:
+def test_pictures_that_a_training_never_saw(pictures: PictureSet, tmp_path: Path) -> None:
     split = stratified_split(pictures, (0.5, 0.25, 0.25), 7)
-    options = {"fractions": [0.5, 0.25, 0.25], "seed": 3, "split_seed": 7}
-    counts = {"train": 6, "val": 3, "test": 3}
+    seen = seen_pictures(split, pictures)
     trained = checkpoint()
-    trained.training = {"options": options, "pictures": counts}
+    trained.training = {"seen": seen}
     assert unseen_pictures(trained, pictures) == ("test", split.test)
-    everything = ("all", list(range(len(pictures))))
-    for training in (
-        {},
-        {"options": options, "pictures": {**counts, "test": 4}},
-        {"options": {**options, "fractions": "x"}, "pictures": counts},
-        {"options": {"seed": None}, "pictures": counts},
-    ):
-        trained.training = training
-        assert unseen_pictures(trained, pictures) == everything
+    assert validation_pictures(trained, pictures) == ("val", split.val)
+    renamed = tmp_path / "renamed"
+    for number, item in enumerate(pictures.items[1:]):  # one is missing, and all have other names
+        path = renamed / Path(item.name).parent.name / f"plate{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.open(number + 1).save(path)
+    found = scan(renamed)
+    name, indexes = unseen_pictures(trained, found)
+    unseen = {pictures.items[i].digest for i in split.test if i > 0}
+    assert (name, {found.items[i].digest for i in indexes}) == ("test", unseen)
+    others = scan(make_pictures(tmp_path / "others", seed=5))
+    everything = ("all", list(range(len(others))))
+    assert unseen_pictures(trained, others) == validation_pictures(trained, others) == everything
+    trained.training = {"seen": {**seen, "val": ""}}
+    assert validation_pictures(trained, pictures)[0] == "test"  # rather than what it learnt from
+    for wrong in (None, {}, "x", {"train": 3, "val": ""}, {"train": "0" * 16, "val": "zz"}):
+        trained.training = {"seen": wrong}
+        assert unseen_pictures(trained, pictures)[0] == "all"
+
+
+@pytest.mark.parametrize(
+    ("split", "words"), [("test", "never saw"), ("train", "learnt"), ("all", "with any that")]
+)
+def test_the_card_says_what_the_pictures_are(
+    pictures: PictureSet, tmp_path: Path, split: str, words: str
+) -> None:
+    package_weights(checkpoint(), pictures, [0, 5], tmp_path, split=split, tolerance=100)
+    text = (tmp_path / "CARD.md").read_text()
+    assert words in text
+    assert ("never saw" in text) == (split == "test")
+    with pytest.raises(ValueError, match="split='mine'"):
+        package_weights(checkpoint(), pictures, [0], tmp_path, split="mine")
+
+
+def test_unnamed_classes_get_the_pictures_names(pictures: PictureSet, tmp_path: Path) -> None:
+    unnamed = replace(checkpoint(), classes=["class_0", "class_1", "class_2"], named_classes=False)
+    package_weights(unnamed, pictures, [0, 5, 9], tmp_path, tolerance=100)
+    assert load_shipped(folder=tmp_path).classes == CLASSES
 
 
 def test_without_weights_the_error_says_what_to_do(
@@ -318,7 +349,9 @@ def test_the_shipped_weights_are_as_good_as_their_card() -> None:
     options = card["training"]["options"]
     seed = options["seed"] if options["split_seed"] is None else options["split_seed"]
     split = stratified_split(pictures, options["fractions"], seed)
-    result = evaluate(load_shipped().frozen(), pictures, getattr(split, card["split"]))
+    assert unseen_pictures(load_shipped(), pictures) == (card["split"], split.test)
+    assert validation_pictures(load_shipped(), pictures) == ("val", split.val)
+    result = evaluate(load_shipped().frozen(), pictures, split.test)
     assert len(result.predictions) == card["pictures"]
     wanted = card["stored"]["average_accuracy"]
     assert result.average_accuracy == pytest.approx(wanted, abs=0.002)

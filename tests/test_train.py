@@ -32,9 +32,10 @@ from training_cases import (
 
 from mobilesteelnet.checkpoint import CheckpointError, load_checkpoint
 from mobilesteelnet.data import scan, stratified_split
+from mobilesteelnet.initialisation import build_model
 from mobilesteelnet.lightning_modules import EpochSampler, SeededDataset
 from mobilesteelnet.run_folder import RunFolder
-from mobilesteelnet.train import TrainConfig, build_model, train
+from mobilesteelnet.train import TrainConfig, train
 
 # ------------------------------------------------------------------------------------- protocol
 

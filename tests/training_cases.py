@@ -33,9 +33,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make_pictures(folder: Path, per_class: int = 8) -> Path:
+def make_pictures(folder: Path, per_class: int = 8, seed: int = 0) -> Path:
     """Three classes that any network can tell apart."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name in CLASSES:
         (folder / name).mkdir(parents=True)
         for number in range(per_class):
@@ -82,3 +82,12 @@ def run_program(*arguments: object, **options: Any) -> subprocess.CompletedProce
 def program_environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+def error_line(capture: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error: nothing before that looks like a traceback."""
+    errors = capture.readouterr().err
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, errors
+    return lines[0]

@@ -13,10 +13,11 @@ from torch.nn import functional
 
 from fused import optimize_for_inference
 
+from ..initialisation import build_model
 from ..model import MobileSteelNet
 from ..networks import build_network, describe_network
 from ..run_folder import RunFolderError
-from ..train import TrainConfig, build_model
+from ..train_config import TrainConfig
 from .grid import NETWORKS
 from .runner import FORMAT, WAY_OUT, machine_facts, read_result
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from ..initialisation import MOBILESTEELNET_OPTIONS
 from ..networks import BASELINES
 from ..recipes import PUBLISHED, recipe_options
-from ..train import MOBILESTEELNET_OPTIONS, TrainConfig
+from ..train_config import TrainConfig
 
 FIRST_SEED = 42
 """Of the split of every run, and of the first run of each network."""

@@ -194,6 +194,7 @@ def _judge(
             "history": {name: [_rounded(row[name]) for row in done.rows] for name in columns},
         },
         "test": test_figures(test),
+        "bad_files": len(pictures.bad),
         "machine": machine_facts(device, machine.precision),
     }
 

@@ -1,0 +1,55 @@
+"""The network of a run before its first step."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+from .checkpoint import CheckpointError, load_checkpoint
+from .networks import MOBILESTEELNET, build_network
+from .train_config import TrainConfig
+
+MOBILESTEELNET_OPTIONS = (
+    *("attention", "fusion", "activation", "bn_statistics", "width", "dropout"),
+)
+"""The options of a training that only this network has."""
+
+
+def build_model(config: TrainConfig, classes: list[str], backend: str | None = None) -> nn.Module:
+    """The network of a run before its first step: seeded, or with the weights of ``init_from``.
+
+    Raises:
+        ValueError: The network does not take the options.
+        CheckpointError: ``init_from`` is no checkpoint, or one of another network.
+    """
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    options = {name: getattr(config, name) for name in MOBILESTEELNET_OPTIONS}
+    if config.network != MOBILESTEELNET:
+        given = [name for name, value in options.items() if value != getattr(TrainConfig, name)]
+        if given:
+            raise ValueError(f"network={config.network!r} does not take the option {given[0]}")
+        options = {"network": config.network}
+    model = build_network({"num_classes": len(classes), **options, "backend": backend})
+    if config.init_from is None:
+        return model
+    source = load_checkpoint(config.init_from)
+    weights = source.model.state_dict()
+    own = model.state_dict()
+    # Another set of classes gets a new head; everything else has to fit.
+    if source.classes != classes:
+        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+        weights |= {key: value for key, value in own.items() if key.startswith("fc.")}
+    unlike = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
+    unlike += [key for key in weights if key not in own]
+    if unlike:
+        raise CheckpointError(
+            f"init_from={config.init_from!r} has another network than the options ask for "
+            f"({unlike[0]!r} differs): give the same network, attention, fusion and width"
+        )
+    model.load_state_dict(weights)
+    return model
