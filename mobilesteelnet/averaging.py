@@ -26,7 +26,7 @@ from .train_config import TrainConfig
 class KeptNetwork(L.Callback):
     """Gives the classifier the network to validate and to keep; training goes on beside it.
 
-    Every process computes the same one from the same pictures.
+    Every process computes it from the same pictures; the classifier evens out its buffers.
 
     Args:
         config: The run's options; ``averaging`` or ``recalibrate_bn`` is on.

@@ -118,7 +118,7 @@ def evaluate_command(
     Example: [bold]mobilesteelnet eval best.safetensors --data plates.zip --out report[/bold]
     """
     from .evaluate import WHOSE, evaluate
-    from .run_folder import write_json
+    from .run_folder import EVALUATION, write_json
     from .tables import evaluation_table
 
     console = Console(stderr=True)
@@ -135,7 +135,7 @@ def evaluate_command(
         f"{100 * result.overall_accuracy:.2f} %, {len(result.wrong)} of "
         f"{len(result.predictions)} wrong ({WHOSE[split]})"
     )
-    target = out or (run.path / f"eval-{split}" if run is not None else Path("evaluation"))
+    target = out or (run.path / f"{EVALUATION}-{split}" if run is not None else Path("evaluation"))
     if report:
         from .report import write_report
 

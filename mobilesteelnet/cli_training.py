@@ -11,7 +11,7 @@ from rich.console import Console
 DATA, NETWORK, PROTOCOL, MACHINE = "Data", "Network", "Protocol", "Machine"
 # What a resumed run takes from the command line; everything else is in its config.json.
 RESUMABLE = {
-    *("resume", "epochs", "accelerator", "devices", "num_nodes", "strategy", "precision"),
+    *("resume", "epochs", "data", "accelerator", "devices", "num_nodes", "strategy", "precision"),
     *("sync_batchnorm", "workers", "backend", "compile"),
 }
 
@@ -185,7 +185,8 @@ def train_command(  # one parameter an option
     """Train a network; the defaults are the paper's protocol.
 
     Leaves best.safetensors, metrics.csv, history.json, split.json and TensorBoard logs in the run
-    folder. A run that was cut off continues from its last whole epoch, with the same result.
+    folder. A run that was cut off continues from its last whole epoch, with the same result if
+    --precision and --sync-batchnorm are given as before; --data says where its pictures lie now.
 
     Example: [bold]mobilesteelnet train --data NEU-DET.zip --out runs/first[/bold]
 
@@ -219,7 +220,7 @@ def train_command(  # one parameter an option
             options = ", ".join("--" + name.replace("_", "-") for name in foreign)
             raise ValueError(f"--resume takes the run's own options: leave out {options}")
         longer = epochs if "epochs" in given else None
-        result = resume_run(resume, epochs=longer, machine=machine, console=console)
+        result = resume_run(resume, epochs=longer, data=data, machine=machine, console=console)
         return _tell(result)
     if data is None:
         raise ValueError("--data or --resume is needed")

@@ -13,7 +13,7 @@ from .data import PictureSet, scan, stratified_split
 from .evaluate import evaluate
 from .predict import choose_device
 from .progress import bar
-from .run_folder import write_json
+from .run_folder import RunFolder, RunFolderError, write_json
 from .runs import delete_runs, finish_run
 from .splits import Split, fold_splits
 from .train import Machine, TrainConfig
@@ -92,6 +92,15 @@ def judged_on(config: TrainConfig, pictures: PictureSet) -> list[int]:
     return [len(part.val) for part in _parts(config, pictures, FOLDS, REPEATS)[1]]
 
 
+def _require_same_part(run: RunFolder, wanted: dict[str, Any]) -> None:
+    """A run of other ``folds``, ``repeats`` or pictures may have learnt what it is judged on."""
+    if run.config.is_file() and run.split.is_file() and run.read_json(run.split) != wanted:
+        raise RunFolderError(
+            f"run={str(run.path)!r} was trained on other pictures than this fold's: choose another "
+            "folder, or start it again with --overwrite"
+        )
+
+
 def _parts(
     config: TrainConfig, pictures: PictureSet, folds: int, repeats: int
 ) -> tuple[int, list[Split]]:
@@ -148,6 +157,7 @@ def cross_validate(
         path = fold_folder(folder, number)
         # A seed of its own for each fold: their spread is that of a training, weights included.
         own = replace(config, seed=config.seed + number, split_seed=seed)
+        _require_same_part(RunFolder(path), part.to_dict(pictures))
         done = finish_run(own, path, machine=machine, console=console, split=part)
         checkpoint = load_checkpoint(done.checkpoint, choose_device(machine.device))
         # The temperature was fitted to these very pictures.

@@ -238,7 +238,8 @@ def scan(
     root = Path(path)
     source = _open_source(root, labelled)
     layout = recognise(source.names(), source.read) if labelled else _unlabelled(source, root)
-    bad = {**layout.bad, **{n: r for n, r in source.refused().items() if is_picture(n)}}
+    refused = source.refused()
+    bad = {**layout.bad, **{n: r for n, r in refused.items() if is_picture(n) or n.endswith("/")}}
     facts = _inspect_all(source, sorted(layout.classes, key=natural_key), bad, progress)
 
     classes = sorted({layout.classes[name] for name in facts}) if labelled else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +43,9 @@ def build_model(config: TrainConfig, classes: list[str], backend: str | None = N
     own = model.state_dict()
     # Another set of classes gets a new head; everything else has to fit.
     if source.classes != classes:
-        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-        weights |= {key: value for key, value in own.items() if key.startswith("fc.")}
+        head = _head_keys(model)
+        weights = {key: value for key, value in weights.items() if key not in head}
+        weights |= {key: own[key] for key in head}
     unlike = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
     unlike += [key for key in weights if key not in own]
     if unlike:
@@ -53,3 +55,11 @@ def build_model(config: TrainConfig, classes: list[str], backend: str | None = N
         )
     model.load_state_dict(weights)
     return model
+
+
+def _head_keys(model: nn.Module) -> set[str]:
+    """The weights whose shape follows the number of classes."""
+    config: Any = model.config
+    with torch.device("meta"):
+        other = build_network({**config, "num_classes": config["num_classes"] + 1}).state_dict()
+    return {key for key, value in model.state_dict().items() if value.shape != other[key].shape}

@@ -132,6 +132,7 @@ class PictureDataModule(L.LightningDataModule):
         seed: The run's seed.
         workers: Reading processes; None takes 0 on a CPU and 4 on a GPU.
         small, small_epochs: See :class:`SeededDataset`.
+        first_epoch: The one that is trained first, from 0: above it, of a run that is continued.
     """
 
     def __init__(
@@ -144,8 +145,10 @@ class PictureDataModule(L.LightningDataModule):
         workers: int | None = None,
         small: Dataset[tuple[torch.Tensor, int]] | None = None,
         small_epochs: int = 0,
+        first_epoch: int = 0,
     ) -> None:
         super().__init__()
+        self.first_epoch = first_epoch
         self.train = SeededDataset(train, seed, small=small, small_epochs=small_epochs)
         self.val = SeededDataset(val, seed)
         self.batch_size = batch_size
@@ -164,6 +167,8 @@ class PictureDataModule(L.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
+        # Reading processes ask for their first pictures before Lightning tells the epoch.
+        sampler.set_epoch(self.first_epoch)
         keyed: Dataset[Any] = dataset
         return DataLoader(
             keyed,
@@ -269,6 +274,15 @@ class Classifier(L.LightningModule):
         mix = kinds[self.config.mix](alpha=self.config.mix_alpha, num_classes=classes)
         blended, shares = mix(images, labels)
         return blended, shares
+
+    def on_validation_start(self) -> None:
+        """Validate one network on all processes: each has buffers of its own since its last step.
+
+        They are those of the first one, whose network is saved.
+        """
+        if self.trainer.world_size > 1:
+            for buffer in self.kept.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's logits."""

@@ -81,7 +81,8 @@ class Folder:
             name = prefix + entry.name
             if not _is_printable_unicode(name):
                 shown = name.encode("utf-8", "backslashreplace").decode()
-                self._refused[shown] = "the file name is not valid Unicode"
+                ending = "/" * _is_directory(entry)  # a class, maybe: all that is in it is left out
+                self._refused[shown + ending] = "the name is not valid Unicode"
             elif _is_directory(entry):
                 yield from self._walk(Path(entry.path), f"{name}/", (*above, real))
             else:
@@ -92,7 +93,7 @@ class Folder:
         return self._names
 
     def refused(self) -> Mapping[str, str]:
-        """Files whose names cannot be shown or stored."""
+        """Files, and folders with an ending slash, whose names cannot be shown or stored."""
         return self._refused
 
     def read(self, name: str) -> bytes:

@@ -50,6 +50,10 @@ def read_published(file: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"checkpoint {str(file)!r}: {key!r:.80} is a {type(value).__name__}, no weight"
             )
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise CheckpointError(
+                f"checkpoint {str(file)!r}: {key!r:.80} is sparse, quantised or without values"
+            )
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content)

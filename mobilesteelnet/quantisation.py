@@ -8,6 +8,7 @@ file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,7 +129,7 @@ def _restored(
         raise ValueError(f"the record of {key} is damaged")
     assert isinstance(bits, int)
     assert isinstance(shape, list)
-    count = int(np.prod(shape, dtype=np.float64))
+    count = math.prod(shape)
     fits = packed.dtype == torch.uint8 and packed.dim() == 1 and scale.shape == (shape[0],)
     if not fits or packed.numel() != -(-count * bits // 8) or not scale.is_floating_point():
         raise ValueError(f"{key} does not have the size that its record says")

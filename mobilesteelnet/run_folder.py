@@ -107,6 +107,10 @@ def _harmless(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_COMPUTED) else cell
 
 
+EVALUATION = "eval"
+"""A report of a run lies in its folder, in ``eval-<part>/``."""
+
+
 class RunFolder:
     """Paths and small files of one run. See the module's docstring for the list.
 
@@ -124,13 +128,13 @@ class RunFolder:
         self.best = self.path / "best.safetensors"
         self.last = self.path / "last.ckpt"
         self.tensorboard = self.path / "tensorboard"
+        self._files = (self.best, self.last, self.split, self.state, self.metrics, self.history)
 
     def check_free(self, *, overwrite: bool = False) -> None:
         """Check that a new run may be put here; changes nothing.
 
         Args:
-            overwrite: An earlier *run* that lies there may be deleted. A folder that holds anything
-                but a run is never deleted.
+            overwrite: An earlier *run* that lies there may be deleted.
 
         Raises:
             RunFolderError: The folder is not empty (or not a run, with ``overwrite``).
@@ -144,11 +148,33 @@ class RunFolder:
                 f"out={str(self.path)!r} is not empty: choose another folder, continue the run in "
                 "it with --resume, or start again with --overwrite"
             )
-        if not self.config.is_file():
+        if not self._holds_run():
             raise RunFolderError(
-                f"out={str(self.path)!r} is not empty and holds no run (no config.json): refusing "
-                "to delete it"
+                f"out={str(self.path)!r} is not empty and holds no run (no config.json of one): "
+                "refusing to delete it"
             )
+
+    def _holds_run(self) -> bool:
+        """Whether ``config.json`` is one of a training, not of some other program."""
+        try:
+            config = json.loads(self.config.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(config, dict) and {"data", "fractions", "epochs"} <= config.keys()
+
+    def delete(self) -> None:
+        """Delete the run's own files, as :meth:`check_free` allows; what else lies there stays."""
+        for path in self._files:
+            path.unlink(missing_ok=True)
+        for folder in (self.tensorboard, *self.path.glob(f"{EVALUATION}-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.config.unlink(missing_ok=True)  # last: until then the folder is known as a run
+
+    def others(self) -> list[str]:
+        """Names of what lies in the folder and is no file of the run."""
+        own = {path.name for path in (*self._files, self.config, self.tensorboard)}
+        found = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        return [n for n in found if n not in own and not n.startswith(f"{EVALUATION}-")]
 
     def create(self, *, overwrite: bool = False) -> None:
         """Make the empty folder for a new run, as :meth:`check_free` allows.
@@ -158,8 +184,7 @@ class RunFolder:
             OSError: The folder cannot be made or written.
         """
         self.check_free(overwrite=overwrite)
-        if self.config.is_file():
-            shutil.rmtree(self.path)
+        self.delete()
         self.path.mkdir(parents=True, exist_ok=True)
 
     def require(self) -> None:

@@ -47,7 +47,7 @@ def finish_run(
                 f"run={str(run.path)!r} was begun with other options ({changed}): choose another "
                 "folder for the runs, or start it again with --overwrite"
             )
-        return resume(run.path, machine=machine, console=console)
+        return resume(run.path, data=config.data, machine=machine, console=console)
     if run.path.is_dir() and {item.name for item in run.path.iterdir()} == {run.split.name}:
         shutil.rmtree(run.path)  # cut off before its options were written: nothing is lost
     return train(config, run.path, machine=machine, console=console, split=split)
@@ -65,9 +65,13 @@ def delete_runs(paths: Iterable[str | os.PathLike[str]]) -> None:
     found = [RunFolder(path) for path in paths]
     for run in found:
         run.check_free(overwrite=True)
+        if others := run.others():
+            raise RunFolderError(
+                f"run={str(run.path)!r} is to be made again, but {others[0]!r} lies in it too: "
+                "move that away"
+            )
     for run in found:
-        if run.path.is_dir():
-            shutil.rmtree(run.path)
+        run.delete()
 
 
 def differing_option(stored: TrainConfig, wanted: TrainConfig) -> str:

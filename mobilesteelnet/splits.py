@@ -50,6 +50,8 @@ class Split:
         Raises:
             DataError: a picture of the record is missing from the set, or is in it twice.
         """
+        if not isinstance(record, Mapping):
+            raise DataError(f"the recorded split is a {type(record).__name__}, no object")
         index = {picture.name: i for i, picture in enumerate(pictures.items)}
         sides: dict[str, list[int]] = {}
         seen: set[str] = set()

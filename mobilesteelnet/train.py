@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,6 +114,8 @@ def train(
     """
     machine = machine or Machine()
     config = replace(config, data=str(Path(config.data).absolute()))
+    if config.init_from is not None:
+        config = replace(config, init_from=str(Path(config.init_from).absolute()))
     folder = RunFolder(out)
     if is_first_process():
         folder.check_free(overwrite=overwrite)
@@ -135,6 +138,7 @@ def resume(
     run: str | os.PathLike[str],
     *,
     epochs: int | None = None,
+    data: str | os.PathLike[str] | None = None,
     machine: Machine | None = None,
     console: Console | None = None,
 ) -> TrainResult:
@@ -145,8 +149,9 @@ def resume(
 
     Args:
         run: The run's folder.
-        epochs: A new limit; only with ``schedule="none"``, since a cosine knows its end from the
-            start.
+        epochs: A new limit, not below what is done; only where nothing is planned from the run's
+            end: not with a cosine, ``averaging="swa"`` or ``small_size``.
+        data: Where the same pictures lie now; None takes the place where they lay.
         machine: Where it is computed; need not be as before.
         console: Where progress is shown; None is quiet.
 
@@ -161,12 +166,13 @@ def resume(
     except (ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(f"run={str(folder.path)!r}: config.json: {error}") from None
     longer = epochs is not None and epochs != config.epochs
-    if longer and config.schedule != "none":
-        raise ValueError(
-            f"epochs={epochs}: a run with schedule={config.schedule!r} keeps its length"
-        )
-    config = replace(config, epochs=config.epochs if epochs is None else epochs)
     state = _saved_state(folder)
+    if epochs is not None and longer:
+        _check_new_length(config, epochs, state)
+        config = replace(config, epochs=epochs)
+    moved = data is not None and str(Path(data).absolute()) != config.data
+    if data is not None:
+        config = replace(config, data=str(Path(data).absolute()))
     if state is not None:
         reason = _end_reason(state["rows"], state["stopped"], config)
         if reason:
@@ -180,14 +186,36 @@ def resume(
         raise ValueError(f"epochs={epochs}: this run's last.ckpt is gone, it cannot go on")
     pictures = _scan(config, console)
     split = Split.from_dict(folder.read_json(folder.split), pictures)
-    session = _Session(config, machine or Machine(), folder, pictures, split, console)
-    if longer and is_first_process():
+    rows = [] if state is None else state["rows"]
+    session = _Session(config, machine or Machine(), folder, pictures, split, console, len(rows))
+    if (longer or moved) and is_first_process():
         write_json(folder.config, config.to_dict())
-    return session.fit(continued=state is not None)
+    return session.fit()
+
+
+def _check_new_length(config: TrainConfig, epochs: int, state: dict[str, Any] | None) -> None:
+    """Raise ValueError if a run cannot be of so many epochs instead."""
+    planned = {
+        "schedule": config.schedule != "none",
+        "averaging": config.averaging == "swa",
+        "small_size": config.small_size is not None,
+    }
+    for name in (name for name, has_end in planned.items() if has_end):
+        raise ValueError(
+            f"epochs={epochs}: a run with {name}={getattr(config, name)!r} keeps its length"
+        )
+    done = 0 if state is None else len(state["rows"])
+    if epochs < done:
+        raise ValueError(f"epochs={epochs}: {done} are done already")
+    if epochs == done and state is not None and not state["best_epoch"]:
+        raise ValueError(f"epochs={epochs}: none of the {done} that are done was validated yet")
 
 
 class _Session:
-    """The parts of one training, put together; :meth:`fit` runs it."""
+    """The parts of one training, put together; :meth:`fit` runs it.
+
+    The first `done` epochs are in the folder's ``last.ckpt``.
+    """
 
     def __init__(
         self,
@@ -197,11 +225,16 @@ class _Session:
         pictures: PictureSet,
         split: Split,
         console: Console | None,
+        done: int = 0,
     ) -> None:
         self.config = config
+        self.machine = machine
         self.folder = folder
         self.pictures = pictures
-        model = build_model(config, pictures.classes, machine.backend)
+        self.continued = done > 0
+        # A continued run has its weights: those that it began with may be gone.
+        start = replace(config, init_from=None) if self.continued else config
+        model = build_model(start, pictures.classes, machine.backend)
         self.module = Classifier(model, config, compile=machine.compile)
         small = _training_transform(config, config.small_size or config.size)
         self.data = PictureDataModule(
@@ -212,6 +245,7 @@ class _Session:
             workers=machine.workers,
             small=PictureDataset(pictures, split.train, small),
             small_epochs=config.small_epochs,
+            first_epoch=done,
         )
         card = {
             "classes": pictures.classes,
@@ -224,14 +258,16 @@ class _Session:
         if KeptNetwork.is_needed(config):
             plain = PictureDataset(pictures, split.train, eval_transform(config.size))
             others.append(KeptNetwork(config, plain))
-        self.trainer = make_trainer(config, machine, folder, self.writer, console, others)
+        self.trainer = make_trainer(
+            config, machine, folder, self.writer, console, others, continued=self.continued
+        )
 
-    def fit(self, *, continued: bool = False) -> TrainResult:
+    def fit(self) -> TrainResult:
         """Run the training to its end, and say why it ended."""
-        path = str(self.folder.last) if continued else None
+        path = str(self.folder.last) if self.continued else None
         if is_first_process():
             self.writer.write_state("running", "")
-        how = f"continue with: mobilesteelnet train --resume {self.folder.path}"
+        how = f"continue with: {self._command()}"
         interrupt = signal.getsignal(signal.SIGINT)
         try:
             with quiet():
@@ -258,6 +294,12 @@ class _Session:
         return _result(
             self.folder, state["rows"], state["best_epoch"], reason, bad=len(self.pictures.bad)
         )
+
+    def _command(self) -> str:
+        """How to go on, with those of the machine's options that change results."""
+        options = f" --precision {self.machine.precision}" * (self.machine.precision != "32-true")
+        options += " --sync-batchnorm" * self.machine.sync_batchnorm
+        return f"mobilesteelnet train --resume {shlex.quote(str(self.folder.path))}{options}"
 
 
 def _training_transform(config: TrainConfig, size: int) -> Transform:

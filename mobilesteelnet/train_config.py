@@ -144,6 +144,10 @@ class TrainConfig:
     recalibrate_bn: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("data", "init_from"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "init_from" and value is None):
+                raise ValueError(f"{name}={value!r}: must be a path as text")
         for name, (low, high) in WHOLE_NUMBERS.items():
             _check_whole(name, getattr(self, name), low, high)
         if self.split_seed is not None:

@@ -26,8 +26,12 @@ def make_trainer(
     writer: RunWriter,
     console: Console | None,
     others: Sequence[L.Callback] = (),
+    *,
+    continued: bool = False,
 ) -> L.Trainer:
     """Lightning's trainer for a run, with its callbacks (`others` first) and loggers.
+
+    Of a `continued` run, what was logged after its last whole epoch is logged again.
 
     Raises:
         ValueError: Lightning cannot do what the machine's options ask for.
@@ -55,7 +59,7 @@ def make_trainer(
                     str(folder.path),
                     name=folder.tensorboard.name,
                     version="",
-                    purge_step=_next_step(folder),
+                    purge_step=_next_step(folder) if continued else None,
                 ),
                 callbacks=callbacks,
                 plugins=[AtomicCheckpointIO()],
@@ -72,10 +76,8 @@ def make_trainer(
         raise ValueError(f"the machine's options are not possible: {error}") from None
 
 
-def _next_step(folder: RunFolder) -> int | None:
-    """The first step that ``last.ckpt`` does not hold: later ones will be logged again."""
-    if not folder.last.is_file():
-        return None
+def _next_step(folder: RunFolder) -> int:
+    """The first step that ``last.ckpt`` does not hold."""
     return int(AtomicCheckpointIO().load_checkpoint(folder.last)["global_step"])
 
 

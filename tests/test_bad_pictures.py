@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import zipfile
 
 import numpy as np
@@ -281,3 +282,16 @@ def test_scan_of_a_damaged_zip_gives_a_set_or_data_error(tmp_path_factory, data)
     except DataError:
         return
     assert len(pictures.items) + len(pictures.bad) > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+def test_a_class_whose_name_cannot_be_shown_is_told(tmp_path):
+    folder = write_folder(tmp_path, {**two_classes(), "k/1.png": PNG})
+    os.rename(folder / "k", os.fsencode(folder) + b"/k\xe9")
+    found = scan(folder)
+    assert found.classes == ["dent", "rust"]
+    assert [(file.name, file.reason) for file in found.bad] == [
+        ("k\\udce9/", "the name is not valid Unicode")
+    ]
+    with pytest.raises(DataError, match="1 bad files"):
+        scan(folder, on_bad_file="fatal")

@@ -123,6 +123,12 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
         ({"weights": 3}, "is a int, no weight"),
         ({}, "holds a dict, no weights"),
         ([1, 2], "holds a list, no weights"),
+        ({"fc.weight": torch.eye(3).to_sparse()}, "sparse, quantised or without values"),
+        ({"fc.weight": torch.eye(3, device="meta")}, "sparse, quantised or without values"),
+        (
+            {"fc.weight": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)},
+            "sparse, quantised or without values",
+        ),
         ({"conv1.weight": torch.zeros(3)}, "another network"),
         ({"fc.weight": torch.zeros(6, 4), "initial_conv.0.weight": torch.zeros(1)}, "does not fit"),
     ],

@@ -90,6 +90,12 @@ def test_cross_validation_judges_on_the_folds(pictures: Path, tmp_path: Path) ->
     assert again == found
     one = cross_validate(config, tmp_path / "cv", folds=2, repeats=1, fits=1, machine=CPU)
     assert (one.folds, one.deviation) == (found.folds[:1], None)
+    with pytest.raises(RunFolderError, match="trained on other pictures than this fold's"):
+        cross_validate(config, tmp_path / "cv", folds=4, repeats=1, machine=CPU)
+    for wrong in ({"folds": 1}, {"folds": 40}):
+        with pytest.raises(DataError, match="folds="):
+            cross_validate(config, tmp_path / "cv", machine=CPU, overwrite=True, **wrong)
+    assert (tmp_path / "cv" / "crossval.json").is_file()
     stale = tmp_path / "cv" / "fold2" / "best.safetensors"
     stale.write_bytes(b"")
     cross_validate(config, tmp_path / "cv", repeats=1, fits=1, machine=CPU, overwrite=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,16 +27,18 @@ from run_cases import (
     states,
 )
 from training_cases import (
+    SIZE,
     one_thread,  # noqa: F401
     program_environment,
     run_program,
 )
 
 from mobilesteelnet.checkpoint import load_checkpoint
-from mobilesteelnet.data import scan
+from mobilesteelnet.data import DataError, scan
 from mobilesteelnet.evaluate import find_temperature, pick_split
+from mobilesteelnet.lightning_modules import Classifier
 from mobilesteelnet.run_folder import RunFolder
-from mobilesteelnet.train import resume, train
+from mobilesteelnet.train import TrainConfig, TrainingError, resume, train
 
 KILL_IN_EPOCH_3 = """
 import os, signal, sys
@@ -66,7 +71,8 @@ def test_killed_in_the_third_epoch_and_resumed_is_the_same_run(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(json.loads((cut / "history.json").read_text())) == 2
     assert json.loads((cut / "run.json").read_text())["state"] == "running"
-    done = run_program("train", "--resume", cut)
+    # Reading processes run ahead: they must begin with the third epoch's order too.
+    done = run_program("train", "--resume", cut, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, cut)
     rows = [json.loads((path / "history.json").read_text()) for path in (whole, cut)]
@@ -116,6 +122,63 @@ def test_a_cosine_keeps_its_length(pictures: Path, tmp_path: Path) -> None:
         resume(tmp_path / "run", epochs=3, machine=CPU)
 
 
+@pytest.mark.parametrize(
+    ("options", "epochs", "words"),
+    [
+        ({"averaging": "swa"}, 3, "averaging='swa' keeps its length"),
+        ({"small_size": SIZE // 2}, 3, "small_size=.* keeps its length"),
+        ({}, 1, "epochs=1: 2 are done already"),
+        ({"epochs": 3, "validate_every": 3}, 2, "none of the 2 that are done was validated"),
+    ],
+)
+def test_what_length_a_run_cannot_have(
+    pictures: Path, tmp_path: Path, options: dict[str, Any], epochs: int, words: str
+) -> None:
+    out, config = tmp_path / "run", small(pictures, **options)
+    if config.epochs == 3:
+        stop_after(2, config, out)
+    else:
+        train(config, out, machine=CPU)
+    before = (out / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        resume(out, epochs=epochs, machine=CPU)
+    assert (out / "config.json").read_bytes() == before
+
+
+def stop_after(epochs: int, config: TrainConfig, out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        step = Classifier.training_step
+
+        def stop(self: Classifier, batch: Any, batch_index: int) -> Any:
+            if self.current_epoch == epochs:
+                raise KeyboardInterrupt
+            return step(self, batch, batch_index)
+
+        patch.setattr(Classifier, "training_step", stop)
+        with pytest.raises(TrainingError, match=f"interrupted after {epochs} epochs"):
+            train(config, out, machine=replace(CPU, precision="bf16-mixed"))
+
+
+def test_a_run_goes_on_where_its_pictures_and_first_weights_are_gone(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, weights = tmp_path / "here" / "set", tmp_path / "first.safetensors"
+    shutil.copytree(pictures, here)
+    shutil.copy(run / "best.safetensors", weights)
+    monkeypatch.chdir(tmp_path)
+    stop_after(1, small(here, init_from=weights.name), tmp_path / "run")
+    weights.unlink()
+    here.parent.rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(DataError, match="does not exist"):
+        resume(tmp_path / "run", machine=CPU)
+    result = resume(tmp_path / "run", data="set", machine=CPU)
+    assert len(result.rows) == 2
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["data"] == str(tmp_path / "there" / "set")
+    assert stored["init_from"] == str(weights)
+
+
 def test_two_processes_train_one_network(pictures: Path, tmp_path: Path) -> None:
     options = program_options(pictures, tmp_path / "run", 2)
     done = run_program(*options[:-1], 2, "--strategy", "ddp")
@@ -130,7 +193,7 @@ def test_two_processes_train_one_network(pictures: Path, tmp_path: Path) -> None
     found = scan(pictures)
     indexes = pick_split(found, "val", RunFolder(tmp_path / "run"))
     assert checkpoint.temperature == pytest.approx(
-        find_temperature(checkpoint, found, indexes)[0], rel=2e-3
+        find_temperature(checkpoint, found, indexes)[0], rel=1e-4
     )
     resumed = run_program(
         *("train", "--resume", tmp_path / "run", "--epochs", 3, "--accelerator", "cpu"),

@@ -134,6 +134,7 @@ def test_the_published_network_fits_into_the_papers_size(tmp_path: Path) -> None
         {"shapes": {"w": [3, -6]}},
         {"shapes": {"w": [6, 3]}},
         {"shapes": {"w": [2**31 - 1, 2**31 - 1]}},
+        {"shapes": {"w": [2**31 - 1] * 40}},
     ],
 )
 def test_a_damaged_record_is_refused(damage: dict[str, Any]) -> None:

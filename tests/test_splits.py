@@ -190,3 +190,6 @@ def test_record_that_does_not_fit_is_refused(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             Split.from_dict({**record, **change}, pictures)
+    for wrong in ([], None, "x"):
+        with pytest.raises(DataError, match="the recorded split is a"):
+            Split.from_dict(wrong, pictures)

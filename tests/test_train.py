@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from training_cases import (
     one_thread,  # noqa: F401
 )
 
-from mobilesteelnet.checkpoint import CheckpointError, load_checkpoint
+from mobilesteelnet.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from mobilesteelnet.data import scan, stratified_split
 from mobilesteelnet.initialisation import build_model
 from mobilesteelnet.lightning_modules import EpochSampler, SeededDataset
@@ -244,6 +245,23 @@ def test_fine_tuning_starts_from_the_weights(run: Path, pictures: Path) -> None:
     other = build_model(config, ["a", "b"]).state_dict()
     assert other["fc.weight"].shape[0] == 2
     assert_same(other["stage1.0.pointwise.weight"], weights["stage1.0.pointwise.weight"])
+
+
+def test_fine_tuning_gives_any_network_a_new_head(pictures: Path, tmp_path: Path) -> None:
+    for network in ("resnet18", "mobilenetv2", "shufflenetv1"):
+        plain = {"data": str(pictures), "network": network}
+        source = build_model(TrainConfig(**plain), CLASSES)
+        path = tmp_path / f"{network}.safetensors"
+        facts: dict[str, Any] = {"classes": CLASSES, "input_size": 32, "training": {}}
+        facts["normalisation"] = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        save_checkpoint(path, source, **facts)
+        config = TrainConfig(**plain, init_from=str(path), seed=5)
+        weights = source.state_dict()
+        for classes in (["a", "b"], ["a", "b", "c"]):
+            found = build_model(config, classes).state_dict()
+            unlike = {key for key in weights if not torch.equal(found[key], weights[key])}
+            assert len({key.rpartition(".")[0] for key in unlike}) == 1, unlike  # one layer
+            assert all(len(found[key]) == len(classes) for key in unlike)
 
 
 def test_fine_tuning_needs_the_same_network(run: Path, pictures: Path, tmp_path: Path) -> None:

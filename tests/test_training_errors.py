@@ -36,6 +36,7 @@ from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.data import DataError
 from mobilesteelnet.lightning_modules import TrainingError
 from mobilesteelnet.run_folder import RunFolder, RunFolderError
+from mobilesteelnet.runs import delete_runs
 from mobilesteelnet.train import resume, train
 
 
@@ -48,6 +49,11 @@ def test_a_folder_in_use_is_refused(run: Path, pictures: Path, tmp_path: Path) -
     with pytest.raises(RunFolderError, match="refusing to delete"):
         train(small(pictures), tmp_path, machine=CPU, overwrite=True)
     assert (tmp_path / "mine.txt").read_text() == "precious"
+    # Other programs have a config.json too.
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(RunFolderError, match="refusing to delete"):
+        train(small(pictures), tmp_path, machine=CPU, overwrite=True)
+    assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(RunFolderError, match="is a file"):
         train(small(pictures), tmp_path / "mine.txt", machine=CPU)
 
@@ -60,7 +66,15 @@ def test_overwrite_starts_again_only_when_the_data_are_sound(
     with pytest.raises(DataError):
         train(small(tmp_path / "none"), out, machine=CPU, overwrite=True)
     assert (out / "best.safetensors").exists()
+    (out / "last.ckpt").write_bytes(b"damaged")
+    (out / "eval-test").mkdir()
+    (out / "notes.txt").write_text("precious")
     result = train(small(pictures, epochs=1, seed=7), out, machine=CPU, overwrite=True)
+    assert (out / "notes.txt").read_text() == "precious"
+    assert not (out / "eval-test").exists()
+    with pytest.raises(RunFolderError, match=r"'notes\.txt' lies in it too"):
+        delete_runs([out])
+    assert (out / "best.safetensors").exists()
     assert json.loads((out / "config.json").read_text())["seed"] == 7
     assert len(result.rows) == 1
 
@@ -109,8 +123,9 @@ def test_a_run_folder_that_cannot_be_written(
 
 def test_ctrl_c_says_how_to_go_on(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
+    options = [*map(str, program_options(pictures, out, 500)), "--precision", "bf16-mixed"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mobilesteelnet", *map(str, program_options(pictures, out, 500))],
+        [sys.executable, "-m", "mobilesteelnet", *options],
         env=program_environment(),
         stderr=subprocess.PIPE,
         text=True,
@@ -124,12 +139,12 @@ def test_ctrl_c_says_how_to_go_on(pictures: Path, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 5
     assert "error: interrupted after" in errors
-    assert f"mobilesteelnet train --resume {out}" in errors
+    assert f"mobilesteelnet train --resume {out} --precision bf16-mixed" in errors
     assert "Traceback" not in errors
     assert len(RunFolder(out).read_rows()) >= 1
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{", '{"data": 3, "epochs": "x"}', "null"])
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"data": 3}', "null"])
 def test_a_damaged_config_is_a_run_folder_error(tmp_path: Path, damage: str) -> None:
     (tmp_path / "split.json").write_text("{}")
     (tmp_path / "config.json").write_text(damage)
