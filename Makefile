@@ -17,7 +17,8 @@ SOURCES := $(shell find csrc fused -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 
 help:
 	@echo "make demo   DATA=PATH: classify your pictures with the package's weights, and report"
-	@echo "            without pictures, or BUDGET=tiny|small|full: train first (on synthetic steel)"
+	@echo "            without pictures, or BUDGET=tiny|small|full: train first (on synthetic steel);"
+	@echo "            OUT=FOLDER takes another folder than demo-output"
 	@echo "make test   lint, types and all tests"
 	@echo "make bench  the benchmarks, as a table"
 	@echo "make clean  remove $(VENV) and build results"
