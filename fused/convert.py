@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .backends.reference.published import PublishedCIEMA, PublishedMSFF
+from .backends.reference.published import PublishedCIEMA
+from .fused_block import has_hooks
 from .modules import FusedCIEMA, FusedMSFF
 
 _OLDER_VARIANT = "cross_spatial_conv"
@@ -26,15 +28,16 @@ def _plain_name(name: str) -> str:
     return head + tail.split(".")[0] if found else name
 
 
-_CIEMA_CHILDREN = frozenset(
-    name for name, _ in PublishedCIEMA(4, 1, device="meta").named_children()
+_CIEMA_KEYS = _keys(PublishedCIEMA(4, 1, device="meta"))
+_CIEMA_PARTS = {part.name: part for part in FusedCIEMA.published_parts}
+_CIEMA_CHILDREN = frozenset(p.key for p in _CIEMA_PARTS.values() if p.parent == 0)
+_CIEMA_LEAVES = tuple(name for name, part in _CIEMA_PARTS.items() if not part.children)
+_MSFF_CHILDREN = frozenset(p.key for p in FusedMSFF.published_parts if p.parent == 0)
+# Modules for what the published maths does by a function: a block may hold them anywhere.
+_FUNCTIONS = (
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity),
+    *(nn.ReLU, nn.Sigmoid, nn.Softmax),
 )
-_CIEMA_LEAVES = tuple(
-    name
-    for name, child in PublishedCIEMA(4, 1, device="meta").named_modules()
-    if next(child.parameters(recurse=False), None) is not None and name != "cross_spatial_learning"
-)
-_MSFF_CHILDREN = frozenset(name for name, _ in PublishedMSFF((1,), device="meta").named_children())
 
 
 def is_older_variant(module: nn.Module) -> bool:
@@ -55,29 +58,44 @@ def is_msff(module: nn.Module) -> bool:
     child = module.fusion_conv
     if not isinstance(child, nn.Sequential) or len(child) != 3:
         return False
-    conv, _, activation = child
+    conv, norm, activation = child
     return (
         isinstance(conv, nn.Conv2d)
         and conv.kernel_size == (1, 1)
         and conv.bias is None
+        and isinstance(norm, _BatchNorm)
         and isinstance(activation, nn.ReLU)
     )
 
 
-def _refuse_hooks(module: nn.Module, names: Sequence[str]) -> None:
-    for name in names:
-        part = module.get_submodule(name)
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
-            where = name or "the block itself"
+def _refuse_losses(module: nn.Module, kept: Sequence[str]) -> None:
+    """Refuse hooks, parameters and children that are not of the `kept` ones: they would be lost."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        if any(name == one or name.startswith(f"{one}.") for one in kept):
+            continue
+        where = name or "the block itself"
+        if has_hooks(part):
             raise ValueError(f"from_module: {where} has hooks, which the new block would lose")
+        own = (f"{name}.{key}".lstrip(".") for key, _ in part.named_parameters(recurse=False))
+        for key in set(own) - _CIEMA_KEYS:
+            raise ValueError(
+                f"from_module: {where} has the parameter {key}, which the new block would lose"
+            )
+        holder = name.rpartition(".")[0]
+        in_chain = holder in _CIEMA_PARTS and _CIEMA_PARTS[holder].kind is nn.Sequential
+        if name and name not in _CIEMA_PARTS and (in_chain or type(part) not in _FUNCTIONS):
+            raise ValueError(
+                f"from_module: {where} is a {type(part).__name__}, which the published block does "
+                "not have and the new block would lose"
+            )
 
 
 def ciema_from_module(module: nn.Module, backend: str | None = None) -> FusedCIEMA:
     """Build a FusedCIEMA around the leaf children of `module`; parameters are shared, not copied.
 
     Raises:
-        ValueError: not a CIEMA block (missing keys are named), the older variant, or hooks on
-            the block itself, which would be lost.
+        ValueError: not a CIEMA block (missing keys are named), the older variant, or hooks,
+            parameters or children that would be lost.
     """
     if is_older_variant(module):
         raise ValueError(
@@ -85,10 +103,10 @@ def ciema_from_module(module: nn.Module, backend: str | None = None) -> FusedCIE
             "CIEMA, without channel_feat and alpha, and computes something else; use the variant "
             "with the keys channel_feat, alpha and ms_reduce"
         )
-    missing = sorted(_keys(PublishedCIEMA(4, 1, device="meta")) - _keys(module))
+    missing = sorted(_CIEMA_KEYS - _keys(module))
     if missing:
         raise ValueError(f"from_module: {type(module).__name__} is no CIEMA block, lacks {missing}")
-    _refuse_hooks(module, ("", "channel_interaction", "cross_spatial_learning"))
+    _refuse_losses(module, _CIEMA_LEAVES)
     width = module.get_submodule("conv1x1").get_parameter("weight").shape[0]
     squeeze = module.get_submodule("channel_interaction.fc.0").get_parameter("weight")
     hidden, channels = squeeze.shape
@@ -99,13 +117,14 @@ def ciema_from_module(module: nn.Module, backend: str | None = None) -> FusedCIE
         backend=backend,
         device="meta",
     )
+    block.train(module.training)  # before it has children of `module`, which keep their own mode
+    present = dict(module.named_modules(remove_duplicate=False))
     for name in _CIEMA_LEAVES:
-        parent, _, leaf = name.rpartition(".")
-        owner = block.get_submodule(parent)
-        setattr(owner, leaf, module.get_submodule(name))
+        if name in present:  # an activation may be a function there
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, present[name])
     learning = module.get_submodule("cross_spatial_learning")
     block.cross_spatial_learning.alpha = learning.get_parameter("alpha")
-    block.training = module.training
     return block
 
 
@@ -122,7 +141,7 @@ def msff_from_module(
     """
     if not is_msff(module):
         raise ValueError(f"from_module: {type(module).__name__} is no MSFF block (fusion_conv)")
-    _refuse_hooks(module, ("",))
+    _refuse_losses(module, tuple(_MSFF_CHILDREN))
     fusion_conv: Any = module.fusion_conv
     weight: torch.Tensor = fusion_conv[0].weight
     known = stage_channels or getattr(module, "stage_channels", None)
@@ -131,8 +150,8 @@ def msff_from_module(
         raise ValueError(f"stage_channels={list(known)} add up to {sum(known)}, not to {total}")
     block = FusedMSFF(known or (total,), weight.shape[0], backend=backend, device="meta")
     block.stage_channels = None if known is None else tuple(known)
+    block.train(module.training)
     block.fusion_conv = fusion_conv
-    block.training = module.training
     return block
 
 

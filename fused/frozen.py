@@ -58,7 +58,6 @@ class Frozen(nn.Module):
         frozen.__dict__.update(module.__dict__)
         for parameter in frozen.parameters():
             parameter.requires_grad = False
-        nn.Module.train(frozen, False)  # containers that `from_module` made are in training mode
         frozen.map_dtype = dtype
         frozen._made = None
         frozen._plan()

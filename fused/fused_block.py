@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from . import backends
-from .backends.reference.published import PublishedCIEMA
-
-
-def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        yield f"{prefix}{name}", child
-        yield from _leaves(child, f"{prefix}{name}.")
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -28,30 +20,94 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-_PLAIN = (
-    *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.Sigmoid, nn.Sequential),
-)
+# What decides a child's function beside its parameters and buffers; eps and momentum are asked for.
+_SETTINGS: dict[type, tuple[str, ...]] = {
+    nn.Conv2d: ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.GroupNorm: ("affine",),
+    nn.BatchNorm2d: ("affine", "track_running_stats"),
+}
 
 
-def why_called(module: nn.Module, also: tuple[type, ...] = ()) -> str | None:
+class Part(NamedTuple):
+    """A descendant as its parent's maths needs it, for `why_called`.
+
+    Attributes:
+        name: with dots, from the outermost module.
+        parent: index of the part that holds it, counted from 1; 0 is the outermost module.
+        key: its name in the parent.
+        kind: its exact type.
+        settings: attributes and their values.
+        bias: whether it has one; None for a kind that cannot choose.
+        children: their names, in order.
+    """
+
+    name: str
+    parent: int
+    key: str
+    kind: type
+    settings: tuple[tuple[str, Any], ...]
+    bias: bool | None
+    children: tuple[str, ...]
+
+
+def parts_of(template: nn.Module) -> tuple[Part, ...]:
+    """The descendants of a freshly built module, parents before children."""
+    modules = dict(template.named_modules())
+    index = {name: i for i, name in enumerate(modules)}
+    parts = []
+    for name, module in list(modules.items())[1:]:
+        parent, _, key = name.rpartition(".")
+        settings = tuple((what, getattr(module, what)) for what in _SETTINGS.get(type(module), ()))
+        bias = _has_bias(module) if isinstance(module, (nn.Conv2d, nn.Linear)) else None
+        children = tuple(child for child, _ in module.named_children())
+        parts.append(Part(name, index[parent], key, type(module), settings, bias, children))
+    return tuple(parts)
+
+
+def _has_bias(module: nn.Module) -> bool:
+    # A plain tensor may stand in a parameter's place.
+    return module._parameters.get("bias") is not None or module.__dict__.get("bias") is not None
+
+
+def _difference(module: nn.Module, part: Part) -> str | None:
+    """What makes `module` compute something else than `part`, or be seen computing it."""
+    if type(module) is not part.kind:
+        return f"is a {type(module).__name__}"
+    if has_hooks(module):
+        return "has hooks"
+    for what, value in part.settings:
+        found = getattr(module, what)
+        if found != value:
+            return f"has {what}={found!r}"
+    kind = part.kind
+    if part.bias is not None and _has_bias(module) != part.bias:
+        return "has no bias" if part.bias else "has a bias"
+    if kind is nn.Sequential and tuple(module._modules) != part.children:
+        return f"has the children {list(module._modules)}, not {list(part.children)}"
+    if kind is nn.BatchNorm2d and module.running_mean is None:
+        return "has no running_mean"
+    if kind is nn.GroupNorm and module.num_groups != module.num_channels:
+        return f"has num_groups={module.num_groups} for {module.num_channels} channels"
+    return None
+
+
+def why_called(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     """Why the descendants of `module` must be called one by one; None if their parameters suffice.
 
-    `also` are further kinds that only hold others.
+    `parts` are those of the published form. A child that was taken out, None, is not missed.
     """
     training: bool | None = None
-    for name, child in _leaves(module):
-        kind = type(child)
-        if kind not in (*_PLAIN, *also) and kind.__module__ != PublishedCIEMA.__module__:
-            return f"{name} is a {kind.__name__}"
-        if has_hooks(child):
-            return f"{name} has hooks"
-        if kind is nn.GroupNorm and not child.affine:
-            return f"{name} has affine=False"
-        if kind is nn.BatchNorm2d:
-            if not child.affine:
-                return f"{name} has affine=False"
-            if not child.track_running_stats or child.running_mean is None:
-                return f"{name} has track_running_stats=False"
+    found: list[nn.Module | None] = [module]
+    for part in parts:
+        parent = found[part.parent]
+        child = None if parent is None else parent._modules.get(part.key)
+        found.append(child)
+        if child is None:
+            continue
+        difference = _difference(child, part)
+        if difference is not None:
+            return f"{part.name} {difference}"
+        if part.kind is nn.BatchNorm2d:
             if training is not None and child.training != training:
                 return "some batch norms are in training mode and others are not"
             training = child.training
@@ -63,13 +119,14 @@ class FusedBlock(nn.Module):
 
     backend: str | None
     fused_stages: tuple[str, ...] = ()
+    published_parts: tuple[Part, ...]
 
     def _set_backend(self, backend: str | None) -> None:
         self.backend = None if backend is None else backends.check_name(backend)
 
     def modular_reason(self) -> str | None:
         """Why this block must call its children one by one; None if its parameters suffice."""
-        return why_called(self)
+        return why_called(self, self.published_parts)
 
     def _frozen_as(self, kind: Any, dtype: torch.dtype | None) -> nn.Module | str:
         """`frozen_for_inference` of both blocks."""
@@ -77,7 +134,7 @@ class FusedBlock(nn.Module):
             return "it has hooks"
         if type(self) not in kind.__mro__:
             return f"{type(self).__name__} is a subclass, whose own methods would be lost"
-        return why_called(self) or kind.of(self, dtype)
+        return self.modular_reason() or kind.of(self, dtype)
 
     def probe(self) -> torch.Tensor:
         """A map of one pixel with the block's channels, dtype and device, for `explain`."""

@@ -16,7 +16,7 @@ from .backends.reference.published import (
 )
 from .batchnorm import update_running_statistics
 from .evaluation_ops import gated_fusion_mean, spatial_gate
-from .fused_block import FusedBlock, has_hooks
+from .fused_block import FusedBlock, has_hooks, parts_of
 
 DEFAULT_FACTOR = 32
 # Mean, maximum and the maximum's first position of every channel of a map, (B, C) each.
@@ -55,6 +55,7 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
     fused_stages: tuple[str, ...] = (
         *("channel_interaction", "coordinate_attention", "cross_spatial", "gated_fusion"),
     )
+    published_parts = parts_of(PublishedCIEMA(4, 1, device="meta"))
 
     def __init__(
         self,
@@ -230,6 +231,7 @@ class FusedMSFF(FusedBlock, PublishedMSFF):
     """
 
     fused_stages = ("msff",)
+    published_parts = parts_of(PublishedMSFF((1,), device="meta"))
 
     def __init__(
         self,

@@ -13,19 +13,21 @@ from fused.backends import requested
 from fused.contract import check_map, statistics_dtype
 from fused.folding import Product, fold
 from fused.frozen import Frozen, FrozenCIEMA, guarded
-from fused.fused_block import why_called
+from fused.fused_block import Part, parts_of, why_called
 from fused.separable import Layer, separable, stem, why_not_native
 
-from .model import DepthwiseSeparable, MobileSteelNet
+from .model import MobileSteelNet
 
 
 def freeze(network: MobileSteelNet, dtype: torch.dtype | None) -> nn.Module | str:
     """The frozen form of a private copy of a network, or why there is none."""
     if type(network) is not MobileSteelNet:
         return f"{type(network).__name__} is a subclass, whose own methods would be lost"
-    reason = why_called(network, also=(DepthwiseSeparable, FusedMSFF, FusedCIEMA))
+    reason = why_called(network, _parts(network.config))
     if reason is not None:
         return reason
+    if network.attention is not None:
+        return f"attention is a {type(network.attention).__name__}"
     for name, block in (("msff", network.msff), ("ciema", network.ciema)):
         if isinstance(block, (FusedMSFF, FusedCIEMA)):
             result = block.frozen_for_inference(dtype)
@@ -33,6 +35,12 @@ def freeze(network: MobileSteelNet, dtype: torch.dtype | None) -> nn.Module | st
                 return f"{name}: {result}"
             setattr(network, name, result)
     return FrozenMobileSteelNet.of(network, dtype)
+
+
+def _parts(config: dict[str, Any]) -> tuple[Part, ...]:
+    """What a network of this configuration holds."""
+    with torch.device("meta"):
+        return parts_of(MobileSteelNet.from_config(config))
 
 
 class _Plan(NamedTuple):

@@ -205,6 +205,15 @@ def _sync_batch_norm(model: Any) -> None:
     model.initial_conv[1] = nn.SyncBatchNorm.convert_sync_batchnorm(model.initial_conv[1])
 
 
+def _biased(model: Any) -> None:
+    layer = model.stage1[0].depthwise
+    layer.bias = nn.Parameter(torch.randn(layer.out_channels))
+
+
+def _group_norm(model: Any) -> None:
+    model.stage2[1].bn = nn.GroupNorm(2, model.stage2[1].bn.num_features).eval()
+
+
 def _overridden(model: Any) -> None:
     class Doubled(FusedCIEMA):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,6 +227,8 @@ EXOTIC: dict[str, tuple[Callable[[Any], None], str, tuple[type, type]]] = {
     "hook on the block": (_hook_on_the_block, "ciema has hooks", (FusedCIEMA, FrozenMSFF)),
     "hook in the backbone": (_hook_in_the_backbone, "has hooks", (FrozenCIEMA, FrozenMSFF)),
     "SyncBatchNorm": (_sync_batch_norm, "SyncBatchNorm", (FrozenCIEMA, FrozenMSFF)),
+    "bias": (_biased, "stage1.0.depthwise has a bias", (FrozenCIEMA, FrozenMSFF)),
+    "GroupNorm": (_group_norm, "stage2.1.bn is a GroupNorm", (FrozenCIEMA, FrozenMSFF)),
     "subclass": (_overridden, "is a Doubled", (FusedCIEMA, FrozenMSFF)),
 }
 

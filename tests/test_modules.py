@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from stage_cases import DEVICES, error
+from stage_cases import DEVICES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -81,11 +81,11 @@ def test_msff_equals_the_published_form(device: str) -> None:
 # ---------------------------------------------------------------------------- exotic children
 
 
-def _hook(block: nn.Module) -> None:
+def hook(block: nn.Module) -> None:
     block.conv3x3.register_forward_hook(lambda module, args, out: 2 * out)
 
 
-def _parametrise(block: nn.Module) -> None:
+def parametrise(block: nn.Module) -> None:
     torch.nn.utils.parametrizations.weight_norm(block.final_fusion[0])
 
 
@@ -100,14 +100,14 @@ def _no_tracking(block: nn.Module) -> None:
     net.ms_reduce[1] = nn.BatchNorm2d(old.num_features, track_running_stats=False).double()
 
 
-def _hook_on_a_container(block: nn.Module) -> None:
+def hook_on_a_container(block: nn.Module) -> None:
     block.cross_spatial_learning.register_forward_hook(lambda module, args, out: out + 1)
 
 
 EXOTIC: dict[str, tuple[Callable[[nn.Module], None], str]] = {
-    "hook": (_hook, "conv3x3 has hooks"),
-    "container hook": (_hook_on_a_container, "cross_spatial_learning has hooks"),
-    "parametrisation": (_parametrise, r"final_fusion.0 is a Parametrized"),
+    "hook": (hook, "conv3x3 has hooks"),
+    "container hook": (hook_on_a_container, "cross_spatial_learning has hooks"),
+    "parametrisation": (parametrise, r"final_fusion.0 is a Parametrized"),
     "affine": (_no_affine, "multi_scale_fusion.1 has affine=False"),
     "tracking": (_no_tracking, "ms_reduce.1 has track_running_stats=False"),
 }
@@ -161,72 +161,6 @@ def test_frozen_batch_norms_train_the_rest() -> None:
     block.final_fusion[1].train(), published.final_fusion[1].train()
     assert "some batch norms are in training mode" in block.modular_reason()
     torch.testing.assert_close(block(x), published(x))
-
-
-# ------------------------------------------------------------------------------------- fuse()
-
-
-class Foreign(nn.Module):
-    """A model that has published-style blocks under names of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fusion = PublishedMSFF([3, 5], 24)
-        self.blocks = nn.ModuleList([PublishedCIEMA(24, 4, 4)])
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.blocks[0](self.fusion([x, y]))
-
-
-def test_fuse_replaces_blocks_and_keeps_parameters_and_keys() -> None:
-    model = Foreign().eval()
-    x, y = torch.randn(2, 3, 6, 6), torch.randn(2, 5, 3, 3)
-    want, keys = model(x, y), list(model.state_dict())
-    parameters = list(model.parameters())
-    assert fused.fuse(model) is model
-    assert isinstance(model.fusion, FusedMSFF)
-    assert isinstance(model.blocks[0], FusedCIEMA)
-    assert not model.blocks[0].training
-    assert sorted(map(id, model.parameters())) == sorted(map(id, parameters))
-    assert sorted(model.state_dict()) == sorted(keys)
-    assert error(model(x, y), want) < 1e-5
-    fused.fuse(model)  # a second time changes nothing
-    with pytest.raises(ValueError, match=r"\[3\] channels"):
-        model.fusion([x])
-
-
-def test_fuse_keeps_hooked_and_parametrised_leaves() -> None:
-    model = Foreign().double().eval()
-    _hook(model.blocks[0])
-    _parametrise(model.blocks[0])
-    x, y = torch.randn(2, 3, 6, 6).double(), torch.randn(2, 5, 3, 3).double()
-    want = model(x, y)
-    torch.testing.assert_close(fused.fuse(model)(x, y), want)
-
-
-def test_fuse_refuses_what_it_cannot_keep() -> None:
-    with pytest.raises(ValueError, match="Linear holds no CIEMA or MSFF"):
-        fused.fuse(nn.Linear(2, 2))
-    model = Foreign()
-    _hook_on_a_container(model.blocks[0])
-    with pytest.raises(ValueError, match="cross_spatial_learning has hooks"):
-        fused.fuse(model)
-    with pytest.raises(ValueError, match=r"no CIEMA block, lacks \["):
-        FusedCIEMA.from_module(nn.Linear(2, 2))
-
-
-def test_the_older_variant_is_refused_by_name() -> None:
-    model = Foreign()
-    model.blocks[0].cross_spatial_conv = nn.Conv2d(6, 6, 3)
-    with pytest.raises(ValueError, match="older variant of CIEMA"):
-        fused.fuse(model)
-
-
-def test_a_block_itself_can_be_fused() -> None:
-    block = fused.fuse(PublishedCIEMA(24, 4, 4, bn_statistics="pooled"), backend="reference")
-    assert isinstance(block, FusedCIEMA)
-    assert (block.groups, block.bn_statistics, block.backend) == (4, "pooled", "reference")
-    assert isinstance(fused.fuse(PublishedMSFF([2, 3])), FusedMSFF)
 
 
 # ------------------------------------------------------------------ what PyTorch does to modules
