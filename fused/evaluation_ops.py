@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from . import backends, ops
-from .contract import CHECKS, OUTPUTS, statistics_dtype
-from .registration import LIBRARY
+from .contract import CHECKS, OUTPUTS, check_cross_spatial_parameters, statistics_dtype
+from .registration import LIBRARY, refuse_derivatives
 
 
 class EvaluationOp:
@@ -47,14 +47,28 @@ class EvaluationOp:
         torch.library.register_fake(
             f"ciema::{name}", lambda *args, backend="auto": fake(*args), lib=LIBRARY
         )
+        # Without it a backward would give zeros and a warning of torch's.
+        torch.library.register_autograd(
+            f"ciema::{name}",
+            self._refuse_gradient,
+            setup_context=self._refuse_gradient,
+            lib=LIBRARY,
+        )
 
     def __call__(self, *args: Any, backend: str | None = None) -> torch.Tensor:
         """The result; with `backend="reference"` in plain PyTorch, as the stages' ops are."""
         name = backends.requested(backend)
         if name == "reference":
             return self.plain(*args)
+        refuse_derivatives(self.name, args)
         out: torch.Tensor = self.op(*args, backend=name)
         return out
+
+    def _refuse_gradient(self, *args: Any, **named: Any) -> None:
+        raise RuntimeError(
+            f"ciema::{self.name} has no gradient, but one is asked for; it is for evaluation, the "
+            "stages' own ops have one"
+        )
 
     def _without_autocast(self, *args: Any, backend: str = "auto") -> torch.Tensor:
         with torch.autocast(args[0].device.type, enabled=False):
@@ -87,10 +101,20 @@ def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return (e, weight, bias, groups, gn_eps), tuple(rest)
 
 
+def _named(e: torch.Tensor, rest: tuple[Any, ...]) -> dict[str, Any]:
+    """Cross-spatial learning's arguments by name, without the vectors."""
+    return dict(zip(ops.cross_spatial.inputs[5:], rest, strict=True)) | {"e": e}
+
+
+def _check_spatial_gate(first: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
+    _check(ops.coordinate_attention, first)
+    check_cross_spatial_parameters(_named(first[0], rest))
+
+
 def _spatial_gate(*args: Any, backend: str) -> torch.Tensor:
     first, rest = _split(args)
     e, groups = first[0], first[3]
-    _check(ops.coordinate_attention, first)
+    _check_spatial_gate(first, rest)
     chosen = backends.choose("cross_spatial", e, backend, groups)
     both: Callable[..., Any] | None = chosen.kernels.get("spatial_gate")
     if both is not None:
@@ -98,7 +122,6 @@ def _spatial_gate(*args: Any, backend: str) -> torch.Tensor:
         return joint
     one = backends.choose("coordinate_attention", e, backend, groups)
     vectors: Any = one.kernels["coordinate_attention"](*first)
-    _check(ops.cross_spatial, (e, *vectors, *rest))
     results: Any = chosen.kernels["cross_spatial"](e, *vectors, *rest)
     w: torch.Tensor = results[0]
     return w
@@ -107,8 +130,8 @@ def _spatial_gate(*args: Any, backend: str) -> torch.Tensor:
 def _fake_spatial_gate(*args: Any) -> torch.Tensor:
     first, rest = _split(args)
     e = first[0]
-    named = dict(zip(ops.cross_spatial.inputs[5:], rest, strict=True)) | {"e": e}
-    spec = OUTPUTS["cross_spatial"](named)[0]
+    _check_spatial_gate(first, rest)
+    spec = OUTPUTS["cross_spatial"](_named(e, rest))[0]
     return e.new_empty(spec.shape, dtype=spec.dtype)
 
 

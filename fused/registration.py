@@ -7,10 +7,11 @@ parameter, or a number of the forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import backends
 from .contract import CHECKS, OUTPUTS, check_map, memory_format
@@ -29,6 +30,52 @@ def _positional(op: Any) -> tuple[str, ...]:
 
 def _unwrap(results: tuple[Any, ...]) -> Any:
     return results[0] if len(results) == 1 else results
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def needs_gradient(*values: Any) -> bool:
+    """Whether autograd would record a call with these arguments, tensors or not."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(values))
+
+
+def has_tangent(*values: Any) -> bool:
+    """Whether forward-mode differentiation goes through one of these arguments."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in _tensors(values))
+
+
+def refuse_derivatives(op: str, values: Sequence[Any]) -> None:
+    """Refuse the derivatives that an op does not have: forward mode, which would give zero."""
+    if torch.compiler.is_compiling():
+        return
+    if has_tangent(*values):
+        raise RuntimeError(_NO_DERIVATIVE.format(op=op, what="in forward mode"))
+    if torch._C._are_functorch_transforms_active() and needs_gradient(*values):
+        raise RuntimeError(_NO_DERIVATIVE.format(op=op, what="by torch.func"))
+
+
+_NO_DERIVATIVE = (
+    "ciema::{op} cannot be differentiated {what}; backend='reference' can "
+    "(FusedCIEMA(..., backend='reference') or fused.set_backend('reference'))"
+)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast gives to maps on this type of device; None where it is off."""
+    available = torch.amp.autocast_mode.is_autocast_available(device)  # not on meta
+    return (
+        torch.get_autocast_dtype(device)
+        if available and torch.is_autocast_enabled(device)
+        else None
+    )
 
 
 class StageOp:
@@ -84,11 +131,12 @@ class StageOp:
         args = self._complete(args)
         name = backends.requested(backend)
         if name != "reference":
+            refuse_derivatives(self.name, args)
             return self.op(*args, backend=name)
         device = self._main(args).device.type
-        available = torch.amp.autocast_mode.is_autocast_available(device)  # not on meta
-        if available and torch.is_autocast_enabled(device):
-            args = self._cast(args, torch.get_autocast_dtype(device))
+        dtype = autocast_dtype(device)
+        if dtype is not None:
+            args = self._cast(args, dtype)
             with torch.autocast(device, enabled=False):
                 return self._plain(args)
         return self._plain(args)
@@ -212,7 +260,7 @@ class StageOp:
         # The choice of the forward's moment holds for the backward, whatever is set in between.
         backend = keyword_only_inputs["backend"]
         name, groups = f"{self.name}_backward", self._groups(named)
-        ctx.backend = backends.choose(name, x, backend, groups).name
+        ctx.backend = backend if x.is_meta else backends.choose(name, x, backend, groups).name
         ctx.absent = {
             f"grad_{key}": (named[key].shape, named[key].dtype, named[key].device)
             for key in self.differentiable
@@ -254,7 +302,4 @@ class StageOp:
         return tuple(by_name.get(key) for key in self.inputs)
 
     def _double_backward(self, ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"ciema::{self.name} cannot be differentiated twice; backend='reference' can "
-            "(FusedCIEMA(..., backend='reference') or fused.set_backend('reference'))"
-        )
+        raise RuntimeError(_NO_DERIVATIVE.format(op=self.name, what="twice"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from stage_cases import (
@@ -14,6 +16,7 @@ from stage_cases import (
     require_grad,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from fused.contract import OUTPUTS, SAVED, STAGES
 
@@ -94,6 +97,45 @@ def test_double_backward_is_refused_by_the_op_and_done_by_the_reference(name: st
         else:
             again.backward()
             assert leaves[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_forward_mode_and_torch_func_are_refused_by_the_op(name: str) -> None:
+    """Forward mode would give zero, without an error."""
+    op, args = OPS[name], convert(name, arguments(name, SIZES), torch.float64, "contiguous")
+    x = args[0] if not isinstance(args[0], list) else args[0][0]
+
+    def run(value: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+        first = [value, *args[0][1:]] if isinstance(args[0], list) else value
+        return op(first, *args[1:], backend=backend)[0]
+
+    refused = "cannot be differentiated {}; backend='reference' can"
+    for transform in (
+        lambda: torch.func.jvp(run, (x,), (x,)),
+        lambda: torch.func.jacfwd(run)(x),
+        lambda: _dual(run, x),
+    ):
+        with pytest.raises(RuntimeError, match=refused.format("in forward mode")):
+            transform()
+    with pytest.raises(RuntimeError, match=refused.format("by torch.func")):
+        torch.func.grad(lambda value: run(value).sum())(x)
+    _, tangent = torch.func.jvp(lambda value: run(value, "reference"), (x,), (x,))
+    assert tangent.abs().max() > 0
+
+
+def _dual(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
+    with forward_ad.dual_level():
+        assert run(x).isfinite().all()  # without a tangent there is nothing to lose
+        run(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_meta_tensors_need_no_backend_that_runs(name: str) -> None:
+    args = convert(name, arguments(name, SIZES), torch.float32, "contiguous", "meta")
+    leaves = require_grad(name, args)
+    total = sum(r.sum() for r in differentiable(name, OPS[name](*args, backend="cpu")))
+    grads = torch.autograd.grad(total, leaves)
+    assert [g.shape for g in grads] == [leaf.shape for leaf in leaves]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -21,7 +21,7 @@ from .legality import (
     product_dtype,
     statistics_dtype,
 )
-from .shapes import CHECKS, OUTPUTS, TensorSpec
+from .shapes import CHECKS, OUTPUTS, TensorSpec, check_cross_spatial_parameters
 
 __all__ = [
     "BN_STATISTICS",
@@ -38,6 +38,7 @@ __all__ = [
     "TensorSpec",
     "check_batch_statistics",
     "check_bn_statistics",
+    "check_cross_spatial_parameters",
     "check_groups",
     "check_map",
     "check_tensor",

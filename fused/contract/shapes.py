@@ -161,17 +161,26 @@ def _outputs_coordinate_attention(a: Arguments) -> tuple[TensorSpec, ...]:
 
 
 def _check_cross_spatial(a: Arguments) -> None:
-    stage, e = "cross_spatial", a["e"]
-    check_map(stage, "e", e)
-    check_groups(stage, e.shape[1], a["groups"])
-    check_bn_statistics(a["bn_statistics"])
+    check_cross_spatial_parameters(a)
+    e = a["e"]
     batch, channels, height, width = e.shape
-    c = channels // a["groups"]
-    shapes: dict[str, tuple[int, ...]] = {
+    vectors: dict[str, tuple[int, ...]] = {
         "alpha_h": (batch, channels, height),
         "alpha_w": (batch, channels, width),
         "mean": (batch, channels),
         "rstd": (batch, channels),
+    }
+    _require("cross_spatial", a, e, vectors)
+
+
+def check_cross_spatial_parameters(a: Arguments) -> None:
+    """Refuse what `cross_spatial` does, but for the vectors of coordinate attention."""
+    stage, e = "cross_spatial", a["e"]
+    check_map(stage, "e", e)
+    check_groups(stage, e.shape[1], a["groups"])
+    check_bn_statistics(a["bn_statistics"])
+    c = e.shape[1] // a["groups"]
+    shapes: dict[str, tuple[int, ...]] = {
         "gn_weight": (c,),
         "gn_bias": (c,),
         "conv3x3_weight": (c, c, 3, 3),
