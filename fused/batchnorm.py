@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
+
+
+@contextlib.contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Let calls of `module` inside change copies of its buffers.
+
+    The buffers themselves are not written to: autograd may have saved them in another call.
+    """
+    kept = [(part, dict(part._buffers)) for part in module.modules() if part._buffers]
+    for part, buffers in kept:
+        part._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for part, buffers in kept:
+            part._buffers.update(buffers)
 
 
 @torch.no_grad()

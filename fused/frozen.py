@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +20,7 @@ from . import backends, folding
 from .backends.cpu_packed import PackedCIEMA, PackedMSFF
 from .contract import check_map, memory_format, product_dtype, statistics_dtype
 from .modules import FusedCIEMA, FusedMSFF, Statistics
+from .registration import has_tangent
 
 PACKED = "frozen: weights folded and packed once"
 AS_BEFORE = "frozen, but this stage runs as in the unfrozen block"
@@ -124,6 +125,8 @@ class Frozen(nn.Module):
                 f"{type(self).__name__} holds weights laid out for this machine and cannot be "
                 "exported; export the model it was made from"
             )
+        if has_tangent(*inputs):
+            refuse_training("an input has a tangent")
         if not torch.is_grad_enabled():
             return
         if any(getattr(x, "requires_grad", False) for x in inputs):
@@ -143,6 +146,8 @@ def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     @torch.compiler.disable
     @functools.wraps(method)
     def call(self: Frozen, x: Any, *rest: Any, **named: Any) -> Any:
+        if isinstance(x, Iterator):
+            x = list(x)  # looked at here and used there
         inputs = x if isinstance(x, (list, tuple)) else (x,)
         self.guard(*inputs)
         devices = {one.device.type for one in inputs if isinstance(one, torch.Tensor)}
@@ -189,8 +194,8 @@ class FrozenCIEMA(Frozen, FusedCIEMA):
         return self._gate(self._first_stage(x)).to(x.dtype)
 
     @guarded
-    def interact(self, x: torch.Tensor) -> torch.Tensor:
-        """x → e of channel interaction, for `mean_after`: whoever has e can let x go."""
+    def interact(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
+        """x → e of channel interaction, for `mean_after`; `statistics` are found anew."""
         return self._first_stage(x)
 
     @guarded
@@ -245,16 +250,18 @@ class FrozenMSFF(Frozen, FusedMSFF):
         return PackedMSFF(self, probe) if self._runs_on_cpu(probe, None) else None
 
     @guarded
-    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: Iterable[torch.Tensor]) -> torch.Tensor:
         """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
-        self._check_features(features)
-        if len(features) == 0:
-            raise ValueError("FrozenMSFF: features is empty, at least one map is needed")
-        for index, feature in enumerate(features):
+        given = self._checked_maps(features)
+        for index, feature in enumerate(given):
             check_map("FrozenMSFF", f"features[{index}]", feature)
-        plan, maps = self._plan(), [f.to(self.map_dtype) for f in features]
+        plan, maps = self._plan(), [f.to(self.map_dtype) for f in given]
         out: torch.Tensor = super().forward(maps) if plan is None else plan(maps)
-        return out.to(features[0].dtype)
+        return out.to(given[0].dtype)
+
+    def with_statistics(self, features: Iterable[torch.Tensor]) -> tuple[torch.Tensor, None]:
+        """As `forward`; what the unfrozen form finds out beside, the frozen CIEMA finds anew."""
+        return self.forward(features), None
 
     def probe(self) -> torch.Tensor:
         """A map of one pixel with the block's channels, maps' dtype and device, for `explain`."""

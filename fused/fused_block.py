@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import backends
+from .registration import autocast_dtype
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -112,6 +113,12 @@ def why_called(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
                 return "some batch norms are in training mode and others are not"
             training = child.training
     return None
+
+
+def in_autocast_dtype(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A result of children called one by one, in the dtype that the ops would give it for `x`."""
+    dtype = autocast_dtype(x.device.type)
+    return out if dtype is None or x.dtype == torch.float64 else out.to(dtype)
 
 
 class FusedBlock(nn.Module):

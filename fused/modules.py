@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from .backends.reference.published import (
     PublishedCIEMA,
     PublishedMSFF,
 )
-from .batchnorm import update_running_statistics
+from .batchnorm import buffers_kept, update_running_statistics
 from .evaluation_ops import gated_fusion_mean, spatial_gate
-from .fused_block import FusedBlock, has_hooks, parts_of
+from .fused_block import FusedBlock, has_hooks, in_autocast_dtype, parts_of
+from .registration import needs_gradient
 
 DEFAULT_FACTOR = 32
 # Mean, maximum and the maximum's first position of every channel of a map, (B, C) each.
@@ -42,7 +43,7 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
         reduction: r of the channel-interaction MLP.
         bn_statistics: "sequential" as published, or "pooled", one set of statistics over groups
             and branches (spec.md 3).
-        backend: "auto", "cuda", "cpu" or "reference"; None follows `fused.set_backend`.
+        backend: "auto", "cuda", "triton", "cpu" or "reference"; None follows `fused.set_backend`.
         device: of the parameters.
         dtype: of the parameters.
         groups: another name for `factor`.
@@ -104,7 +105,7 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
         """
         self._check_channels(x)
         if self._goes_modular():
-            return PublishedCIEMA.forward(self, x)
+            return in_autocast_dtype(PublishedCIEMA.forward(self, x), x)
         e = self._interact(x, statistics)
         return self._fuse(e, self._cross(e, update=True))
 
@@ -118,22 +119,41 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
 
         In evaluation without gradients only, and where `gives_means` is true: the map that the
         mean is of is not written (spec.md 5.6).
+
+        Raises:
+            RuntimeError: it is not.
         """
+        if not self.gives_means(e):
+            raise RuntimeError(
+                f"{type(self).__name__}.mean_after is for evaluation without gradients and without "
+                "hooks, where gives_means(x) is true; else average the block's result"
+            )
         eps = (norm.eps for norm in self._fusion_norms())
         args = (e, self._cross(e, update=False), *self._fusion_parameters(training=False), *eps)
         return gated_fusion_mean(*args, backend=self.backend)
 
     def gives_means(self, x: torch.Tensor) -> bool:
         """Whether `interact` and `mean_after` may stand for a call whose result is averaged."""
-        if type(self) is not FusedCIEMA or has_hooks(self) or self._needs_gradient(x):
+        if type(self) is not FusedCIEMA or has_hooks(self) or self.final_fusion[1].training:
             return False
-        return self.modular_reason() is None and not self.final_fusion[1].training
+        if torch.is_grad_enabled():
+            parameters = (
+                *(*self._interaction_weights(), *self._gate_weights()),
+                *(
+                    *self._cross_parameters(training=False),
+                    *self._fusion_parameters(training=False),
+                ),
+            )
+            if needs_gradient(x, *parameters):
+                return False
+        return self.modular_reason() is None
 
     def spatial_gate(self, x: torch.Tensor) -> torch.Tensor:
         """The gate w (B, G, H, W) in (0, 1) that this block draws over x; no buffer changes."""
         self._check_channels(x)
         if self._goes_modular():
-            return self._spatial_gate(self.channel_interaction(x))
+            with buffers_kept(self):
+                return in_autocast_dtype(self._spatial_gate(self.channel_interaction(x)), x)
         return self._cross(self._interact(x), update=False)
 
     def frozen_for_inference(self, dtype: torch.dtype | None) -> nn.Module | str:
@@ -150,18 +170,22 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
             )
 
     def _interact(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
-        stage = self.channel_interaction
-        weights = (stage.fc[0].weight, stage.fc[2].weight, stage.channel_interaction.weight)
+        weights = self._interaction_weights()
         e, *_ = ops.channel_interaction(x, *weights, *(statistics or ()), backend=self.backend)
         return e
 
-    def _cross(self, e: torch.Tensor, *, update: bool) -> torch.Tensor:
+    def _interaction_weights(self) -> tuple[Any, ...]:
+        stage = self.channel_interaction
+        return stage.fc[0].weight, stage.fc[2].weight, stage.channel_interaction.weight
+
+    def _gate_weights(self) -> tuple[Any, Any]:
+        return self.conv1x1.weight, self.conv1x1.bias
+
+    def _cross_parameters(self, *, training: bool) -> tuple[Any, ...]:
         net = self.cross_spatial_learning
         attention: Any = net.spatial_attention[1]
         reduce: Any = net.ms_reduce[1]
-        training: bool = attention.training
-        weight, bias = self.conv1x1.weight, self.conv1x1.bias
-        parameters = (
+        return (
             *(self.gn.weight, self.gn.bias),
             *(self.conv3x3.weight, self.conv3x3.bias, net.spatial_conv1.weight),
             *(net.spatial_conv3.weight, net.spatial_conv5.weight),
@@ -170,7 +194,14 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
             *(net.channel_feat.weight, net.alpha, self.groups, training, self.bn_statistics),
             *(attention.eps, reduce.eps),
         )
-        if not training and not self._needs_gradient(e):
+
+    def _cross(self, e: torch.Tensor, *, update: bool) -> torch.Tensor:
+        attention: Any = self.cross_spatial_learning.spatial_attention[1]
+        reduce: Any = self.cross_spatial_learning.ms_reduce[1]
+        training: bool = attention.training
+        weight, bias = self._gate_weights()
+        parameters = self._cross_parameters(training=training)
+        if not training and not needs_gradient(e, weight, bias, *parameters):
             return spatial_gate(e, weight, bias, self.gn.eps, *parameters, backend=self.backend)
         vectors = ops.coordinate_attention(
             e, weight, bias, self.groups, self.gn.eps, backend=self.backend
@@ -198,18 +229,14 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
         norms = self._fusion_norms()
         training: bool = norms[0].training
         parameters = self._fusion_parameters(training=training)
-        flags = (training, *(norm.eps for norm in norms), self._needs_gradient(e))
+        save = needs_gradient(e, w, *parameters)
+        flags = (training, *(norm.eps for norm in norms), save)
         out, _, _, *statistics = ops.gated_fusion(e, w, *parameters, *flags, backend=self.backend)
         if training:
             count = e.shape[0] * e.shape[2] * e.shape[3]
             for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
                 update_running_statistics(norm, mean, var, count)
         return out
-
-    def _needs_gradient(self, e: torch.Tensor) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return e.requires_grad or any(p.requires_grad for p in self.parameters())
 
     def extra_repr(self) -> str:
         """Constructor arguments."""
@@ -267,12 +294,12 @@ class FusedMSFF(FusedBlock, PublishedMSFF):
 
         return self._frozen_as(FrozenMSFF, dtype)
 
-    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: Iterable[torch.Tensor]) -> torch.Tensor:
         """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
         return self._run(features, statistics=False)[0]
 
     def with_statistics(
-        self, features: Sequence[torch.Tensor]
+        self, features: Iterable[torch.Tensor]
     ) -> tuple[torch.Tensor, Statistics | None]:
         """As `forward`, and what `FusedCIEMA.forward` would find out by a pass over its result.
 
@@ -281,16 +308,16 @@ class FusedMSFF(FusedBlock, PublishedMSFF):
         return self._run(features, statistics=True)
 
     def _run(
-        self, features: Sequence[torch.Tensor], *, statistics: bool
+        self, features: Iterable[torch.Tensor], *, statistics: bool
     ) -> tuple[torch.Tensor, Statistics | None]:
-        self._check_features(features)
+        maps = self._checked_maps(features)
         if self._goes_modular():
-            return PublishedMSFF.forward(self, features), None
+            return in_autocast_dtype(PublishedMSFF.forward(self, maps), maps[0]), None
         conv: Any = self.fusion_conv[0]
         norm: Any = self.fusion_conv[1]
         training: bool = norm.training
         out, mean, var, *of_channels = ops.msff(
-            *(list(features), conv.weight, *_statistics(norm, training), training, norm.eps),
+            *(maps, conv.weight, *_statistics(norm, training), training, norm.eps),
             statistics,
             backend=self.backend,
         )
@@ -299,9 +326,14 @@ class FusedMSFF(FusedBlock, PublishedMSFF):
             update_running_statistics(norm, mean, var, count)
         return out, (of_channels[0], of_channels[1], of_channels[2]) if statistics else None
 
-    def _check_features(self, features: Sequence[torch.Tensor]) -> None:
+    def _checked_maps(self, features: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         if isinstance(features, torch.Tensor):
             raise TypeError("FusedMSFF: features must be a list of maps, got one tensor")
+        features = list(features)
+        if len(features) == 0:
+            raise ValueError(
+                f"{type(self).__name__}: features is empty, at least one map is needed"
+            )
         if self.stage_channels is not None:
             got = [f.shape[1] if f.dim() > 1 else None for f in features]
             if got != list(self.stage_channels):
@@ -309,6 +341,7 @@ class FusedMSFF(FusedBlock, PublishedMSFF):
                     f"FusedMSFF: features have {got} channels, this block was built for "
                     f"stage_channels={list(self.stage_channels)}"
                 )
+        return features
 
     def extra_repr(self) -> str:
         """Constructor arguments."""

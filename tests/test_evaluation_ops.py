@@ -172,6 +172,71 @@ def test_wrong_arguments_are_named() -> None:
         gated_fusion_mean(*args, backend="triton")
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_joint_kernel_is_given_checked_parameters_only(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def both(*args: Any) -> torch.Tensor:
+        raise AssertionError("a kernel would read out of bounds")
+
+    cpu = backends.BACKENDS["cpu"]
+    joint = Backend("cpu", {**cpu.kernels, spatial_gate.name: both}, cpu.can_run)
+    monkeypatch.setattr(backends, "BACKENDS", {"cpu": joint})
+    args = joined(*of_both(Sizes(2, 8, 4, 3, 2), torch.float32, device))
+    at = 4 + ops.cross_spatial.inputs[5:].index("spatial_conv5_weight")
+    args[at] = torch.ones(4, 4, 3, 3, device=device)
+    with pytest.raises(ValueError, match="cross_spatial: spatial_conv5_weight has shape"):
+        spatial_gate(*args)
+
+
+def test_gradients_are_refused_and_not_zero() -> None:
+    sizes = Sizes(2, 8, 4, 3, 2)
+    for op, args in (
+        (spatial_gate, joined(*of_both(sizes, torch.float32))),
+        (gated_fusion_mean, of_fusion(sizes, torch.float32)),
+    ):
+        args[0].requires_grad_()
+        for call in (op, op.op):
+            with pytest.raises(RuntimeError, match=f"ciema::{op.name} has no gradient"):
+                call(*args)
+        with torch.no_grad():
+            op(*args)
+        args[0].requires_grad_(False)
+        with pytest.raises(RuntimeError, match="in forward mode; backend='reference' can"):
+            torch.func.jvp(lambda e, op=op, args=args: op(e, *args[1:]), (args[0],), (args[0],))
+
+
+def test_means_are_refused_in_training_with_gradients_and_with_hooks() -> None:
+    block, x = averaging_block(), torch.randn(2, 16, 5, 4)
+    with torch.no_grad():
+        e = block.interact(x)
+        block.mean_after(e)
+    frozen = averaging_block().requires_grad_(False)
+    hooked = averaging_block().requires_grad_(False)
+    hooked.conv3x3.register_forward_hook(lambda *_: None)
+    for module, given in (
+        *((block, e), (frozen, e.clone().requires_grad_()), (hooked, e)),
+        (averaging_block().requires_grad_(False).train(), e),
+    ):
+        with pytest.raises(RuntimeError, match="mean_after is for evaluation without gradients"):
+            module.mean_after(given)
+    assert frozen.mean_after(e).shape == (2, 16)
+
+
+def test_weights_that_are_no_parameters_count() -> None:
+    """As torch.func and some parametrisations leave them."""
+    for name in ("final_fusion.0", "conv3x3", "conv1x1"):
+        block, x = averaging_block().requires_grad_(False), torch.randn(2, 16, 5, 4)
+        assert block.gives_means(x)
+        layer = block.get_submodule(name)
+        weight = layer.weight.clone().requires_grad_()
+        del layer.weight
+        layer.weight = weight
+        assert not block.gives_means(x)
+        block(x).square().sum().backward()
+        assert weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_the_maps(dtype: torch.dtype) -> None:
     args = of_fusion(Sizes(2, 8, 4, 3, 2), torch.float32)

@@ -69,6 +69,26 @@ def test_training_gradients_and_conversion_are_refused() -> None:
         frozen(images)
 
 
+def test_the_frozen_blocks_take_what_the_unfrozen_ones_take_and_refuse_gradients() -> None:
+    unfrozen = calibrated(FusedMSFF([24, 3], 24))
+    msff, block = optimize_for_inference(unfrozen), optimize_for_inference(ciema())
+    maps = [torch.randn(1, 24, 4, 4), torch.randn(1, 3, 2, 2)]
+    want, known = unfrozen.with_statistics(maps)
+    out, statistics = msff.with_statistics(maps)
+    assert error(out, want) < 1e-5
+    assert not out.requires_grad
+    assert torch.equal(block.interact(out, statistics), block.interact(out))
+    assert torch.equal(block.interact(out, known), block.interact(out))
+    maps[1].requires_grad_()
+    with pytest.raises(FrozenError, match="an input requires grad"):
+        msff.with_statistics(maps)
+    with pytest.raises(FrozenError, match="an input requires grad"):
+        msff.with_statistics(iter(maps))
+    for call in (block, block.interact, block.spatial_gate):
+        with pytest.raises(FrozenError, match="an input has a tangent"):
+            torch.func.jvp(call, (out,), (out,))
+
+
 def test_wrong_inputs_are_refused_as_before() -> None:
     model, frozen = network(), optimize_for_inference(network())
     for images in (torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8)):

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from stage_cases import DEVICES
+from stage_cases import DEVICES, PLACES, Place
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused
-from fused import BackendError, FusedCIEMA, FusedMSFF
+from fused import BackendError, FusedCIEMA, FusedMSFF, ops
 from fused.backends.reference.published import PublishedCIEMA, PublishedMSFF
 from mobilesteelnet.model import MobileSteelNet
 
@@ -306,6 +306,67 @@ def test_spatial_gate_leaves_buffers_alone(device: str) -> None:
     assert bool((gate > 0).all())
     assert bool((gate < 1).all())
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["sequential", "pooled"])
+def test_spatial_gate_of_called_children_leaves_buffers_alone(form: str) -> None:
+    block = FusedCIEMA(24, 4, 4, bn_statistics=form)
+    twin, x = copy.deepcopy(block), torch.randn(2, 24, 5, 6)
+    block.conv1x1.register_forward_hook(lambda *_: None)
+    before = copy.deepcopy(block.state_dict())
+    out = block.cross_spatial_learning.ms_reduce[1](torch.randn(2, 6, 3, 3))
+    before |= {k: v.clone() for k, v in block.state_dict().items() if "ms_reduce.1." in k}
+    gate = block.spatial_gate(x)
+    torch.testing.assert_close(gate, twin.spatial_gate(x))
+    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+    (out.sum() + gate.sum()).backward()  # what autograd saved is as it was
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_equal_maxima_give_the_gradient_to_the_first(place: Place) -> None:
+    published = PublishedCIEMA(16, 4, 4).channel_interaction
+    x = torch.randint(0, 2, (2, 16, 4, 3)).float()
+    weights = (published.fc[0].weight, published.fc[2].weight, published.channel_interaction.weight)
+    grads = []
+    names = [place.backend] if place.backend else ["cpu", "reference"]
+    for name in ("published", *names):
+        device = "cpu" if name == "published" else place.device
+        leaf = x.detach().clone().to(device).requires_grad_()
+        if name == "published":
+            e = published(leaf)
+        else:
+            given = (weight.detach().to(device) for weight in weights)
+            e = ops.channel_interaction(leaf, *given, backend=name)[0]
+        e.square().sum().backward()
+        grads.append(leaf.grad.cpu())
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_called_children_give_autocasts_dtype_as_the_ops_do(dtype: torch.dtype) -> None:
+    ciema, msff = FusedCIEMA(24, 4, 4).eval(), FusedMSFF([3, 5], 4).eval()
+    x, maps = torch.randn(2, 24, 5, 6), [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)]
+    for hooked in (False, True):
+        if hooked:
+            for layer in (ciema.conv3x3, msff.fusion_conv[0]):
+                layer.register_forward_hook(lambda *_: None)
+        with torch.autocast("cpu", dtype):
+            results = (ciema(x), ciema.spatial_gate(x), msff(maps))
+        assert [out.dtype for out in results] == [dtype] * 3
+    twin = copy.deepcopy(ciema).double()
+    with torch.autocast("cpu", dtype):
+        assert twin(x.double()).dtype == torch.float64
+
+
+def test_msff_takes_any_iterable() -> None:
+    maps = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)]
+    block = FusedMSFF([3, 5], 4).eval()
+    frozen = fused.optimize_for_inference(block)
+    for module in (block, frozen):
+        torch.testing.assert_close(module(m for m in maps), module(maps))
+        with pytest.raises(ValueError, match="features"):
+            module(iter(()))
 
 
 def _train_in_a_process(rank: int, path: str, results: mp.SimpleQueue) -> None:

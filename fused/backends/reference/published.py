@@ -35,7 +35,9 @@ class ChannelInteraction(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return e."""
-        a = (self.fc(x.mean((2, 3))) + self.fc(x.amax((2, 3)))).sigmoid()[:, :, None, None]
+        # Not amax, which shares the gradient among equal maxima: pooling gives it to the first.
+        maximum = x.flatten(2).max(2).values
+        a = (self.fc(x.mean((2, 3))) + self.fc(maximum)).sigmoid()[:, :, None, None]
         return a * x + (1 - a) * self.channel_interaction(x)
 
 
