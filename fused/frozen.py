@@ -2,15 +2,16 @@
 
 A frozen module keeps its weights, so that its state dict is that of the module it came from, and
 derives a plan from them: folded and packed weights in the layout of this machine. The plan is not
-saved; it is made again when a weight has changed (loading, moving) and after unpickling.
+saved; it is made again when a weight or a child has changed (loading, moving) and after unpickling.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -19,8 +20,9 @@ from torch.nn import functional as F
 from . import backends, folding
 from .backends.cpu_packed import PackedCIEMA, PackedMSFF
 from .contract import check_map, memory_format, product_dtype, statistics_dtype
+from .fused_block import hooks_of
 from .modules import FusedCIEMA, FusedMSFF, Statistics
-from .registration import has_tangent
+from .registration import autocast_dtype, has_tangent
 
 PACKED = "frozen: weights folded and packed once"
 AS_BEFORE = "frozen, but this stage runs as in the unfrozen block"
@@ -38,6 +40,42 @@ def refuse_training(what: str) -> NoReturn:
     )
 
 
+class _Watched(NamedTuple):
+    """What tells that a plan is no longer that of the module; looked at in every call."""
+
+    stores: list[dict[str, Any]]  # parameters and buffers
+    children: list[dict[str, Any]]
+    hooks: list[Mapping[int, Any]]
+    modules: list[nn.Module]  # kept, so that no other child gets the identity of one that is gone
+
+    @staticmethod
+    def of(module: nn.Module) -> _Watched:
+        modules = list(module.modules())
+        return _Watched(
+            [store for m in modules for store in (m._parameters, m._buffers) if store],
+            [m._modules for m in modules if m._modules],
+            [hooks for m in modules[1:] for hooks in hooks_of(m)],
+            modules,
+        )
+
+    def key(self) -> tuple[Any, ...]:
+        """What changes with a weight's value, place or identity, with a child's, and with hooks."""
+        weights = tuple(
+            (id(t), t.data_ptr(), -1 if t.is_inference() else t._version)
+            for store in self.stores
+            for t in store.values()
+            if t is not None
+        )
+        children = tuple(map(id, itertools.chain.from_iterable(h.values() for h in self.children)))
+        return weights, children, any(self.hooks)
+
+
+class _Made(NamedTuple):
+    key: tuple[Any, ...]
+    plan: Any
+    watched: _Watched
+
+
 class Frozen(nn.Module):
     """What all frozen modules share; put it before the class that is frozen.
 
@@ -46,7 +84,7 @@ class Frozen(nn.Module):
     """
 
     map_dtype: torch.dtype
-    _made: tuple[Any, Any, list[Any]] | None = None
+    _made: _Made | None = None
 
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype | None) -> Any:
@@ -61,7 +99,7 @@ class Frozen(nn.Module):
             parameter.requires_grad = False
         frozen.map_dtype = dtype
         frozen._made = None
-        frozen._plan()
+        frozen._checked()
         return frozen
 
     # ------------------------------------------------------------------------------- the plan
@@ -80,16 +118,40 @@ class Frozen(nn.Module):
         stages: tuple[str, ...] = getattr(self, "fused_stages", ())
         return all(backends.choose(s, x, name, groups).name == "cpu" for s in stages)
 
-    def _plan(self) -> Any:
+    def _checked(self) -> _Made:
+        """What was made, made anew if it is no longer this module's."""
         # One assignment of key and plan together: two threads may both make it, none sees half.
         made = self._made
         name = backends.requested(self._requested())
-        if made is None or made[0] != (name, _key(made[2])):
-            stores = [s for m in self.modules() for s in (m._parameters, m._buffers) if s]
-            key = (name, _key(stores))
-            with torch.inference_mode(False), torch.no_grad():
-                self._made = made = (key, self._make_plan(), stores)
-        return made[1]
+        if made is None or made.key != (name, made.watched.key()):
+            reason = self._why_not_followed()
+            if reason is not None:
+                raise FrozenError(self.refusal(reason))
+            watched = _Watched.of(self)
+            key, device = (name, watched.key()), next(self.parameters()).device.type
+            with torch.inference_mode(False), torch.no_grad(), _without_autocast([device]):
+                self._made = made = _Made(key, self._make_plan(), watched)
+        return made
+
+    def _plan(self) -> Any:
+        """The plan, for a method behind `guarded`, which has checked it."""
+        made = self._made
+        return (self._checked() if made is None else made).plan
+
+    def _why_not_followed(self) -> str | None:
+        """What about the children no plan can hold; None if there is nothing."""
+        return None
+
+    def refusal(self, reason: str) -> str:
+        """The error of a call for that reason."""
+        return (
+            f"{type(self).__name__}: {reason}, which weights packed once cannot follow; change the "
+            "model it was made from and freeze that again"
+        )
+
+    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
+        self._made = None  # weights made in inference mode do not show that they were written to
+        super()._load_from_state_dict(*args, **named)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the plan, which another machine would lay out differently."""
@@ -109,13 +171,17 @@ class Frozen(nn.Module):
             refuse_training(f"{type(self).__name__}.requires_grad_()")
         return super().requires_grad_(False)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def check_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Refuse what `.to`, `.half`, ... would do to every tensor, if it changes dtypes."""
         own = next(self.parameters())
         if fn(own.new_empty(0)).dtype != own.dtype:
             raise FrozenError(
                 f"{type(self).__name__} cannot change its dtype; convert the model it was made "
                 "from, or name one: fused.optimize_for_inference(model, dtype=...)"
             )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.check_conversion(fn)
         return super()._apply(fn, recurse)
 
     def guard(self, *inputs: object) -> None:
@@ -127,17 +193,22 @@ class Frozen(nn.Module):
             )
         if has_tangent(*inputs):
             refuse_training("an input has a tangent")
+        stores = self._checked().watched.stores
         if not torch.is_grad_enabled():
             return
         if any(getattr(x, "requires_grad", False) for x in inputs):
             refuse_training("an input requires grad")
-        if any(p is not None and p.requires_grad for s in self._stores() for p in s.values()):
+        if any(p is not None and p.requires_grad for s in stores for p in s.values()):
             refuse_training("a parameter requires grad")
 
-    def _stores(self) -> Iterator[dict[str, Any]]:
-        self._plan()
-        assert self._made is not None
-        yield from self._made[2]
+
+@contextlib.contextmanager
+def _without_autocast(devices: Iterable[str]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            if autocast_dtype(device) is not None:
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,23 +222,10 @@ def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         inputs = x if isinstance(x, (list, tuple)) else (x,)
         self.guard(*inputs)
         devices = {one.device.type for one in inputs if isinstance(one, torch.Tensor)}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for device in filter(torch.is_autocast_enabled, devices):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        with torch.no_grad(), _without_autocast(devices):
             return method(self, x, *rest, **named)
 
     return call
-
-
-def _key(stores: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
-    """What changes when a weight is replaced, moved or written to."""
-    return tuple(
-        (id(t), t.data_ptr(), -1 if t.is_inference() else t._version)
-        for store in stores
-        for t in store.values()
-        if t is not None
-    )
 
 
 # ------------------------------------------------------------------------------------------ blocks
@@ -185,45 +243,51 @@ class FrozenCIEMA(Frozen, FusedCIEMA):
     @guarded
     def forward(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
         """(B, C, H, W) → (B, C, H, W), of x's dtype; `statistics` are found anew."""
-        e = self._first_stage(x)
-        return self._out(e, self._gate(e)).to(x.dtype)
+        plan = self._plan()
+        e = self._first_stage(plan, x)
+        return self._out(plan, e, self._gate(plan, e)).to(x.dtype)
 
     @guarded
     def spatial_gate(self, x: torch.Tensor) -> torch.Tensor:
         """The gate w (B, G, H, W) in (0, 1) that this block draws over x."""
-        return self._gate(self._first_stage(x)).to(x.dtype)
+        plan = self._plan()
+        return self._gate(plan, self._first_stage(plan, x)).to(x.dtype)
 
     @guarded
     def interact(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
         """x → e of channel interaction, for `mean_after`; `statistics` are found anew."""
-        return self._first_stage(x)
+        return self._first_stage(self._plan(), x)
 
     @guarded
     def mean_after(self, e: torch.Tensor) -> torch.Tensor:
         """The mean of `forward(x)` over H×W, (B, C) in float32 or better, from `interact(x)`."""
-        plan, w = self._plan(), self._gate(e)
+        plan = self._plan()
+        w = self._gate(plan, e)
         if isinstance(plan, PackedCIEMA):
             return plan.fuse(e, w, mean_only=True)
-        out = self._out(e, w)
+        out = self._out(plan, e, w)
         return out.mean((2, 3), dtype=statistics_dtype(out.dtype))
 
-    def _first_stage(self, x: torch.Tensor) -> torch.Tensor:
+    def _first_stage(self, plan: PackedCIEMA | folding.Fusion, x: torch.Tensor) -> torch.Tensor:
         self._check_channels(x)
-        plan, x = self._plan(), x.to(self.map_dtype)
+        x = x.to(self.map_dtype)
         return plan.interact(x) if isinstance(plan, PackedCIEMA) else self._interact(x)
 
-    def _gate(self, e: torch.Tensor) -> torch.Tensor:
-        plan = self._plan()
+    def _gate(self, plan: PackedCIEMA | folding.Fusion, e: torch.Tensor) -> torch.Tensor:
         return plan.gate(e) if isinstance(plan, PackedCIEMA) else self._cross(e, update=False)
 
-    def _out(self, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        plan = self._plan()
+    def _out(
+        self, plan: PackedCIEMA | folding.Fusion, e: torch.Tensor, w: torch.Tensor
+    ) -> torch.Tensor:
         if isinstance(plan, PackedCIEMA):
             return plan.fuse(e, w, mean_only=False)
         name = backends.requested(self.backend)
         if backends.choose("gated_fusion", e, name, self.groups).name != "reference":
             return self._fuse(e, w)
         return run_fusion(plan, e, w)
+
+    def _why_not_followed(self) -> str | None:
+        return self.modular_reason()
 
     def _check_channels(self, x: torch.Tensor) -> None:
         check_map(type(self).__name__, "x", x)
@@ -235,7 +299,7 @@ class FrozenCIEMA(Frozen, FusedCIEMA):
 
     def frozen_note(self, stage: str, backend: str) -> str:
         """What the frozen form does in a stage that runs on `backend`, for `explain`."""
-        if isinstance(self._plan(), PackedCIEMA):
+        if isinstance(self._checked().plan, PackedCIEMA):
             return PACKED
         if stage == "gated_fusion" and backend == "reference":
             return "frozen: norms and second product folded once"
@@ -248,6 +312,9 @@ class FrozenMSFF(Frozen, FusedMSFF):
     def _make_plan(self) -> PackedMSFF | None:
         probe = self.probe()
         return PackedMSFF(self, probe) if self._runs_on_cpu(probe, None) else None
+
+    def _why_not_followed(self) -> str | None:
+        return self.modular_reason()
 
     @guarded
     def forward(self, features: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -269,7 +336,7 @@ class FrozenMSFF(Frozen, FusedMSFF):
 
     def frozen_note(self, stage: str, backend: str) -> str:
         """What the frozen form does in a stage that runs on `backend`, for `explain`."""
-        return AS_BEFORE if self._plan() is None else PACKED
+        return AS_BEFORE if self._checked().plan is None else PACKED
 
 
 def run_fusion(fusion: folding.Fusion, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +12,17 @@ from . import backends
 from .registration import autocast_dtype
 
 
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """The hooks that see what goes in or comes out of `module`, by kind."""
+    return (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether someone wants to see what goes in or comes out of `module`."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
 
 
 # What decides a child's function beside its parameters and buffers; eps and momentum are asked for.
@@ -147,14 +151,21 @@ class FusedBlock(nn.Module):
         """A map of one pixel with the block's channels, dtype and device, for `explain`."""
         raise TypeError(f"{type(self).__name__} does not define its input")
 
+    def refusal(self, reason: str) -> str | None:
+        """Why this block does not call its children although, for that reason, it would have to."""
+        name = backends.requested(self.backend)
+        if name in (backends.AUTO, "reference"):
+            return None
+        return (
+            f"backend={name!r} cannot run {type(self).__name__}: {reason}, so its children "
+            "have to be called; use backend='auto' or 'reference'"
+        )
+
     def _goes_modular(self) -> bool:
         reason = self.modular_reason()
         if reason is None:
             return False
-        name = backends.requested(self.backend)
-        if name not in (backends.AUTO, "reference"):
-            raise backends.BackendError(
-                f"backend={name!r} cannot run {type(self).__name__}: {reason}, so its children "
-                "have to be called; use backend='auto' or 'reference'"
-            )
+        refusal = self.refusal(reason)
+        if refusal is not None:
+            raise backends.BackendError(refusal)
         return True

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     form: batch norms and the second product of gated fusion are folded, weights are packed once for
     this machine, a network's last map is only averaged. Whatever else the model holds is copied as
     it is. The copy has the model's keys: its state dict is the model's, loading one makes the
-    folded weights again, and so do `.to(device)`, deepcopy and pickle. Calls from several threads
-    do not disturb each other. Autocast does not reach inside.
+    folded weights again, and so do `.to(device)`, deepcopy, pickle, a replaced child and whatever
+    writes to a weight but through `.data`, which nothing shows. Calls from several threads do not
+    disturb each other. Autocast does not reach inside.
 
-    The copy refuses training mode, gradients, export and another dtype with a `FrozenError`.
+    The copy refuses training mode, gradients, export, another dtype and hooks on its children with
+    a `FrozenError`.
     A block whose children have to be called (hooks, parametrisations, ...) stays as it is, with a
     warning in the log `fused` and the reason in `fused.explain`.
 
@@ -64,7 +67,8 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
                 "folded in evaluation mode: call model.eval() first"
             )
     freezer = _Freezer(dtype)
-    with torch.no_grad():
+    # A copy made in inference mode would not show that its weights were written to.
+    with torch.inference_mode(False), torch.no_grad():
         frozen = freezer.freeze(copy.deepcopy(model), "")
     kind = type(model).__name__
     if not any(isinstance(module, Frozen) for module in frozen.modules()):
@@ -76,9 +80,10 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
         parameter.requires_grad = False
     for module in frozen.modules():
         if not isinstance(module, Frozen):
-            # A parent would put half of its children into training mode before one refuses.
+            # A parent would train or convert half of its children before one refuses.
             module.train = functools.partial(_refuse_training, module)  # type: ignore[method-assign]
             module.requires_grad_ = functools.partial(_refuse_gradients, module)  # type: ignore[method-assign]
+            module._apply = functools.partial(_refuse_conversion, module)  # type: ignore[method-assign]
     return frozen
 
 
@@ -92,6 +97,15 @@ def _refuse_gradients(module: nn.Module, requires_grad: bool = True) -> nn.Modul
     if requires_grad:
         refuse_training(f"{type(module).__name__}.requires_grad_()")
     return nn.Module.requires_grad_(module, False)
+
+
+def _refuse_conversion(
+    module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    for part in module.modules():
+        if isinstance(part, Frozen):
+            part.check_conversion(fn)
+    return type(module)._apply(module, fn, recurse)
 
 
 class _Freezer:

@@ -13,7 +13,7 @@ from fused.backends import requested
 from fused.contract import check_map, statistics_dtype
 from fused.folding import Product, fold
 from fused.frozen import Frozen, FrozenCIEMA, guarded
-from fused.fused_block import Part, parts_of, why_called
+from fused.fused_block import Part, has_hooks, parts_of, why_called
 from fused.separable import Layer, separable, stem, why_not_native
 
 from .model import MobileSteelNet
@@ -23,7 +23,7 @@ def freeze(network: MobileSteelNet, dtype: torch.dtype | None) -> nn.Module | st
     """The frozen form of a private copy of a network, or why there is none."""
     if type(network) is not MobileSteelNet:
         return f"{type(network).__name__} is a subclass, whose own methods would be lost"
-    reason = why_called(network, _parts(network.config))
+    reason = why_called(network, _parts(network.config, blocks=True))
     if reason is not None:
         return reason
     if network.attention is not None:
@@ -37,10 +37,13 @@ def freeze(network: MobileSteelNet, dtype: torch.dtype | None) -> nn.Module | st
     return FrozenMobileSteelNet.of(network, dtype)
 
 
-def _parts(config: dict[str, Any]) -> tuple[Part, ...]:
-    """What a network of this configuration holds."""
+def _parts(config: dict[str, Any], *, blocks: bool) -> tuple[Part, ...]:
+    """What a network of this configuration holds, with or without MSFF and CIEMA."""
     with torch.device("meta"):
-        return parts_of(MobileSteelNet.from_config(config))
+        template = MobileSteelNet.from_config(config)
+    if not blocks:
+        template.msff = template.ciema = None
+    return parts_of(template)
 
 
 class _Plan(NamedTuple):
@@ -61,6 +64,12 @@ class FrozenMobileSteelNet(Frozen, MobileSteelNet):
         ]
         dtype = statistics_dtype(self.map_dtype)
         return _Plan(first, stages, Product(self.fc.weight, self.fc.bias).to(dtype))
+
+    def _why_not_followed(self) -> str | None:
+        for name, block in (("msff", self.msff), ("ciema", self.ciema)):
+            if block is not None and has_hooks(block):
+                return f"{name} has hooks"
+        return why_called(self, _parts(self.config, blocks=False))
 
     def _requested(self) -> str | None:
         backend: str | None = self.config["backend"]

@@ -121,6 +121,26 @@ def test_explain_of_a_tensor_and_of_modules() -> None:
         fused.explain(3)
 
 
+@pytest.mark.parametrize("name", ["cpu", "reference", None])
+def test_explain_of_called_children_and_an_explicit_backend(name: str | None) -> None:
+    block, x = FusedCIEMA(16, 4, backend=name).eval(), torch.zeros(1, 16, 4, 4)
+    block.conv3x3.register_forward_hook(lambda *_: None)
+    for default in (None, "cpu"):
+        fused.set_backend(default)
+        lines = fused.explain(block).lines
+        assert len(lines) == 4
+        if (name or default) == "cpu":
+            with pytest.raises(BackendError) as raised:
+                block(x)
+            assert {(line.backend, line.runs, line.chosen) for line in lines} == {
+                ("cpu", False, False)
+            }
+            assert {line.reason for line in lines} == {str(raised.value)}
+        else:
+            block(x)
+            assert set(fused.explain(block).chosen().values()) == {"reference"}
+
+
 def test_explain_tells_what_really_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: dict[str, str] = {}
 

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from stage_cases import error
 from torch import nn
 
+import fused
 from fused import FrozenError, FusedMSFF, optimize_for_inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +107,21 @@ def test_wrong_inputs_are_refused_as_before() -> None:
         optimize_for_inference(calibrated(FusedMSFF([3])))(torch.zeros(1, 3, 4, 4))
 
 
+def test_a_refused_conversion_leaves_the_whole_model_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.Sequential(ciema(), nn.ReLU()), nn.LSTM(3, 3))
+    frozen = optimize_for_inference(model.eval())
+    images = torch.randn(1, 3, 8, 8)
+    want = frozen[:2](images)
+    for one in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        for call in (one.half, one.double, lambda one=one: one.to(torch.bfloat16)):
+            with pytest.raises(FrozenError, match="cannot change its dtype"):
+                call()
+            assert {p.dtype for p in one.parameters()} == {torch.float32}
+        assert one.to("cpu", memory_format=torch.channels_last) is one
+        assert error(one[:2](images), want) < 1e-5
+    assert frozen[0].half().weight.dtype == torch.float16
+
+
 def test_export_is_done_from_the_unfrozen_model() -> None:
     frozen = optimize_for_inference(network())
     with pytest.raises(Exception, match="export the model it was made from"):
@@ -183,6 +199,62 @@ def test_the_frozen_copy_does_not_follow_the_model_and_loads_other_weights() -> 
     with torch.no_grad():  # a buffer alone
         frozen.stage2[1].bn.running_mean.add_(1)
     assert not torch.equal(frozen(images), before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_was_frozen_in_inference_mode_follows_its_weights(assign: bool) -> None:
+    model, other, images = network(), network(), torch.randn(1, 3, 32, 32)
+    want = optimize_for_inference(other)(images)
+    with torch.inference_mode():
+        made_inside = optimize_for_inference(network().to(torch.float64), torch.float32)
+        states = [copy.deepcopy(other.state_dict()), other.state_dict()]
+        frozen = optimize_for_inference(model)
+        assert not any(t.is_inference() for t in (*frozen.parameters(), *frozen.buffers()))
+        for state in states:  # assigned tensors of inference mode, and then written to
+            for one in (frozen, made_inside):
+                assert not torch.equal(one(images), want)
+                one.load_state_dict(copy.deepcopy(state), assign=assign)
+                assert torch.equal(one(images), want)
+                one.load_state_dict(network().state_dict())
+        before = frozen(images)
+        frozen.ciema.conv3x3.weight.mul_(2)
+        assert assign or not torch.equal(frozen(images), before)
+
+
+def test_a_replaced_child_counts() -> None:
+    block, x = ciema(), torch.randn(2, 24, 9, 7)
+    frozen, other = optimize_for_inference(block), copy.deepcopy(block.conv3x3)
+    before = frozen(x)
+    nn.init.normal_(other.weight)
+    block.conv3x3, frozen.conv3x3 = other, copy.deepcopy(other).requires_grad_(False)
+    got = frozen(x)
+    assert not torch.equal(got, before)
+    assert error(got, in_float64(block, x)) <= 1e-5
+    frozen.final_fusion[2] = nn.Tanh()
+    with pytest.raises(FrozenError, match=r"final_fusion\.2 is a Tanh, which weights packed once"):
+        frozen(x)
+
+
+@pytest.mark.parametrize(
+    "name", ["ciema.conv3x3", "ciema.final_fusion", "ciema", "msff.fusion_conv.1", "stage1.0.bn"]
+)
+def test_hooks_on_children_are_refused_until_they_are_gone(name: str) -> None:
+    frozen, images = optimize_for_inference(network()), torch.randn(1, 3, 32, 32)
+    want = frozen(images)
+    hook = frozen.get_submodule(name).register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        with pytest.raises(FrozenError, match=f"{name.rpartition('.')[2]} has hooks, which"):
+            frozen(images)
+        if name.startswith("ciema."):
+            lines = [line for line in fused.explain(frozen).lines if line.block == "ciema"]
+            assert not any(line.chosen for line in lines)
+            assert all("has hooks, which weights packed once" in line.reason for line in lines)
+    hook.remove()
+    assert torch.equal(frozen(images), want)
+    calls: list[int] = []
+    frozen.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(frozen(images), want)  # its own are called
+    assert calls == [1]
 
 
 def test_the_unfrozen_model_never_uses_old_weights() -> None:

@@ -181,12 +181,14 @@ def explain(subject: torch.Tensor | nn.Module) -> Explanation:
         stages: tuple[str, ...] = getattr(module, "fused_stages", ())
         if not stages:
             continue
-        reason = module.modular_reason()
+        reason, name = module.modular_reason(), requested(module.backend)
         if reason is not None:
-            why = f"runs child by child, because {reason}"
-            lines += [Line(block, stage, "reference", True, True, why) for stage in stages]
+            refusal = module.refusal(reason)
+            runs, why = refusal is None, refusal or f"runs child by child, because {reason}"
+            asked = "reference" if name == AUTO else name
+            lines += [Line(block, stage, asked, runs, runs, why) for stage in stages]
             continue
-        name, x = requested(module.backend), module.probe()
+        x = module.probe()
         groups = getattr(module, "groups", None)
         found = [line for stage in stages for line in _explain_stage(block, stage, x, name, groups)]
         note = getattr(module, "frozen_note", None)
