@@ -132,8 +132,8 @@ def test_train_eval_predict(
     )
     assert main(train_arguments(pictures, run)) == 2
     assert "--resume" in error_line(capsys)
-    assert main(["train", "--resume", str(run), "--lr", "0.1", "--data", "x"]) == 2
-    assert "leave out --data, --learning-rate" in error_line(capsys)
+    assert main(["train", "--resume", str(run), "--lr", "0.1", "--size", "9"]) == 2
+    assert "leave out --learning-rate, --size" in error_line(capsys)
 
 
 def test_bad_files_give_code_1_and_their_names(
