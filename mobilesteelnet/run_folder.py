@@ -107,6 +107,7 @@ def _harmless(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_COMPUTED) else cell
 
 
+_LEFTOVER = ".*.part"  # of a kill while a file was written
 EVALUATION = "eval"
 """A report of a run lies in its folder, in ``eval-<part>/``."""
 
@@ -166,6 +167,8 @@ class RunFolder:
         """Delete the run's own files, as :meth:`check_free` allows; what else lies there stays."""
         for path in self._files:
             path.unlink(missing_ok=True)
+        for left in self.path.glob(_LEFTOVER):
+            left.unlink(missing_ok=True)
         for folder in (self.tensorboard, *self.path.glob(f"{EVALUATION}-*")):
             shutil.rmtree(folder, ignore_errors=True)
         self.config.unlink(missing_ok=True)  # last: until then the folder is known as a run
@@ -173,8 +176,14 @@ class RunFolder:
     def others(self) -> list[str]:
         """Names of what lies in the folder and is no file of the run."""
         own = {path.name for path in (*self._files, self.config, self.tensorboard)}
-        found = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
-        return [n for n in found if n not in own and not n.startswith(f"{EVALUATION}-")]
+        found = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [
+            path.name
+            for path in found
+            if path.name not in own
+            and not path.name.startswith(f"{EVALUATION}-")
+            and not path.match(_LEFTOVER)
+        ]
 
     def create(self, *, overwrite: bool = False) -> None:
         """Make the empty folder for a new run, as :meth:`check_free` allows.

@@ -48,9 +48,14 @@ def finish_run(
                 "folder for the runs, or start it again with --overwrite"
             )
         return resume(run.path, data=config.data, machine=machine, console=console)
-    if run.path.is_dir() and {item.name for item in run.path.iterdir()} == {run.split.name}:
-        shutil.rmtree(run.path)  # cut off before its options were written: nothing is lost
+    if _begun_only(run):
+        shutil.rmtree(run.path)  # nothing is lost
     return train(config, run.path, machine=machine, console=console, split=split)
+
+
+def _begun_only(run: RunFolder) -> bool:
+    """Whether a run was cut off before its options were written."""
+    return run.path.is_dir() and [item.name for item in run.path.iterdir()] == [run.split.name]
 
 
 def delete_runs(paths: Iterable[str | os.PathLike[str]]) -> None:
@@ -64,7 +69,8 @@ def delete_runs(paths: Iterable[str | os.PathLike[str]]) -> None:
     """
     found = [RunFolder(path) for path in paths]
     for run in found:
-        run.check_free(overwrite=True)
+        if not _begun_only(run):
+            run.check_free(overwrite=True)
         if others := run.others():
             raise RunFolderError(
                 f"run={str(run.path)!r} is to be made again, but {others[0]!r} lies in it too: "

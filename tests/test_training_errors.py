@@ -68,10 +68,17 @@ def test_overwrite_starts_again_only_when_the_data_are_sound(
     assert (out / "best.safetensors").exists()
     (out / "last.ckpt").write_bytes(b"damaged")
     (out / "eval-test").mkdir()
+    (out / ".last.ckpt.x1.part").write_bytes(b"left by a kill")
     (out / "notes.txt").write_text("precious")
     result = train(small(pictures, epochs=1, seed=7), out, machine=CPU, overwrite=True)
     assert (out / "notes.txt").read_text() == "precious"
     assert not (out / "eval-test").exists()
+    assert not (out / ".last.ckpt.x1.part").exists()
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "split.json").write_text("{}")
+    delete_runs([begun])
+    assert list(begun.iterdir()) == []
     with pytest.raises(RunFolderError, match=r"'notes\.txt' lies in it too"):
         delete_runs([out])
     assert (out / "best.safetensors").exists()
