@@ -95,14 +95,23 @@ def first_line(command: list[str]) -> tuple[bool, str]:
     return done.returncode == 0, (telling or lines or ["no output"])[0].strip()
 
 
+# A part of C++20 that came late, and the newest instruction set that csrc/cpu asks for.
+PROBE = """#include <span>
+int f(std::span<int> s) { return s.size() > 0; }
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__CUDACC__)
+int g() { return __builtin_cpu_supports("avx512bf16"); }
+#endif
+"""
+
+
 def probe(compiler: list[str], suffix: str, flags: list[str]) -> str | None:
     """None if the compiler takes a small C++20 source, else why not."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, f"probe{suffix}")
-        source.write_text("#include <span>\nint f(std::span<int> s) { return s.size() > 0; }\n")
+        source.write_text(PROBE)
         output = str(Path(folder, "probe.o"))
         good, line = first_line([*compiler, *flags, "-c", str(source), "-o", output])
-    return None if good else f"{' '.join(compiler)} cannot build C++20: {line}"
+    return None if good else f"{' '.join(compiler)} cannot build C++20 as it is used here: {line}"
 
 
 def find_cpu_compiler() -> tuple[str | None, str]:

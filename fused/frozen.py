@@ -47,6 +47,7 @@ class _Watched(NamedTuple):
     children: list[dict[str, Any]]
     hooks: list[Mapping[int, Any]]
     modules: list[nn.Module]  # kept, so that no other child gets the identity of one that is gone
+    numbers: list[tuple[nn.Module, str]]  # attributes that plans are made with
 
     @staticmethod
     def of(module: nn.Module) -> _Watched:
@@ -56,10 +57,12 @@ class _Watched(NamedTuple):
             [m._modules for m in modules if m._modules],
             [hooks for m in modules[1:] for hooks in hooks_of(m)],
             modules,
+            [(m, "eps") for m in modules if hasattr(m, "eps")]
+            + [(module, "groups") for _ in range(hasattr(module, "groups"))],
         )
 
     def key(self) -> tuple[Any, ...]:
-        """What changes with a weight's value, place or identity, with a child's, and with hooks."""
+        """What changes with a weight's value, place or identity, a child's, an eps, hooks."""
         weights = tuple(
             (id(t), t.data_ptr(), -1 if t.is_inference() else t._version)
             for store in self.stores
@@ -67,7 +70,8 @@ class _Watched(NamedTuple):
             if t is not None
         )
         children = tuple(map(id, itertools.chain.from_iterable(h.values() for h in self.children)))
-        return weights, children, any(self.hooks)
+        numbers = tuple(getattr(module, name) for module, name in self.numbers)
+        return weights, children, numbers, any(self.hooks)
 
 
 class _Made(NamedTuple):

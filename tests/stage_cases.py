@@ -18,6 +18,7 @@ from fused.contract import EPS, TOLERANCES, statistics_dtype
 
 OPS = {op.name: op for op in ops.STAGE_OPS}
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed")
+MODES = [(False, "sequential"), (True, "sequential"), (True, "pooled")]
 # float32 means float32: a GPU's convolutions would round to tf32 unless told.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -60,6 +61,23 @@ def chosen(backend: str) -> Iterator[str | None]:
         if backend == "reference":
             patch.setattr(backends, "BACKENDS", {"reference": BACKENDS["reference"]})
         yield None if backend == "reference" else backend
+
+
+def modes(op: str) -> list[tuple[bool, str]]:
+    """Training modes that make a difference to an op."""
+    if op == "cross_spatial":
+        return MODES
+    return MODES[:2] if op in ("msff", "gated_fusion") else MODES[:1]
+
+
+def backends_for(op: str, dtype: torch.dtype, place: Place) -> list[str]:
+    """The backends that can run an op here; all must agree."""
+    x = torch.zeros(1, 4, 2, 2, dtype=dtype, device=place.device)
+    asked = list(BACKENDS) if place.backend is None else [place.backend]
+    reasons = {name: BACKENDS[name].why_not(op, x) for name in asked}
+    if all(reasons.values()):
+        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    return [name for name, reason in reasons.items() if reason is None]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from torch import nn
 
 import fused
 from fused import BackendError, FusedCIEMA, backends
-from fused.backends import BACKENDS, Backend, choose, requested
+from fused.backends import BACKENDS, Backend, choose, cuda, requested, triton
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +72,47 @@ def test_an_explicit_backend_that_cannot_run_raises_its_reason() -> None:
     # A module's own choice comes before the default.
     fused.set_backend("cuda")
     assert FusedCIEMA(16, 4, backend="reference").eval()(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("code", "allowed"),
+    [
+        ("pass", False),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+        ("torch.set_float32_matmul_precision('high')", True),
+        (
+            "torch.set_float32_matmul_precision('high')\n"
+            "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+            False,
+        ),
+    ],
+)
+def test_every_switch_of_tf32_is_followed(code: str, allowed: bool) -> None:
+    """In a process of its own: once one was set, others may not be read any more."""
+    told = f"import torch\nfrom fused.backends.maps import allows_tf32\n{code}\n"
+    done = run_python(told + "print(allows_tf32())")
+    assert done.stdout.strip() == str(allowed), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "shape", "reason"),
+    [
+        ("channel_interaction", "cuda", (65536, 4, 1, 1), "a batch of 65536 is over 65535"),
+        ("cross_spatial", "triton", (1, 4, 4096, 4096), "H.W = 16777216 is over 16777215"),
+    ],
+)
+def test_what_a_gpu_cannot_launch_is_a_reason(
+    op: str, name: str, shape: tuple[int, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "emulated", True)
+    monkeypatch.setattr(triton, "INTERPRETER", True)
+    x = torch.zeros(1).expand(shape)
+    told = BACKENDS[name].why_not(op, x)
+    assert told is not None
+    assert re.fullmatch(reason, told)
+    assert BACKENDS[name].why_not(op, x[:100, :, :100]) is None
 
 
 def test_auto_takes_the_next_and_says_so_once(

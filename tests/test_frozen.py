@@ -235,6 +235,18 @@ def test_a_replaced_child_counts() -> None:
         frozen(x)
 
 
+def test_another_eps_counts() -> None:
+    block, x = ciema(), torch.randn(2, 24, 9, 7)
+    frozen = optimize_for_inference(block)
+    before = frozen(x)
+    for module in (*block.modules(), *frozen.modules()):
+        if hasattr(module, "eps"):
+            module.eps = 0.5
+    got = frozen(x)
+    assert error(got, before) > 1e-3
+    assert error(got, in_float64(block, x)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     "name", ["ciema.conv3x3", "ciema.final_fusion", "ciema", "msff.fusion_conv.1", "stage1.0.bn"]
 )

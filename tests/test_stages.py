@@ -15,46 +15,30 @@ from stage_cases import (
     Place,
     Sizes,
     arguments,
+    backends_for,
     chosen,
     convert,
     differentiable,
     error,
     layout_of,
+    modes,
     require_grad,
     tolerance,
 )
 
 from fused import FusedCIEMA
-from fused.backends import BACKENDS, reference
+from fused.backends import reference
 from fused.backends.reference import products
 from fused.backends.reference.published import PublishedCIEMA
 from fused.backends.triton import INTERPRETER, configs
 from fused.contract import memory_format
 
-MODES = [(False, "sequential"), (True, "sequential"), (True, "pooled")]
 # A gradient of a few channels may nearly cancel over the pixels, and what rounding leaves is then
 # large against it: over 40 draws of the smallest case the reference, with its operands rounded as
 # on a GPU, errs by up to 0.22 and Triton by up to 0.33. This bounds the draws below;
 # test_cancelling_gradients_err_no_more_than_the_librarys compares the two over many.
 FEW_CHANNELS = 0.2
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def modes(op: str) -> list[tuple[bool, str]]:
-    """Training modes that make a difference to an op."""
-    if op == "cross_spatial":
-        return MODES
-    return MODES[:2] if op in ("msff", "gated_fusion") else MODES[:1]
-
-
-def backends_for(op: str, dtype: torch.dtype, place: Place) -> list[str]:
-    """The backends that can run an op here; all must agree."""
-    x = torch.zeros(1, 4, 2, 2, dtype=dtype, device=place.device)
-    asked = list(BACKENDS) if place.backend is None else [place.backend]
-    reasons = {name: BACKENDS[name].why_not(op, x) for name in asked}
-    if all(reasons.values()):
-        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
-    return [name for name, reason in reasons.items() if reason is None]
 
 
 def block_backend(place: Place, dtype: torch.dtype) -> str | None:

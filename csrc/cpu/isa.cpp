@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#ifdef CIEMA_X86_SIMD
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <vector>
@@ -7,12 +11,21 @@
 namespace ciema::cpu {
 namespace {
 
+#ifdef CIEMA_X86_SIMD
+// GCC before 11 and clang before 18 do not know "f16c" in __builtin_cpu_supports. That the operating
+// system keeps its registers is told by AVX2, which is asked for beside it.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 std::vector<InstructionSet> find_available() {
   std::vector<InstructionSet> found;
 #ifdef CIEMA_X86_SIMD
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");

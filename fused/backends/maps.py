@@ -1,4 +1,4 @@
-"""How a map (B, C, H, W) lies in memory, for kernels that see its pixels as one axis."""
+"""How GPU kernels take maps (B, C, H, W): their pixels as one axis, and how products round them."""
 
 from __future__ import annotations
 
@@ -42,3 +42,12 @@ def is_channels_last(x: torch.Tensor) -> bool:
     channels_run = channel == 1 or x.shape[1] == 1
     pixels_run = pixel == 1 or pixels == 1
     return channels_run and not (pixels_run and pixels >= x.shape[1])
+
+
+def allows_tf32() -> bool:
+    """Whether torch lets float32 products round their operands to tf32, by whichever switch.
+
+    `allow_tf32` cannot be read once `fp32_precision` was set; that one follows the older switches.
+    """
+    precision: str = torch.backends.cuda.matmul.fp32_precision
+    return precision == "tf32"

@@ -16,6 +16,7 @@ LIBRARY = native.load("cuda")
 OLDEST_CAPABILITY = (8, 0)
 # A group's 3c features of a tile stay in registers, which ends at this width.
 LARGEST_GROUP = 64
+LARGEST_BATCH = 65535  # of the second axis of a grid, kGridY of csrc/cuda/launch.h
 GROUPED_STAGES = ("coordinate_attention", "cross_spatial")
 
 # Op → (module of this folder, function in it).
@@ -100,6 +101,8 @@ def can_run(op: str, x: torch.Tensor) -> str | None:
     else:
         device, library = "cuda", LIBRARY
     reason = native.why_not(library, device, KERNELS, op, x)
+    if reason is None and x.dim() == 4 and x.shape[0] > LARGEST_BATCH:
+        reason = f"a batch of {x.shape[0]} is over {LARGEST_BATCH}"
     if reason is None and x.device.type == "cuda" and not _is_fake(x):
         reason = _device_reason(x.device.index or 0)
     return reason

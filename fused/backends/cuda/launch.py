@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import native
-from ..maps import is_channels_last, strides
+from ..maps import allows_tf32, is_channels_last, strides
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -129,4 +129,4 @@ def multiprocessors(device: torch.device) -> int | None:
 
 def takes_tf32() -> int:
     """1 where torch lets float32 products round their operands to tf32, else 0."""
-    return int(torch.backends.cuda.matmul.allow_tf32)
+    return int(allows_tf32())

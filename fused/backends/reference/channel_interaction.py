@@ -27,7 +27,8 @@ def channel_statistics_backward(
     """Gradient for x: the mean's everywhere, the maximum's at its position."""
     batch, channels, height, width = x.shape
     grad = (grad_mean / (height * width))[:, :, None].repeat(1, 1, height * width)
-    grad.scatter_add_(2, argmax[:, :, None], grad_maximum[:, :, None])
+    at = argmax[:, :, None]  # one a channel: scattered sums would be added in any order on a GPU
+    grad.scatter_(2, at, grad.gather(2, at) + grad_maximum[:, :, None])
     grad = grad.reshape(batch, channels, height, width).to(x.dtype)
     return grad.contiguous(memory_format=memory_format(x))
 

@@ -38,6 +38,25 @@ def _split(features: Sequence[torch.Tensor], weight: torch.Tensor) -> tuple[torc
     return weight.split([f.shape[1] for f in features], 1)
 
 
+def _resize_matrix(size: int, target: int, like: torch.Tensor) -> torch.Tensor:
+    """What bilinear resizing multiplies an axis with, (target, size)."""
+    units = torch.eye(size, dtype=like.dtype, device=like.device)
+    return F.interpolate(units[None], target, mode="linear", align_corners=False)[0].T
+
+
+def resize_backward(grad: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Adjoint of bilinear resizing: (B, C, H, W) → (B, C, *size).
+
+    Two products, since the library's own adds with atomics on a GPU: not the same bits in each
+    call, and refused under `torch.use_deterministic_algorithms`.
+    """
+    if grad.shape[2:] == size:
+        return grad
+    (height, width), (target_height, target_width) = size, grad.shape[2:]
+    narrow = grad @ _resize_matrix(width, target_width, grad)
+    return _resize_matrix(height, target_height, grad).T @ narrow
+
+
 def nothing(like: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """Empty outputs, each of its own: outputs of an op may not share memory."""
     return tuple(like.new_empty(0) for _ in range(count))
@@ -111,15 +130,8 @@ def backward(
     grad_z = normalisation.backward(grad, n, var, gamma, eps, _DIMS if training else None)
 
     grad_features, grad_weights = [], []
-    size = list(target_size(features))
     for feature, part in zip(features, _split(features, weight), strict=True):
-        native = grad_z
-        if list(feature.shape[2:]) != size:
-            native_size = [feature.shape[0], weight.shape[0], *feature.shape[2:]]
-            native = torch.ops.aten.upsample_bilinear2d_backward(
-                grad_z, size, native_size, False, None, None
-            )
-        native = native.to(product_dtype(feature))
+        native = resize_backward(grad_z, feature.shape[2:]).to(product_dtype(feature))
         grad_weights.append(convolve_weight_backward(native, feature, 1))
         grad = convolve_input_backward(native, part).to(feature.dtype)
         grad_features.append(grad.contiguous(memory_format=memory_format(feature)))

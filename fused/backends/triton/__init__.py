@@ -23,6 +23,8 @@ OLDEST_CAPABILITY = (8, 0)
 AMD_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx11")
 # A group's 3c features of a tile stay in registers, which ends at this width.
 LARGEST_GROUP = 64
+# Offsets into a slab's two padded maps, 2·H·W·64 elements at most, are of 32 bits.
+LARGEST_PLANE = 2**24 - 1
 GROUPED_STAGES = ("coordinate_attention", "cross_spatial")
 
 # Op → (module of this folder, function in it).
@@ -106,6 +108,10 @@ def can_run(op: str, x: torch.Tensor) -> str | None:
     if x.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"{x.dtype} is not supported, the triton kernels know {known}"
+    if op.removesuffix("_backward") in GROUPED_STAGES and x.dim() == 4:
+        pixels = x.shape[2] * x.shape[3]
+        if pixels > LARGEST_PLANE:
+            return f"H*W = {pixels} is over {LARGEST_PLANE}"
     if x.device.type == "cpu":
         if not INTERPRETER:
             return (

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import triton
 
+from ..maps import allows_tf32
 from ..maps import flat as flat
 from ..maps import strides as strides
 from .configs import Config
 
 Grid = tuple[int, ...]
+LARGEST_GRID = 65535  # of CUDA's second and third axis, which the interpreter does not have
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,31 @@ def launch(
 
     Args:
         kernel: a `@triton.jit` function.
-        grid: programs along up to three axes, each at least 1.
-        *args: run-time arguments in order.
+        grid: programs along up to three axes, each at least 1; only the first may grow with a map.
+        *args: run-time arguments in order; vectors of any stride, which kernels read without.
         config: from `configs.choose`.
         scratch: names of the arguments that are scratch memory of the op.
         **constexprs: compile-time arguments besides the block sizes.
+
+    Raises:
+        ValueError: The grid is larger than GPUs take.
     """
-    one = Launch(kernel, grid, args, constexprs, config, frozenset(scratch))
+    one = Launch(kernel, grid, _with_dense_vectors(args), constexprs, config, frozenset(scratch))
+    if any(size > LARGEST_GRID for size in grid[1:]):
+        raise ValueError(f"{one.name}: grid={grid}: a GPU takes {LARGEST_GRID} behind the first")
     if _interceptors:
         _interceptors[-1](one)
     else:
         one.run()
+
+
+def _with_dense_vectors(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def dense(arg: Any) -> Any:
+        if isinstance(arg, tuple):
+            return tuple(map(dense, arg))
+        return arg.contiguous() if isinstance(arg, torch.Tensor) and arg.dim() == 1 else arg
+
+    return tuple(map(dense, args))
 
 
 def cdiv(total: int, size: int) -> int:
@@ -147,7 +163,7 @@ def dot_precision(x: torch.Tensor) -> str:
     """
     if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if allows_tf32() else "tf32x3"
 
 
 @functools.cache
