@@ -100,7 +100,9 @@ def test_every_switch_of_tf32_is_followed(code: str, allowed: bool) -> None:
     ("op", "name", "shape", "reason"),
     [
         ("channel_interaction", "cuda", (65536, 4, 1, 1), "a batch of 65536 is over 65535"),
-        ("cross_spatial", "triton", (1, 4, 4096, 4096), "H.W = 16777216 is over 16777215"),
+        ("coordinate_attention", "triton", (1, 4, 4096, 4096), "H.W = 16777216 is over 16777215"),
+        ("cross_spatial", "triton", (1, 4, 3000, 3000), "H.W = 9000000 is over 8388480"),
+        ("cross_spatial_backward", "triton", (1, 4, 1500, 1400), "H.W = 2100000 is over 2097120"),
     ],
 )
 def test_what_a_gpu_cannot_launch_is_a_reason(

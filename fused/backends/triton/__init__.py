@@ -23,8 +23,14 @@ OLDEST_CAPABILITY = (8, 0)
 AMD_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx11")
 # A group's 3c features of a tile stay in registers, which ends at this width.
 LARGEST_GROUP = 64
-# Offsets into a slab's two padded maps, 2·H·W·64 elements at most, are of 32 bits.
-LARGEST_PLANE = 2**24 - 1
+# The most pixels of a map. Grids have 65535 programs on their second axis, here one for each 32 or
+# 128 pixels; offsets into a slab's two padded maps, 2·H·W·64 elements at most, are of 32 bits.
+LARGEST_PLANES = {
+    "coordinate_attention": 2**24 - 1,
+    "coordinate_attention_backward": 2**24 - 1,
+    "cross_spatial": 65535 * 128,
+    "cross_spatial_backward": 65535 * 32,
+}
 GROUPED_STAGES = ("coordinate_attention", "cross_spatial")
 
 # Op → (module of this folder, function in it).
@@ -108,10 +114,9 @@ def can_run(op: str, x: torch.Tensor) -> str | None:
     if x.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"{x.dtype} is not supported, the triton kernels know {known}"
-    if op.removesuffix("_backward") in GROUPED_STAGES and x.dim() == 4:
-        pixels = x.shape[2] * x.shape[3]
-        if pixels > LARGEST_PLANE:
-            return f"H*W = {pixels} is over {LARGEST_PLANE}"
+    pixels = x.shape[2] * x.shape[3] if x.dim() == 4 else 0
+    if pixels > (largest := LARGEST_PLANES.get(op, pixels)):
+        return f"H*W = {pixels} is over {largest}"
     if x.device.type == "cpu":
         if not INTERPRETER:
             return (

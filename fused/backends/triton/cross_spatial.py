@@ -370,7 +370,7 @@ def _training(
     config = configs.choose("cross_spatial_gate_kernel", e, pixels)
     launch(
         cross_spatial_gate_kernel,
-        (slabs * cdiv(pixels, config.blocks["BLOCK_P"]),),
+        (slabs, cdiv(pixels, config.blocks["BLOCK_P"])),
         *(sheets, reduced, packed, sums, reduced_moments, *reduce[:2], alpha),
         *(w, softmax1, softmax2, reduce_mean, reduce_var, slabs, groups, *sizes, reduce[2]),
         config=config,

@@ -156,7 +156,7 @@ class _Backward:
         grad_sheets = torch.empty_like(self.reduced)
         self.launch(
             cross_spatial_inputs_backward_kernel,
-            (2 * self.slabs * cdiv(self.pixels, config.blocks["BLOCK_P"]),),
+            (2 * self.slabs, cdiv(self.pixels, config.blocks["BLOCK_P"])),
             *(self.grad_features, grad_sheets, self.vectors, self.packed, grad_w, w),
             *(self.slabs, self.height, self.width),
             PRECISION=dot_precision(self.e),

@@ -246,15 +246,14 @@ def cross_spatial_inputs_backward_kernel(
     grad_features, grad_sheets, vectors, packed, grad_w, w, slabs, H, W,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of X (2·slabs, P, BLOCK_C); grid (2·slabs · tiles,)."""
+    """Gradient of X (2·slabs, P, BLOCK_C); grid (2·slabs, tiles)."""
+    row = tl.program_id(0).to(tl.int64)
     P = H * W
-    tiles = tl.cdiv(P, BLOCK_P)
-    row, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     size = P * BLOCK_C
-    pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < P
     source = grad_features + row * 3 * size
-    zero = hidden_zero(tile)
+    zero = hidden_zero(tl.program_id(1))
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for tap in range(0, 9 + zero):
         dy, dx = tap // 3 - 1, tap % 3 - 1

@@ -228,10 +228,9 @@ def cross_spatial_gate_kernel(
     w, softmax1, softmax2, out_mean, out_var, slabs, G, H, W, c, eps,
     POOLED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """w (slabs, H·W), softmax vectors (slabs, c), statistics of R's norm; grid (slabs · tiles,)."""
+    """w (slabs, H·W), the softmax vectors (slabs, c), the statistics of R's norm."""
+    slab, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     P = H * W
-    tiles = tl.cdiv(P, BLOCK_P)
-    slab, part = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     size = P * BLOCK_C
     row1, row2 = slab, slabs + slab
     mean1, var1, scale1, shift1 = _branch_norm(
