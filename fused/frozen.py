@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -43,33 +42,34 @@ def refuse_training(what: str) -> NoReturn:
 class _Watched(NamedTuple):
     """What tells that a plan is no longer that of the module; looked at in every call."""
 
-    stores: list[dict[str, Any]]  # parameters and buffers
-    children: list[dict[str, Any]]
+    # Modules are asked for what they hold in each call: an export puts other dictionaries in.
+    owners: list[nn.Module]  # of parameters and buffers
+    parents: list[nn.Module]
     hooks: list[Mapping[int, Any]]
-    modules: list[nn.Module]  # kept, so that no other child gets the identity of one that is gone
     numbers: list[tuple[nn.Module, str]]  # attributes that plans are made with
+    modules: list[nn.Module]  # kept, so that no other child gets the identity of one that is gone
 
     @staticmethod
     def of(module: nn.Module) -> _Watched:
         modules = list(module.modules())
         return _Watched(
-            [store for m in modules for store in (m._parameters, m._buffers) if store],
-            [m._modules for m in modules if m._modules],
+            [m for m in modules if m._parameters or m._buffers],
+            [m for m in modules if m._modules],
             [hooks for m in modules[1:] for hooks in hooks_of(m)],
-            modules,
             [(m, "eps") for m in modules if hasattr(m, "eps")]
             + [(module, "groups") for _ in range(hasattr(module, "groups"))],
+            modules,
         )
 
     def key(self) -> tuple[Any, ...]:
         """What changes with a weight's value, place or identity, a child's, an eps, hooks."""
         weights = tuple(
             (id(t), t.data_ptr(), -1 if t.is_inference() else t._version)
-            for store in self.stores
-            for t in store.values()
+            for m in self.owners
+            for t in (*m._parameters.values(), *m._buffers.values())
             if t is not None
         )
-        children = tuple(map(id, itertools.chain.from_iterable(h.values() for h in self.children)))
+        children = tuple(id(child) for m in self.parents for child in m._modules.values())
         numbers = tuple(getattr(module, name) for module, name in self.numbers)
         return weights, children, numbers, any(self.hooks)
 
@@ -197,12 +197,12 @@ class Frozen(nn.Module):
             )
         if has_tangent(*inputs):
             refuse_training("an input has a tangent")
-        stores = self._checked().watched.stores
+        owners = self._checked().watched.owners
         if not torch.is_grad_enabled():
             return
         if any(getattr(x, "requires_grad", False) for x in inputs):
             refuse_training("an input requires grad")
-        if any(p is not None and p.requires_grad for s in stores for p in s.values()):
+        if any(p is not None and p.requires_grad for m in owners for p in m._parameters.values()):
             refuse_training("a parameter requires grad")
 
 

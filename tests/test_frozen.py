@@ -128,6 +128,17 @@ def test_export_is_done_from_the_unfrozen_model() -> None:
         torch.export.export(frozen, (torch.randn(1, 3, 32, 32),))
 
 
+def test_a_refused_export_leaves_the_copy_as_it_was() -> None:
+    frozen, images = optimize_for_inference(network()), torch.randn(1, 3, 32, 32)
+    want = frozen(images)
+    for one in (frozen, frozen.ciema):
+        with pytest.raises(FrozenError, match="cannot be exported"):
+            torch.export.export(one, (torch.randn(1, 1024, 4, 4) if one is not frozen else images,))
+    assert torch.equal(frozen(images), want)
+    frozen.ciema.conv3x3.weight.mul_(2)
+    assert not torch.equal(frozen(images), want)
+
+
 def test_autocast_does_not_reach_inside() -> None:
     images = torch.randn(1, 3, 32, 32)
     for backend in (None, "reference"):
