@@ -29,6 +29,7 @@ MAX_FILE_BYTES = 512 * 2**20
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 _GREY_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_LEAST_16_BIT_MAXIMUM = 2**14
 _ZIP_ENCRYPTED = 0x1
 
 
@@ -209,6 +210,10 @@ def decode(content: bytes) -> Image.Image:
     converted by Pillow, of a TIFF with several pages the first is taken. The pixels stay as stored:
     an EXIF orientation is not applied.
 
+    Pixels of 16 or 32 bits that all lie below a quarter of 65536 are refused: cameras of 10 to 14
+    bits store them unscaled, and they would be taken for almost black without a word. A picture
+    that is scaled and really so dark is refused with them, and can be read once it has 8 bits.
+
     Args:
         content: the bytes of the file.
 
@@ -216,7 +221,8 @@ def decode(content: bytes) -> Image.Image:
         A loaded picture in mode RGB.
 
     Raises:
-        PictureError: no such picture, damaged, or too large; the message is the reason.
+        PictureError: no such picture, damaged, too large, or of unscaled pixels; the message is the
+            reason.
     """
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
@@ -225,7 +231,11 @@ def decode(content: bytes) -> Image.Image:
                 raise PictureError(
                     f"has {image.width} x {image.height} pixels, more than {limit} are not read"
                 )
+            deep = _has_16_bit_colours(image)  # loading forgets it
             image.load()
+            if deep:
+                brightest = max(high for _, high in image.getextrema()[:3])
+                _check_scaled(256 * brightest + 255)
             return to_rgb(image)
     except PictureError:
         raise
@@ -240,7 +250,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Brings a loaded picture of any 8- or 16-bit mode to 8-bit RGB (see `decode`).
 
     Raises:
-        PictureError: 32-bit or floating-point pixels, whose range is unknown.
+        PictureError: 32-bit or floating-point pixels, whose range is unknown, or unscaled ones.
     """
     if image.mode == "RGB":
         return image.copy()
@@ -259,5 +269,21 @@ def _grey_16_bit_to_rgb(values: np.ndarray) -> Image.Image:
     # Some decoders hand 16-bit pixels over in 32-bit integers; beyond 16 bits the range is unknown.
     if values.min() < 0 or values.max() > 65535:
         raise PictureError("has 32-bit pixels; convert it to 8 or 16 bits")
+    _check_scaled(int(values.max()))
     grey = (values.astype(np.uint32) * 255 + 32767) // 65535
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _has_16_bit_colours(image: Image.Image) -> bool:
+    # Pillow keeps the upper byte of each colour; what the file holds is told by its raw mode alone.
+    raw = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    return raw and image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA")
+
+
+def _check_scaled(largest: int) -> None:
+    if largest < _LEAST_16_BIT_MAXIMUM:
+        bits = max(8, largest.bit_length())
+        raise PictureError(
+            f"has no value above {largest} of 65535 and would be read as almost black; multiply "
+            f"them by {65535 // (2**bits - 1)} if they have {bits} bits, or convert it to 8 bits"
+        )

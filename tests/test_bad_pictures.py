@@ -18,6 +18,7 @@ from picture_cases import (
     JPEG,
     PNG,
     encode,
+    encode_deep_colours,
     picture,
     two_classes,
     write,  # noqa: F401
@@ -45,6 +46,18 @@ BAD = {
     "header_only": (PNG[:30], "cannot be decoded|is not a JPEG"),
     "gif": (encode(Image.new("L", (5, 5)), "GIF"), "is not a JPEG, PNG, BMP or TIFF picture"),
     "float": (encode(Image.new("F", (5, 5)), "TIFF"), "has floating-point pixels"),
+    "12_bits_in_16": (
+        encode(Image.fromarray(np.array([[0, 3000]], dtype=np.uint16))),
+        "has no value above 3000 of 65535 .* multiply them by 16 if they have 12 bits",
+    ),
+    "8_bits_in_32": (
+        encode(Image.fromarray(np.array([[0, 200]], dtype=np.int32)), "TIFF"),
+        "has no value above 200 of 65535 .* multiply them by 257 if they have 8 bits",
+    ),
+    "12_bit_colours_in_16": (
+        encode_deep_colours(np.full((5, 5, 3), 4095)),
+        "has no value above 4095 of 65535",
+    ),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("PIL", reason="Pillow is not installed")
 from picture_cases import (
     encode,
+    encode_deep_colours,
     picture,
     two_classes,
     write,  # noqa: F401
@@ -119,6 +120,24 @@ def test_sixteen_bits_are_scaled_not_clipped():
         decoded = np.asarray(decode(encode(Image.fromarray(levels), kind)))
         assert decoded[0, :, 0].tolist() == [0, 1, 128, 255]
         assert (decoded == decoded[..., :1]).all()
+
+
+@pytest.mark.parametrize("largest", [2**14 - 1, 2**14])
+def test_sixteen_bits_that_use_a_quarter_of_their_range(largest):
+    greys = encode(Image.fromarray(np.array([[0, largest]], dtype=np.uint16)))
+    colours = encode_deep_colours(np.array([[[0, 0, 0], [0, largest, 0]]]))
+    for content in (greys, colours):
+        if largest < 2**14:
+            with pytest.raises(PictureError, match="by 4 if they have 14 bits"):
+                decode(content)
+        else:
+            assert np.asarray(decode(content)).max() == 64
+
+
+def test_dark_pictures_of_8_bits_are_read():
+    for kind in ("PNG", "TIFF", "BMP"):
+        dark = encode(Image.new("RGB", (4, 4), (3, 3, 3)), kind)
+        assert decode(dark).getpixel((1, 1)) == (3, 3, 3)
 
 
 def test_thirty_two_bits_are_refused():
