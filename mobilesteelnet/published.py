@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mimetypes
+import pickle
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 PUBLISHED_NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 PUBLISHED_INPUT_SIZE = 224
 MAX_CLASSES = 100_000
+_PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\0", b"MM\0*")
 
 
 class CheckpointError(ValueError):
@@ -21,15 +26,20 @@ def read_published(file: Path) -> dict[str, torch.Tensor]:
     """The weights of a published file, which is never unpickled as code.
 
     Raises:
-        CheckpointError: It holds no plain weights.
+        CheckpointError: It holds no plain weights; of a picture the message says so.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        if _is_picture(file):
+            raise CheckpointError(
+                f"{str(file)!r} is a picture, not a checkpoint: predict takes one picture, a "
+                "folder or a zip"
+            ) from None
         # torch.load raises a dozen different types on damaged bytes; all mean the same to a user.
         raise CheckpointError(
             f"checkpoint {str(file)!r} is neither a safetensors file nor one of plain weights that "
-            f"torch can read without running code: {first_line(error)}"
+            f"torch can read without running code: {why_torch_refuses(error)}"
         ) from None
     if isinstance(content, dict) and "pytorch-lightning_version" in content:
         raise CheckpointError(
@@ -89,7 +99,26 @@ def published_metadata(tensors: dict[str, torch.Tensor], name: str) -> dict[str,
     }
 
 
+def _is_picture(file: Path) -> bool:
+    kind, _ = mimetypes.guess_type(file.name)
+    with file.open("rb") as handle:
+        start = handle.read(4)
+    return start.startswith(_PICTURE_STARTS) or (kind or "").startswith("image/")
+
+
+def why_torch_refuses(error: Exception) -> str:
+    """What ``torch.load`` did not like, without its advice to run the code that a file holds."""
+    text = str(error)
+    if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in text:
+        return first_line(error)
+    named = re.search(r"GLOBAL (\S+)", text)
+    if named is None:
+        return "it is damaged or holds something else"
+    return f"it needs {named[1]}; save the network's state_dict() alone"
+
+
 def first_line(error: BaseException) -> str:
     """An error on one line, with its type."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else 'no details'}"
+    lines = str(error).strip().splitlines()
+    shown = textwrap.shorten(lines[0], 200, placeholder=" ...") if lines else "no details"
+    return f"{type(error).__name__}: {shown}"

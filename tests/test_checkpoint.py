@@ -6,6 +6,8 @@ import json
 import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_cases import (
     CLASSES,
@@ -114,6 +117,41 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="without running code"):
         load_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("content", ["code", "model", "text", "script", "tar"])
+def test_no_message_advises_to_run_the_code_of_a_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "foreign.pth"
+    if content == "code":
+        torch.save({"weights": Path("a")}, path)
+    elif content == "model":
+        torch.save(small_network(), path, _use_new_zipfile_serialization=False)
+    elif content == "text":
+        path.write_bytes(b"\xffno weights at all")
+    elif content == "script":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in ("constants.pkl", "data.pkl", "version"):
+                archive.writestr(f"archive/{name}", b"3\n")
+    else:
+        with tarfile.open(path, "w") as archive:
+            archive.addfile(tarfile.TarInfo("storages"))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert "weights_only" not in message
+    assert ("state_dict() alone" in message) == (content in ("code", "model"))
+
+
+@pytest.mark.parametrize("name", ["plate.jpg", "plate.png", "plate.BMP", "plate.tif", "plate"])
+def test_a_picture_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+    kind = "JPEG" if name.endswith("jpg") else "PNG"
+    Image.new("RGB", (20, 20)).save(tmp_path / name, kind)
+    with pytest.raises(CheckpointError, match="is a picture, not a checkpoint: predict takes one"):
+        load_checkpoint(tmp_path / name)
+    damaged = tmp_path / "damaged.jpg"
+    damaged.write_bytes(b"no picture, and no weights")
+    with pytest.raises(CheckpointError, match="is a picture, not a checkpoint"):
+        load_checkpoint(damaged)
 
 
 @pytest.mark.parametrize(
