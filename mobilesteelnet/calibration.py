@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 BINS = 15
+LEAST_PICTURES = 10
+"""To fit a checkpoint's temperature to; fewer say more about chance than about the network."""
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.05, 20.0
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -34,6 +34,9 @@ from .cli_common import (
     write,
 )
 from .progress import bar
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
 
 
 def crossval_command(
@@ -136,7 +139,11 @@ def calibrate_command(
         Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="test, val, train or all; left out: val of the training.")
+        str | None,
+        typer.Option(
+            help="test, val, train or all; left out: val of the run, or of --data all pictures "
+            "that the training did not learn from."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The new checkpoint; left out: that of the run itself.")
@@ -150,13 +157,15 @@ def calibrate_command(
 
     Fits the temperature by which logits are divided: no decision changes, only the probabilities,
     and with them what --min-confidence accepts. A training does so with its validation pictures;
-    this is for other pictures, as those of your own line. Weights are written in float32.
+    this is for other pictures, as those of your own line, ten at least. Weights are written in
+    float32. Where no other temperature fits better, the checkpoint's own is kept. How sure the new
+    checkpoint says it is has to be judged on other pictures than these.
 
     Example: [bold]mobilesteelnet calibrate shipped --data my-line/ --out my-line.safetensors[/bold]
     """
     from .checkpoint import save_checkpoint
     from .evaluate import find_temperature, pick_split
-    from .shipped import validation_pictures
+    from .shipped import unlearnt_pictures
 
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, backend, None)
@@ -165,7 +174,7 @@ def calibrate_command(
         raise ValueError(f"--out is needed: {str(source)!r} is no run folder")
     pictures = read_pictures(source, data, run, on_bad_file, console)
     if split is None and (run is None or data is not None):
-        split, indexes = validation_pictures(checkpoint, pictures)
+        split, indexes = unlearnt_pictures(checkpoint, pictures)
     else:
         split = split or "val"
         indexes = pick_split(pictures, split, run)
@@ -182,20 +191,29 @@ def calibrate_command(
         training=checkpoint.training,
         temperature=temperature,
     )
-    errors = [100 * r.calibration.expected_error for r in (before, after) if r.calibration]
-    typer.echo(
-        f"temperature {temperature:g} from {len(indexes)} pictures ({split}): loss "
-        f"{before.loss:.4f} -> {after.loss:.4f}, calibration error {errors[0]:.2f} -> "
-        f"{errors[1]:.2f} %"
-    )
+    typer.echo(_what_changed(checkpoint.temperature, temperature, before, after))
     typer.echo(f"checkpoint: {target}")
     return tell_bad_files(pictures.bad)
+
+
+def _what_changed(old: float, new: float, before: Evaluation, after: Evaluation) -> str:
+    errors = [100 * r.calibration.expected_error for r in (before, after) if r.calibration]
+    pictures = f"{len(before.predictions)} pictures ({before.split})"
+    if new == old:
+        return (
+            f"temperature {old:g} kept: none fits the {pictures} better: loss {before.loss:.4f}, "
+            f"calibration error {errors[0]:.2f} %"
+        )
+    return (
+        f"temperature {old:g} -> {new:g} from {pictures}: loss {before.loss:.4f} -> "
+        f"{after.loss:.4f}, calibration error {errors[0]:.2f} -> {errors[1]:.2f} %"
+    )
 
 
 def package_weights_command(
     source: Annotated[Path, typer.Argument(help="A finished run folder, or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of weights, card.json and CARD.md.")] = Path(
-        "mobilesteelnet/weights"
+        "weights"
     ),
     data: Annotated[
         Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
@@ -214,6 +232,9 @@ def package_weights_command(
     note: Annotated[
         str, typer.Option(help="For the card: where the pictures are from, whom to cite.")
     ] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the weights that lie in --out.")
+    ] = False,
     batch_size: BatchSize = 32,
     device: Device = "auto",
 ) -> int:
@@ -238,6 +259,7 @@ def package_weights_command(
             max_bytes=max_bytes,
             tolerance=tolerance,
             note=note,
+            overwrite=overwrite,
             batch_size=batch_size,
             progress=progress,
         )

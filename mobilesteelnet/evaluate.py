@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .calibration import Calibration, calibrate, fit_temperature
+from .calibration import LEAST_PICTURES, Calibration, calibrate, fit_temperature
 from .checkpoint import Checkpoint
 from .data import BadFile, DataError, PictureSet, Split
 from .predict import Change, Progress, classify
@@ -191,25 +191,34 @@ def find_temperature(
     indexes: Sequence[int],
     *,
     split: str = "val",
+    least: int = LEAST_PICTURES,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> tuple[float, Evaluation, Evaluation]:
     """The temperature that fits pictures which the network did not learn from.
 
     Args:
-        checkpoint: The network; its own temperature takes no part.
+        checkpoint: The network.
         pictures: The labelled set.
         indexes: Which pictures to take.
         split: The name of that part, for the record.
+        least: Fewer pictures are refused.
         batch_size: Pictures a forward.
         progress: Called with (done, total).
 
     Returns:
-        The temperature, and the evaluations at temperature 1 and at it.
+        The temperature, and the evaluations at that of the checkpoint and at it. It is that of the
+        checkpoint where the fitted one does not have a lower loss on these pictures.
 
     Raises:
-        DataError, CheckpointError: As :func:`evaluate`.
+        DataError: There are too few pictures, or as :func:`evaluate`.
+        CheckpointError: As :func:`evaluate`.
     """
+    if len(indexes) < least:
+        raise DataError(
+            f"split={split!r} holds {len(indexes)} pictures: a temperature is fitted to {least} or "
+            "more that the training did not learn from"
+        )
     plain = evaluate(
         replace(checkpoint, temperature=1.0),
         pictures,
@@ -222,15 +231,23 @@ def find_temperature(
     truth = torch.tensor([plain.classes.index(item.true) for item in plain.predictions])
     # Up to a number of each row, which a softmax takes out, these are the logits.
     logits = chances.clamp_min(torch.finfo(chances.dtype).tiny).log()
-    temperature = fit_temperature(logits, truth)
-    rows = (logits / temperature).softmax(1)
-    predictions = [
-        replace(item, probabilities=row)
-        for item, row in zip(plain.predictions, rows.tolist(), strict=True)
-    ]
-    about = {**plain.about, "temperature": temperature}
-    after = replace(plain, predictions=predictions, calibration=calibrate(rows, truth), about=about)
-    return temperature, plain, after
+
+    def at(temperature: float) -> Evaluation:
+        rows = (logits / temperature).softmax(1)
+        predictions = [
+            replace(item, probabilities=row)
+            for item, row in zip(plain.predictions, rows.tolist(), strict=True)
+        ]
+        about = {**plain.about, "temperature": temperature}
+        found = calibrate(rows, truth)
+        return replace(plain, predictions=predictions, calibration=found, about=about)
+
+    fitted = fit_temperature(logits, truth)
+    before, after = at(checkpoint.temperature), at(fitted)
+    # The fit holds back where all pictures are right, which can cost loss beside a bolder one.
+    if after.loss >= before.loss:
+        return checkpoint.temperature, before, before
+    return fitted, before, after
 
 
 def pick_split(pictures: PictureSet, split: str, run: RunFolder | None) -> list[int]:

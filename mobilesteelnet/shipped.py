@@ -82,12 +82,17 @@ def unseen_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, 
     return ("all", list(range(len(pictures)))) if parts is None else ("test", parts["test"])
 
 
-def validation_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, list[int]]:
-    """The pictures to fit a temperature to: ``val`` of the training if it is here, else unseen."""
+def unlearnt_pictures(checkpoint: Checkpoint, pictures: PictureSet) -> tuple[str, list[int]]:
+    """The pictures that a temperature may be fitted to: their parts' names, and their indexes.
+
+    ``val+test``, or the one of the two that is here: all that the training did not learn from;
+    ``all`` as for :func:`unseen_pictures`.
+    """
     parts = recognise(checkpoint.training.get("seen"), pictures)
-    if parts is not None and parts["val"]:
-        return "val", parts["val"]
-    return unseen_pictures(checkpoint, pictures)
+    if parts is None:
+        return "all", list(range(len(pictures)))
+    names = [side for side in ("val", "test") if parts[side]] or ["val", "test"]
+    return "+".join(names), sorted(index for side in names for index in parts[side])
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def package_weights(
     max_bytes: int | None = None,
     tolerance: float = 0.3,
     note: str = "",
+    overwrite: bool = False,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> PackagedWeights:
@@ -140,12 +146,13 @@ def package_weights(
         max_bytes: Largest size of the file; with ``int8`` large weights get seven bits to fit.
         tolerance: Points of average accuracy that may be lost.
         note: A sentence on the pictures for the card: where they are from, whom to cite.
+        overwrite: Replace the files of earlier weights in ``out``.
         batch_size: Pictures a forward.
         progress: Called with (done, total) of each of both evaluations.
 
     Raises:
-        ValueError: An option is unknown, or the weights are too large or lose too much; nothing
-            of ``out`` was changed.
+        ValueError: An option is unknown, weights lie in ``out``, or the new ones are too large or
+            lose too much; nothing of ``out`` was changed.
         DataError, CheckpointError: As :func:`mobilesteelnet.evaluate.evaluate`.
     """
     if storage not in STORAGES:
@@ -155,6 +162,9 @@ def package_weights(
     if not checkpoint.named_classes:
         checkpoint = replace(checkpoint, classes=pictures.classes, named_classes=True)
     folder = Path(out)
+    there = [name for name in (WEIGHTS, CARD, CARD_TEXT) if (folder / name).exists()]
+    if there and not overwrite:
+        raise ValueError(f"{str(folder / there[0])!r} exists: replace it with --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{WEIGHTS}.draft"
     take: dict[str, Any] = {"split": split, "batch_size": batch_size, "progress": progress}

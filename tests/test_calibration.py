@@ -24,6 +24,7 @@ from training_cases import (
 
 from mobilesteelnet.__main__ import main
 from mobilesteelnet.calibration import (
+    LEAST_PICTURES,
     Calibration,
     Coverage,
     calibrate,
@@ -38,6 +39,7 @@ from mobilesteelnet.report_confidence import confidence_section
 from mobilesteelnet.robustness import LEVELS, change_picture, measure_robustness
 from mobilesteelnet.run_folder import rows_to_csv
 from mobilesteelnet.shipped import load_shipped
+from mobilesteelnet.splits import Split, seen_pictures
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_calibration_from_the_command_line(
     assert before.temperature == 1.0
     indexes = range(len(pictures))
     assert after.temperature == find_temperature(before, pictures, indexes)[0]
-    assert f"temperature {after.temperature:g} from 12 pictures (all): loss" in told
+    assert f"temperature 1 -> {after.temperature:g} from 12 pictures (all): loss" in told
     losses = [evaluate(item, pictures, indexes).loss for item in (before, after)]
     assert losses[1] < losses[0]
     assert f"{losses[0]:.4f} -> {losses[1]:.4f}" in told
@@ -132,6 +134,54 @@ def test_calibration_from_the_command_line(
     assert load_shipped(folder=packaged).temperature == after.temperature
     card = json.loads((packaged / "card.json").read_text())
     assert (card["split"], card["temperature"]) == ("all", after.temperature)
+
+
+def test_the_figures_before_are_those_of_the_checkpoint(pictures: PictureSet) -> None:
+    warm = Checkpoint(small_network(), CLASSES, SIZE, NORMALISATION, temperature=3.0)
+    indexes = range(len(pictures))
+    temperature, before, after = find_temperature(warm, pictures, indexes)
+    assert before.loss == pytest.approx(evaluate(warm, pictures, indexes).loss, rel=1e-5)
+    assert before.about["temperature"] == 3.0
+    assert after.loss < before.loss
+    assert temperature == find_temperature(replace(warm, temperature=1.0), pictures, indexes)[0]
+
+
+def test_a_temperature_that_is_not_better_is_not_taken(
+    folder: Path, pictures: PictureSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bold = Checkpoint(small_network(), CLASSES, SIZE, NORMALISATION, temperature=0.01)
+    found = evaluate(bold, pictures, range(len(pictures))).predictions
+    # All of them right: the fit holds back, and the loss is least at the bold temperature.
+    right = [place for place, item in enumerate(found) if item.predicted == item.true]
+    temperature, before, after = find_temperature(bold, pictures, right, least=1)
+    assert (temperature, before) == (0.01, after)
+    save_small(tmp_path / "small.safetensors")
+    own, again = tmp_path / "own.safetensors", tmp_path / "again.safetensors"
+    arguments = ["--data", str(folder), "--device", "cpu", "--out"]
+    assert main(["calibrate", str(tmp_path / "small.safetensors"), *arguments, str(own)]) == 0
+    capsys.readouterr()
+    assert main(["calibrate", str(own), *arguments, str(again)]) == 0
+    kept = load_checkpoint(own).temperature
+    assert f"temperature {kept:g} kept: none fits the 12 pictures (all)" in capsys.readouterr().out
+    assert load_checkpoint(again).temperature == kept
+
+
+def test_all_pictures_that_were_not_learnt_from_are_fitted(
+    folder: Path, pictures: PictureSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "small.safetensors", tmp_path / "own.safetensors"
+    arguments = ["calibrate", str(source), "--data", str(folder), "--out", str(out)]
+    seen = Split([0], [5], [])
+    save_small(source, training={"seen": seen_pictures(seen, pictures)})
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert "from 11 pictures (val+test): loss" in capsys.readouterr().out
+    out.unlink()
+    seen = Split([0, 1, 2, 3], [5, 6], [])
+    save_small(source, training={"seen": seen_pictures(seen, pictures)})
+    assert main([*arguments, "--device", "cpu"]) == 3
+    told = capsys.readouterr().err
+    assert f"holds 8 pictures: a temperature is fitted to {LEAST_PICTURES} or more" in told
+    assert not out.exists()
 
 
 def test_the_least_threshold_that_is_accurate_enough() -> None:

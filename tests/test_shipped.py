@@ -22,6 +22,7 @@ from training_cases import (
     SIZE,
     make_pictures,
     one_thread,  # noqa: F401
+    save_small,
     small_network,
 )
 
@@ -38,8 +39,8 @@ from mobilesteelnet.shipped import (
     load_shipped,
     package_weights,
     shipped_folder,
+    unlearnt_pictures,
     unseen_pictures,
-    validation_pictures,
 )
 from mobilesteelnet.splits import seen_pictures
 
@@ -209,6 +210,29 @@ def test_too_large_and_unknown_storages(pictures: PictureSet, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_are_replaced_on_request_only(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_small(tmp_path / "small.safetensors")
+    arguments = ["package-weights", "small.safetensors", "--data", str(folder), "--device", "cpu"]
+    arguments += ["--tolerance", "100"]
+    assert main(arguments) == 0
+    # No folder that Python would take for the package.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.safetensors", "weights"]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "weights").iterdir()}
+    capsys.readouterr()
+    assert main([*arguments, "--storage", "float16"]) == 2
+    assert "exists: replace it with --overwrite" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "weights").iterdir()} == before
+    assert main([*arguments, "--storage", "float16", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "weights" / CARD).read_text())["storage"] == "float16"
+    assert load_shipped(folder=tmp_path / "weights").classes == CLASSES
+
+
 def test_damaged_weights_are_noticed(pictures: PictureSet, tmp_path: Path) -> None:
     package_weights(checkpoint(), pictures, [0, 5], tmp_path, tolerance=100)
     content = bytearray((tmp_path / WEIGHTS).read_bytes())
@@ -289,7 +313,8 @@ def test_pictures_that_a_training_never_saw(pictures: PictureSet, tmp_path: Path
     trained = checkpoint()
     trained.training = {"seen": seen}
     assert unseen_pictures(trained, pictures) == ("test", split.test)
-    assert validation_pictures(trained, pictures) == ("val", split.val)
+    unlearnt = sorted([*split.val, *split.test])
+    assert unlearnt_pictures(trained, pictures) == ("val+test", unlearnt)
     renamed = tmp_path / "renamed"
     for number, item in enumerate(pictures.items[1:]):  # one is missing, and all have other names
         path = renamed / Path(item.name).parent.name / f"plate{number:02}.png"
@@ -301,9 +326,12 @@ def test_pictures_that_a_training_never_saw(pictures: PictureSet, tmp_path: Path
     assert (name, {found.items[i].digest for i in indexes}) == ("test", unseen)
     others = scan(make_pictures(tmp_path / "others", seed=5))
     everything = ("all", list(range(len(others))))
-    assert unseen_pictures(trained, others) == validation_pictures(trained, others) == everything
+    assert unseen_pictures(trained, others) == unlearnt_pictures(trained, others) == everything
     trained.training = {"seen": {**seen, "val": ""}}
-    assert validation_pictures(trained, pictures)[0] == "test"  # rather than what it learnt from
+    assert unlearnt_pictures(trained, pictures)[0] == "test"
+    everything_learnt = {"train": "".join(item.digest[:16] for item in pictures.items), "val": ""}
+    trained.training = {"seen": everything_learnt}
+    assert unlearnt_pictures(trained, pictures) == ("val+test", [])
     for wrong in (None, {}, "x", {"train": 3, "val": ""}, {"train": "0" * 16, "val": "zz"}):
         trained.training = {"seen": wrong}
         assert unseen_pictures(trained, pictures)[0] == "all"
@@ -351,7 +379,8 @@ def test_the_shipped_weights_are_as_good_as_their_card() -> None:
     seed = options["seed"] if options["split_seed"] is None else options["split_seed"]
     split = stratified_split(pictures, options["fractions"], seed)
     assert unseen_pictures(load_shipped(), pictures) == (card["split"], split.test)
-    assert validation_pictures(load_shipped(), pictures) == ("val", split.val)
+    unlearnt = sorted([*split.val, *split.test])
+    assert unlearnt_pictures(load_shipped(), pictures) == ("val+test", unlearnt)
     result = evaluate(load_shipped().frozen(), pictures, split.test)
     assert len(result.predictions) == card["pictures"]
     wanted = card["stored"]["average_accuracy"]
