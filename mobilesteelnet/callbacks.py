@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .checkpoint import save_checkpoint
 from .lightning_modules import Classifier, TrainingError
-from .run_folder import RunFolder, write_atomically, write_json
+from .run_folder import RunFolder, write_atomically
 from .train_config import TrainConfig
 
 FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
@@ -36,9 +36,11 @@ class AtomicCheckpointIO(CheckpointIO):
 
         def write(part: Path) -> None:
             try:
-                torch.save(checkpoint, part)
-            except RuntimeError as error:  # torch's zip writer hides the OSError
-                raise OSError(f"writing the training state failed: {error}") from error
+                # A file of Python's: torch's own does not say why it could not be written.
+                with part.open("wb") as handle:
+                    torch.save(checkpoint, handle)
+            except RuntimeError as error:
+                raise _behind(error, path) from error
 
         write_atomically(path, write)
 
@@ -64,6 +66,16 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete the file."""
         Path(path).unlink(missing_ok=True)
+
+
+def _behind(error: RuntimeError, path: str | os.PathLike[str]) -> OSError:
+    """The OSError after which torch's zip writer went on and failed with another error."""
+    cause = error.__context__
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    if cause is None:
+        return OSError(f"writing {str(path)!r} failed: {error}")
+    return OSError(cause.errno, cause.strerror, str(path))
 
 
 class SparseValidation(L.Callback):
@@ -97,8 +109,8 @@ def _figures(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
 class RunWriter(Checkpoint):
     """Writes ``best.safetensors``, the history and ``last.ckpt`` at the end of each epoch.
 
-    ``last.ckpt`` comes last and holds the history too: a kill between two of the files costs
-    nothing, the resumed run writes the same files again.
+    ``last.ckpt`` comes after them and holds the history too: a kill between two of the files costs
+    nothing, the resumed run writes the same files again. ``run.json`` then counts the epoch.
 
     Args:
         folder: The run's folder.
@@ -112,6 +124,7 @@ class RunWriter(Checkpoint):
         self.select = select
         self.card = card
         self.rows: list[dict[str, Any]] = []
+        self.done = 0  # epochs in last.ckpt: one less than rows while the files are written
         self.best_epoch = 0
         self.best_value: float | None = None
         self.stopped = False
@@ -129,6 +142,7 @@ class RunWriter(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of the run that was interrupted."""
         self.rows = list(state_dict["rows"])
+        self.done = len(self.rows)
         self.best_epoch = state_dict["best_epoch"]
         self.best_value = state_dict["best_value"]
         self.stopped = state_dict["stopped"]
@@ -149,6 +163,9 @@ class RunWriter(Checkpoint):
                 self._save_best(pl_module, row)
             self.folder.write_rows(self.rows)
         trainer.save_checkpoint(self.folder.last)
+        self.done = len(self.rows)
+        if trainer.is_global_zero:
+            self.write_state("running")
 
     def _improved(self, row: dict[str, Any]) -> bool:
         if row["val_loss"] is None:  # what is kept is made when it is validated
@@ -171,17 +188,9 @@ class RunWriter(Checkpoint):
         card = {**self.card, "training": training, "temperature": module.temperature}
         save_checkpoint(self.folder.best, network, **card)
 
-    def write_state(self, state: str, reason: str) -> None:
+    def write_state(self, state: str, reason: str = "") -> None:
         """Write ``run.json``."""
-        write_json(
-            self.folder.state,
-            {
-                "state": state,
-                "reason": reason,
-                "epochs": len(self.rows),
-                "best_epoch": self.best_epoch,
-            },
-        )
+        self.folder.write_state(state, reason, self.done, self.best_epoch)
 
 
 class EpochProgress(L.Callback):

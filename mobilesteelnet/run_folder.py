@@ -2,24 +2,28 @@
 
 ``config.json``        every option of the run; written once
 ``split.json``         the names of the training, validation and test pictures; written once
-``run.json``           state: running or finished, and why it ended
+``run.json``           state: running, interrupted, failed or finished, and why; epochs done
 ``metrics.csv`` and ``history.json``    one row an epoch
 ``best.safetensors``   the network of the chosen epoch
 ``last.ckpt``          what :mod:`mobilesteelnet.train` needs to continue after a kill
 ``tensorboard/``       event files
+``.mobilesteelnet.lock``    there while a process works in the folder
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from .run_lock import LOCK, locked
 
 
 class RunFolderError(ValueError):
@@ -131,6 +135,37 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self._files = (self.best, self.last, self.split, self.state, self.metrics, self.history)
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes out of the folder while the block runs; makes the folder.
+
+        Of the processes that share a training, only the first calls this.
+
+        Raises:
+            RunFolderError: Another process is in it; nothing was changed.
+            OSError: The folder cannot be made.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path))
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"folder {str(self.path)!r} is in use by another process: wait for its end, or "
+                    "choose another folder"
+                ) from None
+            yield
+
+    def check_unused(self) -> None:
+        """Check that no other process is in the folder.
+
+        Raises:
+            RunFolderError: One is.
+        """
+        if (self.path / LOCK).exists():
+            with self.alone():
+                pass
+
     def check_free(self, *, overwrite: bool = False) -> None:
         """Check that a new run may be put here; changes nothing.
 
@@ -142,7 +177,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"out={str(self.path)!r} is a file, not a folder")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(item.name == LOCK for item in self.path.iterdir()):
             return
         if not overwrite:
             raise RunFolderError(
@@ -175,7 +210,7 @@ class RunFolder:
 
     def others(self) -> list[str]:
         """Names of what lies in the folder and is no file of the run."""
-        own = {path.name for path in (*self._files, self.config, self.tensorboard)}
+        own = {LOCK, *(path.name for path in (*self._files, self.config, self.tensorboard))}
         found = sorted(self.path.iterdir()) if self.path.is_dir() else []
         return [
             path.name
@@ -223,6 +258,11 @@ class RunFolder:
                 f"run={str(self.path)!r}: cannot read {path.name}: {error}"
             ) from None
 
+    def write_state(self, state: str, reason: str, epochs: int, best_epoch: int) -> None:
+        """Write ``run.json``."""
+        facts = {"state": state, "reason": reason, "epochs": epochs, "best_epoch": best_epoch}
+        write_json(self.state, facts)
+
     def write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows of all epochs so far to ``history.json`` and ``metrics.csv``."""
         write_json(self.history, list(rows))
@@ -236,3 +276,11 @@ class RunFolder:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise RunFolderError(f"run={str(self.path)!r}: history.json is not a list of rows")
         return rows
+
+    def finished_rows(self) -> list[dict[str, Any]]:
+        """The rows of a finished run, even where ``last.ckpt`` is gone to save room; else none."""
+        if not self.state.is_file() or not self.best.is_file():
+            return []
+        facts = self.read_json(self.state)
+        finished = isinstance(facts, dict) and facts.get("state") == "finished"
+        return self.read_rows() if finished else []

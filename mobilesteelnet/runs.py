@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from .run_folder import RunFolder, RunFolderError
-from .train import Machine, TrainConfig, TrainResult, resume, train
+from .run_lock import LOCK
+from .train import Machine, TrainConfig, TrainResult, is_first_process, resume, train
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,10 +36,13 @@ def finish_run(
         split: Of the pictures of a new run; None draws it as the options say.
 
     Raises:
-        RunFolderError: The folder holds a run with other options, or no run at all.
+        RunFolderError: The folder holds a run with other options, or no run at all, or another
+            process is in it.
         DataError, ValueError, TrainingError: As :func:`mobilesteelnet.train.train`.
     """
     run = RunFolder(path)
+    if is_first_process():
+        run.check_unused()
     if run.config.is_file():
         stored = TrainConfig.from_dict(run.read_json(run.config))
         changed = differing_option(stored, config)
@@ -49,13 +53,15 @@ def finish_run(
             )
         return resume(run.path, data=config.data, machine=machine, console=console)
     if _begun_only(run):
-        shutil.rmtree(run.path)  # nothing is lost
+        with run.alone():
+            run.delete()  # nothing is lost
     return train(config, run.path, machine=machine, console=console, split=split)
 
 
 def _begun_only(run: RunFolder) -> bool:
     """Whether a run was cut off before its options were written."""
-    return run.path.is_dir() and [item.name for item in run.path.iterdir()] == [run.split.name]
+    names = {item.name for item in run.path.iterdir()} if run.path.is_dir() else set()
+    return names - {LOCK} == {run.split.name}
 
 
 def delete_runs(paths: Iterable[str | os.PathLike[str]]) -> None:
@@ -65,19 +71,26 @@ def delete_runs(paths: Iterable[str | os.PathLike[str]]) -> None:
     begin again.
 
     Raises:
-        RunFolderError: A folder holds something else than a run; nothing was deleted.
+        RunFolderError: A folder holds something else than a run, or another process is in one;
+            nothing was deleted.
     """
-    found = [RunFolder(path) for path in paths]
-    for run in found:
-        if not _begun_only(run):
-            run.check_free(overwrite=True)
-        if others := run.others():
-            raise RunFolderError(
-                f"run={str(run.path)!r} is to be made again, but {others[0]!r} lies in it too: "
-                "move that away"
-            )
-    for run in found:
-        run.delete()
+    found = [run for path in dict.fromkeys(paths) if (run := RunFolder(path)).path.exists()]
+    with contextlib.ExitStack() as stack:
+        for run in found:
+            _check_deletable(run)
+            stack.enter_context(run.alone())
+        for run in found:
+            run.delete()
+
+
+def _check_deletable(run: RunFolder) -> None:
+    if not _begun_only(run):
+        run.check_free(overwrite=True)
+    if others := run.others():
+        raise RunFolderError(
+            f"run={str(run.path)!r} is to be made again, but {others[0]!r} lies in it too: move "
+            "that away"
+        )
 
 
 def differing_option(stored: TrainConfig, wanted: TrainConfig) -> str:

@@ -7,6 +7,7 @@ result = resume("runs/first")
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -26,15 +27,13 @@ from .data import (
     eval_transform,
     scan,
     stratified_split,
-    texture_transform,
-    train_transform,
 )
 from .initialisation import build_model
 from .lightning_modules import Classifier, PictureDataModule, TrainingError
 from .run_folder import RunFolder, RunFolderError, write_json
 from .splits import seen_pictures
 from .train_config import Machine, TrainConfig
-from .transforms import Transform
+from .transforms import training_transform
 
 try:
     import lightning as L
@@ -91,6 +90,7 @@ def train(
     overwrite: bool = False,
     console: Console | None = None,
     split: Split | None = None,
+    again: str = "",
 ) -> TrainResult:
     """Train a network and leave a run folder (see :mod:`mobilesteelnet.run_folder`).
 
@@ -101,6 +101,7 @@ def train(
         overwrite: Delete an earlier run in ``out``.
         console: Where progress is shown; None is quiet.
         split: Of the pictures of ``config.data``; None draws it as the options say.
+        again: The command that goes on after an interruption; left out: ``train --resume``.
 
     Returns:
         The files and figures of the run.
@@ -118,20 +119,23 @@ def train(
         config = replace(config, init_from=str(Path(config.init_from).absolute()))
     folder = RunFolder(out)
     if is_first_process():
+        folder.check_unused()
         folder.check_free(overwrite=overwrite)
     pictures = _scan(config, console)
     if split is None:
         seed = config.seed_of_split
         split = stratified_split(pictures, config.fractions, seed)
     session = _Session(config, machine, folder, pictures, split, console)
-    if is_first_process():
-        try:
-            folder.create(overwrite=overwrite)
-            write_json(folder.split, split.to_dict(pictures))
-            write_json(folder.config, config.to_dict())
-        except OSError as error:
-            raise TrainingError(f"out={str(folder.path)!r} cannot be written: {error}") from error
-    return session.fit()
+    with contextlib.ExitStack() as stack:
+        if is_first_process():
+            try:
+                stack.enter_context(folder.alone())
+                folder.create(overwrite=overwrite)
+                write_json(folder.split, split.to_dict(pictures))
+                write_json(folder.config, config.to_dict())
+            except OSError as error:
+                raise TrainingError(_unwritten("out=", folder, error)) from error
+        return session.fit(again)
 
 
 def resume(
@@ -141,6 +145,7 @@ def resume(
     data: str | os.PathLike[str] | None = None,
     machine: Machine | None = None,
     console: Console | None = None,
+    again: str = "",
 ) -> TrainResult:
     """Continue a run where its last whole epoch ended.
 
@@ -154,13 +159,26 @@ def resume(
         data: Where the same pictures lie now; None takes the place where they lay.
         machine: Where it is computed; need not be as before.
         console: Where progress is shown; None is quiet.
+        again: As in :func:`train`.
 
     Raises:
-        RunFolderError: There is no run, or its files are damaged.
+        RunFolderError: There is no run, its files are damaged, or another process is in it.
         DataError, ValueError, TrainingError: As :func:`train`.
     """
     folder = RunFolder(run)
     folder.require()
+    with folder.alone() if is_first_process() else contextlib.nullcontext():
+        return _resume(folder, epochs, data, machine or Machine(), console, again)
+
+
+def _resume(
+    folder: RunFolder,
+    epochs: int | None,
+    data: str | os.PathLike[str] | None,
+    machine: Machine,
+    console: Console | None,
+    again: str,
+) -> TrainResult:
     try:
         config = TrainConfig.from_dict(folder.read_json(folder.config))
     except (ValueError, TypeError, AttributeError) as error:
@@ -177,20 +195,19 @@ def resume(
         reason = _end_reason(state["rows"], state["stopped"], config)
         if reason:
             if is_first_process():
-                _write_finished(folder, state, reason)
+                folder.write_state("finished", reason, len(state["rows"]), state["best_epoch"])
             return _result(folder, state["rows"], state["best_epoch"], reason, already=True)
-    elif (rows := _finished_rows(folder)) and not longer:
+    elif (rows := folder.finished_rows()) and not longer:
         facts = folder.read_json(folder.state)
         return _result(folder, rows, facts["best_epoch"], facts["reason"], already=True)
     elif rows:
         raise ValueError(f"epochs={epochs}: this run's last.ckpt is gone, it cannot go on")
     pictures = _scan(config, console)
     split = Split.from_dict(folder.read_json(folder.split), pictures)
-    rows = [] if state is None else state["rows"]
-    session = _Session(config, machine or Machine(), folder, pictures, split, console, len(rows))
+    session = _Session(config, machine, folder, pictures, split, console, state)
     if (longer or moved) and is_first_process():
         write_json(folder.config, config.to_dict())
-    return session.fit()
+    return session.fit(again)
 
 
 def _check_new_length(config: TrainConfig, epochs: int, state: dict[str, Any] | None) -> None:
@@ -214,7 +231,7 @@ def _check_new_length(config: TrainConfig, epochs: int, state: dict[str, Any] | 
 class _Session:
     """The parts of one training, put together; :meth:`fit` runs it.
 
-    The first `done` epochs are in the folder's ``last.ckpt``.
+    The `state` of the writer is that in the folder's ``last.ckpt``.
     """
 
     def __init__(
@@ -225,20 +242,21 @@ class _Session:
         pictures: PictureSet,
         split: Split,
         console: Console | None,
-        done: int = 0,
+        state: dict[str, Any] | None = None,
     ) -> None:
         self.config = config
         self.machine = machine
         self.folder = folder
         self.pictures = pictures
+        done = 0 if state is None else len(state["rows"])
         self.continued = done > 0
         # A continued run has its weights: those that it began with may be gone.
         start = replace(config, init_from=None) if self.continued else config
         model = build_model(start, pictures.classes, machine.backend)
         self.module = Classifier(model, config, compile=machine.compile)
-        small = _training_transform(config, config.small_size or config.size)
+        small = training_transform(config, config.small_size or config.size)
         self.data = PictureDataModule(
-            PictureDataset(pictures, split.train, _training_transform(config, config.size)),
+            PictureDataset(pictures, split.train, training_transform(config, config.size)),
             PictureDataset(pictures, split.val, eval_transform(config.size)),
             batch_size=config.batch_size,
             seed=config.seed,
@@ -254,6 +272,8 @@ class _Session:
             "training": _training_card(config, split, pictures),
         }
         self.writer = RunWriter(folder, config.select, card)
+        if state is not None:
+            self.writer.load_state_dict(state)  # Lightning does so later than run.json is written
         others: list[L.Callback] = []
         if KeptNetwork.is_needed(config):
             plain = PictureDataset(pictures, split.train, eval_transform(config.size))
@@ -262,26 +282,28 @@ class _Session:
             config, machine, folder, self.writer, console, others, continued=self.continued
         )
 
-    def fit(self) -> TrainResult:
+    def fit(self, again: str = "") -> TrainResult:
         """Run the training to its end, and say why it ended."""
         path = str(self.folder.last) if self.continued else None
-        if is_first_process():
-            self.writer.write_state("running", "")
-        how = f"continue with: {self._command()}"
+        how = f"continue with: {again or self._command()}"
         interrupt = signal.getsignal(signal.SIGINT)
         try:
+            if is_first_process():
+                self.writer.write_state("running")
             with quiet():
                 self.trainer.fit(self.module, datamodule=self.data, ckpt_path=path)
         except (KeyboardInterrupt, SystemExit):
             # Lightning turns Ctrl-C and SIGTERM into an exit of the process.
-            raise TrainingError(
-                f"interrupted after {len(self.writer.rows)} epochs; {how}"
-            ) from None
+            self._record("interrupted")
+            raise TrainingError(f"interrupted after {self.writer.done} epochs; {how}") from None
         except OSError as error:
-            raise TrainingError(
-                f"the run folder {str(self.folder.path)!r} cannot be written: {error}; the last "
-                f"whole epoch is kept; {how}"
-            ) from error
+            reason = _unwritten("the run folder ", self.folder, error)
+            self._record("failed", reason)
+            kept = "the last whole epoch is kept" if self.writer.done else "no epoch was finished"
+            raise TrainingError(f"{reason}; {kept}; {how}") from error
+        except TrainingError as error:
+            self._record("failed", str(error))
+            raise
         finally:
             with contextlib.suppress(ValueError):  # not in the main thread: nothing was changed
                 signal.signal(signal.SIGINT, interrupt)
@@ -290,25 +312,22 @@ class _Session:
         if not reason:
             raise TrainingError(f"the training ended early for an unknown reason; {how}")
         if self.trainer.is_global_zero:
-            _write_finished(self.folder, state, reason)
+            self.writer.write_state("finished", reason)
         return _result(
             self.folder, state["rows"], state["best_epoch"], reason, bad=len(self.pictures.bad)
         )
+
+    def _record(self, state: str, reason: str = "") -> None:
+        """Write ``run.json``, if it can be written: the error that is on its way says more."""
+        if is_first_process():
+            with contextlib.suppress(OSError):
+                self.writer.write_state(state, reason)
 
     def _command(self) -> str:
         """How to go on, with those of the machine's options that change results."""
         options = f" --precision {self.machine.precision}" * (self.machine.precision != "32-true")
         options += " --sync-batchnorm" * self.machine.sync_batchnorm
         return f"mobilesteelnet train --resume {shlex.quote(str(self.folder.path))}{options}"
-
-
-def _training_transform(config: TrainConfig, size: int) -> Transform:
-    if config.augmentation == "none":
-        return eval_transform(size)
-    if config.augmentation == "texture":
-        options = {name: getattr(config, name) for name in ("crop_scale", "light", "quarter_turns")}
-        return texture_transform(size, **options)
-    return train_transform(size)
 
 
 def _saved_state(folder: RunFolder) -> dict[str, Any] | None:
@@ -322,15 +341,6 @@ def _saved_state(folder: RunFolder) -> dict[str, Any] | None:
     return state
 
 
-def _finished_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rows of a finished run whose ``last.ckpt`` was deleted to save room; else nothing."""
-    if not folder.state.is_file() or not folder.best.is_file():
-        return []
-    facts = folder.read_json(folder.state)
-    finished = isinstance(facts, dict) and facts.get("state") == "finished"
-    return folder.read_rows() if finished else []
-
-
 def _end_reason(rows: list[dict[str, Any]], stopped: bool, config: TrainConfig) -> str:
     if stopped:
         return f"validation loss not lower for {config.patience} epochs"
@@ -339,16 +349,12 @@ def _end_reason(rows: list[dict[str, Any]], stopped: bool, config: TrainConfig) 
     return ""
 
 
-def _write_finished(folder: RunFolder, state: dict[str, Any], reason: str) -> None:
-    write_json(
-        folder.state,
-        {
-            "state": "finished",
-            "reason": reason,
-            "epochs": len(state["rows"]),
-            "best_epoch": state["best_epoch"],
-        },
-    )
+def _unwritten(name: str, folder: RunFolder, error: OSError) -> str:
+    """That the folder cannot be written, and why."""
+    # safetensors tells no number, only the text.
+    full = error.errno == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+    text = f"{name}{str(folder.path)!r} cannot be written: {error}"
+    return f"the disk is full: {text}" if full else text
 
 
 def _result(

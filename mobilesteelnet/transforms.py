@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .pictures import Image, to_rgb
+
+if TYPE_CHECKING:
+    from .train_config import TrainConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of the red, green and blue channel over ImageNet, pixels in [0, 1]."""
@@ -168,6 +171,16 @@ def texture_transform(
             v2.ToPureTensor(),
         ]
     )
+
+
+def training_transform(config: TrainConfig, size: int) -> Transform:
+    """What the options of a run do to its training pictures, resized to size x size."""
+    if config.augmentation == "none":
+        return eval_transform(size)
+    if config.augmentation == "texture":
+        options = {name: getattr(config, name) for name in ("crop_scale", "light", "quarter_turns")}
+        return texture_transform(size, **options)
+    return train_transform(size)
 
 
 def _torchvision_transforms() -> Any:

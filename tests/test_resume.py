@@ -70,7 +70,8 @@ def test_killed_in_the_third_epoch_and_resumed_is_the_same_run(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(json.loads((cut / "history.json").read_text())) == 2
-    assert json.loads((cut / "run.json").read_text())["state"] == "running"
+    state = json.loads((cut / "run.json").read_text())
+    assert (state["state"], state["epochs"]) == ("running", 2)
     # Reading processes run ahead: they must begin with the third epoch's order too.
     done = run_program("train", "--resume", cut, "--workers", 2)
     assert done.returncode == 0, done.stderr
@@ -157,6 +158,28 @@ def stop_after(epochs: int, config: TrainConfig, out: Path) -> None:
         patch.setattr(Classifier, "training_step", stop)
         with pytest.raises(TrainingError, match=f"interrupted after {epochs} epochs"):
             train(config, out, machine=replace(CPU, precision="bf16-mixed"))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_run_json_counts_the_epochs_of_a_resumed_run(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    out, step, seen = tmp_path / "run", Classifier.training_step, set()
+    stop_after(1, small(pictures, epochs=3), out)
+    state = json.loads((out / "run.json").read_text())
+    assert (state["state"], state["epochs"], state["best_epoch"]) == ("interrupted", 1, 1)
+    if older:  # than this record
+        (out / "run.json").write_text('{"state": "running", "reason": "", "epochs": 0}')
+
+    def watched(self: Classifier, batch: Any, batch_index: int) -> Any:
+        facts = json.loads((out / "run.json").read_text())
+        seen.add((facts["state"], facts["epochs"]))
+        return step(self, batch, batch_index)
+
+    monkeypatch.setattr(Classifier, "training_step", watched)
+    resume(out, machine=CPU)
+    assert seen == {("running", 1), ("running", 2)}
+    assert json.loads((out / "run.json").read_text())["state"] == "finished"
 
 
 def test_a_run_goes_on_where_its_pictures_and_first_weights_are_gone(

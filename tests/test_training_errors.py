@@ -32,6 +32,7 @@ from training_cases import (
     program_environment,
 )
 
+from mobilesteelnet import callbacks
 from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.data import DataError
 from mobilesteelnet.lightning_modules import TrainingError
@@ -120,7 +121,9 @@ def test_a_run_folder_that_cannot_be_written(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(TrainingError, match=r"No space left.*--resume"):
+    with pytest.raises(
+        TrainingError, match=r"disk is full.*No space left.*epoch is kept.*--resume"
+    ):
         train(small(pictures), out, machine=CPU)
     monkeypatch.undo()
     assert states(out)["global_step"] == 3
@@ -128,7 +131,26 @@ def test_a_run_folder_that_cannot_be_written(
     assert len(resume(out, machine=CPU).rows) == 2
 
 
-def test_ctrl_c_says_how_to_go_on(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_disk_that_is_full_from_the_beginning(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch says of it is "unexpected pos", and there is no epoch to keep."""
+    out = tmp_path / "run"
+    monkeypatch.setattr(callbacks, "write_atomically", lambda _, write: write(Path("/dev/full")))
+    words = (
+        rf"disk is full: the run folder '{out}' .*No space left.*no epoch was finished.*--resume"
+    )
+    with pytest.raises(TrainingError, match=words):
+        train(small(pictures), out, machine=CPU)
+    state = json.loads((out / "run.json").read_text())
+    assert (state["state"], state["epochs"]) == ("failed", 0)
+    monkeypatch.undo()
+    assert len(resume(out, machine=CPU).rows) == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_how_to_go_on(pictures: Path, tmp_path: Path, how: int) -> None:
     out = tmp_path / "run"
     options = [*map(str, program_options(pictures, out, 500)), "--precision", "bf16-mixed"]
     process = subprocess.Popen(
@@ -142,13 +164,15 @@ def test_ctrl_c_says_how_to_go_on(pictures: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not (out / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 5
     assert "error: interrupted after" in errors
     assert f"mobilesteelnet train --resume {out} --precision bf16-mixed" in errors
     assert "Traceback" not in errors
-    assert len(RunFolder(out).read_rows()) >= 1
+    state, rows = json.loads((out / "run.json").read_text()), RunFolder(out).read_rows()
+    assert state["state"] == "interrupted"
+    assert state["epochs"] == len(rows) >= 1
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"data": 3}', "null"])
