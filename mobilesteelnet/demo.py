@@ -8,7 +8,9 @@ is run again with the same settings, so that it can be cut off at any time.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,10 @@ from .predict import predict
 from .progress import bar
 from .report import write_report
 from .run_folder import RunFolder, RunFolderError, write_json
+from .run_lock import LOCK
 from .shipped import SHIPPED, WEIGHTS, load_shipped, shipped_folder, unseen_pictures
 from .synthetic import make_synthetic
-from .train import TrainConfig, TrainResult, resume, train
+from .train import TrainConfig, is_first_process, resume, train
 
 SETTINGS = "demo.json"
 OWN = (SETTINGS, "data", "run", "report", "predictions.json")
@@ -107,7 +110,8 @@ def run_demo(
     Raises:
         ValueError: ``budget`` is unknown, or ``shipped`` without ``data``.
         CheckpointError: There are no shipped weights.
-        RunFolderError: ``out`` holds something else, or a demo with other settings.
+        RunFolderError: ``out`` holds something else, a demo with other settings, or another process
+            is in it.
         DataError, TrainingError: As :func:`mobilesteelnet.train.train`.
     """
     if budget not in (*BUDGETS, SHIPPED):
@@ -119,25 +123,43 @@ def run_demo(
     source = str(Path(data).absolute()) if data is not None else None
     if source is not None and not Path(source).exists():
         raise DataError(f"data={str(data)!r} does not exist")
-    _prepare(folder, {"data": source, "budget": budget, "seed": seed}, overwrite)
-    say = console.print if console is not None else _ignore
-    if source is None and not (folder / "data").is_dir():
-        per_class, size = SYNTHETIC[budget]
-        with bar("drawing synthetic pictures", console) as progress:
-            make_synthetic(folder / "data", per_class, size, seed, progress=progress)
-        say(f"drew {6 * per_class} synthetic pictures: no photographs of steel")
-    path = source or str(folder / "data")
+    settings = {"data": source, "budget": budget, "seed": seed}
+    if is_first_process():
+        for path in (folder, folder / "run"):
+            RunFolder(path).check_unused()
+    _check(folder, settings, overwrite)
+    # Before anything is written or deleted: the pictures may be none.
+    pictures = _read(source, console) if source is not None else None
+    with contextlib.ExitStack() as stack:
+        if is_first_process():
+            stack.enter_context(RunFolder(folder).alone())
+            _begin(folder, settings, overwrite)
+        if pictures is None:
+            _draw(folder / "data", budget, seed, console)
+            pictures = _read(str(folder / "data"), console)
+        if shipped is not None:
+            split, indexes = unseen_pictures(shipped, pictures)
+            return _report(folder, shipped, pictures, split, indexes, None, console, command)
+        run = _train(folder, settings, pictures, console)
+        indexes = pick_split(pictures, "test", run)
+        checkpoint = load_checkpoint(run.best).frozen()
+        return _report(folder, checkpoint, pictures, "test", indexes, run, console, command)
+
+
+def _read(path: str, console: Console | None) -> PictureSet:
     with bar("reading pictures", console) as progress:
-        pictures = scan(path, progress=progress)
-    if shipped is not None:
-        split, indexes = unseen_pictures(shipped, pictures)
-        return _report(folder, shipped, pictures, split, indexes, None, console, command)
-    trained = _train(folder / "run", _config(path, budget, seed, len(pictures)), console)
-    say(f"trained: {trained.reason}")
-    run = RunFolder(trained.run)
-    indexes = pick_split(pictures, "test", run)
-    checkpoint = load_checkpoint(trained.checkpoint).frozen()
-    return _report(folder, checkpoint, pictures, "test", indexes, run, console, command)
+        return scan(path, progress=progress)
+
+
+def _draw(path: Path, budget: str, seed: int, console: Console | None) -> None:
+    """Draw the synthetic pictures where they are not there yet."""
+    if path.is_dir():
+        return
+    per_class, size = SYNTHETIC[budget]
+    with bar("drawing synthetic pictures", console) as progress:
+        make_synthetic(path, per_class, size, seed, progress=progress)
+    if console is not None:
+        console.print(f"drew {6 * per_class} synthetic pictures: no photographs of steel")
 
 
 def _config(data: str, budget: str, seed: int, pictures: int) -> TrainConfig:
@@ -149,32 +171,48 @@ def _config(data: str, budget: str, seed: int, pictures: int) -> TrainConfig:
     return TrainConfig(data=data, seed=seed, **options)
 
 
-def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    record = folder / SETTINGS
-    if folder.is_dir() and any(folder.iterdir()):
-        if not record.is_file():
-            raise RunFolderError(f"out={str(folder)!r} is not empty and holds no demo")
-        if overwrite:
-            _delete(folder, settings["data"])
-        elif RunFolder(folder).read_json(record) != settings:
-            raise RunFolderError(
-                f"out={str(folder)!r} holds a demo with other settings: choose another folder, or "
-                "start it again with --overwrite"
-            )
-    elif folder.exists() and not folder.is_dir():
+def _check(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Check that the demo can be put into the folder, or gone on with there; changes nothing."""
+    if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"out={str(folder)!r} is a file, not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(record, settings)
+    record = folder / SETTINGS
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names - {LOCK} and not record.is_file():
+        raise RunFolderError(f"out={str(folder)!r} is not empty and holds no demo")
+    if overwrite:
+        _check_deletable(folder, settings["data"])
+    elif _is_begun(folder) and RunFolder(folder).read_json(record) != settings:
+        raise RunFolderError(
+            f"out={str(folder)!r} holds a demo with other settings: choose another folder, or "
+            "start it again with --overwrite"
+        )
 
 
-def _delete(folder: Path, data: str | None) -> None:
-    """Delete an earlier demo, but not the pictures that are to be read."""
+def _check_deletable(folder: Path, data: str | None) -> None:
+    """Check that an earlier demo does not hold the pictures that are to be read."""
     for name in OWN:
         path = folder / name
         if data is not None and Path(data).resolve().is_relative_to(path.resolve()):
             raise RunFolderError(
                 f"data={data!r} lies in what --overwrite would delete: choose another output folder"
             )
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether there is more than the settings, which one that failed at once leaves."""
+    parts = ("data", "run/config.json", "report", "predictions.json")
+    return any((folder / part).exists() for part in parts)
+
+
+def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    _check(folder, settings, overwrite)  # again: now nobody else is in it
+    if overwrite:
+        _delete(folder)
+    write_json(folder / SETTINGS, settings)
+
+
+def _delete(folder: Path) -> None:
+    """Delete an earlier demo."""
     for name in OWN:
         path = folder / name
         if path.is_dir():
@@ -183,13 +221,30 @@ def _delete(folder: Path, data: str | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def _train(path: Path, config: TrainConfig, console: Console | None) -> TrainResult:
-    run = RunFolder(path)
+def _train(
+    folder: Path, settings: dict[str, Any], pictures: PictureSet, console: Console | None
+) -> RunFolder:
+    run = RunFolder(folder / "run")
+    again = _command(folder, settings)
     if run.config.is_file():
-        return resume(path, console=console)
-    # Without config.json the training had not begun; what lies there is not worth anything.
-    shutil.rmtree(path, ignore_errors=True)
-    return train(config, path, console=console)
+        trained = resume(run.path, console=console, again=again)
+    else:
+        # Without config.json the training had not begun; what lies there is not worth anything.
+        shutil.rmtree(run.path, ignore_errors=True)
+        path = settings["data"] or str(folder / "data")
+        config = _config(path, settings["budget"], settings["seed"], len(pictures))
+        trained = train(config, run.path, console=console, again=again)
+    if console is not None:
+        console.print(f"trained: {trained.reason}")
+    return run
+
+
+def _command(folder: Path, settings: dict[str, Any]) -> str:
+    """What goes on with the demo: the training alone would leave no report."""
+    words = ["mobilesteelnet", "demo", "--out", str(folder)]
+    for name, value in settings.items():
+        words += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def _report(
@@ -224,7 +279,3 @@ def _report(
         folder / "predictions.json",
         pictures.bad,
     )
-
-
-def _ignore(*_: object) -> None:
-    """Say nothing."""

@@ -13,7 +13,9 @@ pytest.importorskip("torchvision", reason="torchvision is not installed")
 from training_cases import CLASSES, SIZE, WIDTH, error_line, make_pictures, one_thread  # noqa: F401
 
 from mobilesteelnet.__main__ import main
+from mobilesteelnet.data import DataError
 from mobilesteelnet.demo import BUDGETS, run_demo
+from mobilesteelnet.lightning_modules import Classifier, TrainingError
 from mobilesteelnet.run_folder import RunFolderError
 
 
@@ -81,3 +83,40 @@ def test_a_demo_made_again_deletes_its_own_files_only(tmp_path: Path) -> None:
     assert (out / "run" / "best.safetensors").read_bytes() != weights
     assert (out / "notes.txt").read_text() == "precious"
     assert not (out / "data").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_demo_that_failed_at_once_is_not_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, empty = tmp_path / "demo", tmp_path / "empty"
+    empty.mkdir()
+    assert main(["demo", "--data", str(empty), "--out", str(out)]) == 3
+    error_line(capsys)
+    assert not out.exists()
+    few = make_pictures(tmp_path / "few", per_class=1)
+    with pytest.raises(DataError, match="too few"):
+        run_demo(out, data=few, budget="tiny")
+    run_demo(out, data=make_pictures(tmp_path / "own", per_class=10), budget="tiny")
+    page = (out / "report" / "report.html").read_bytes()
+    with pytest.raises(DataError):  # with --overwrite too, what is there stays
+        run_demo(out, data=empty, budget="tiny", overwrite=True)
+    assert (out / "report" / "report.html").read_bytes() == page
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_interrupted_demo_is_gone_on_with_as_a_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classifier, "training_step", interrupt)
+    words = f"continue with: mobilesteelnet demo --out {out} --budget tiny --seed 42$"
+    for _ in range(2):  # begun, and gone on with
+        with pytest.raises(TrainingError, match=words):
+            run_demo(out, budget="tiny")
+    monkeypatch.undo()
+    assert run_demo(out, budget="tiny").report.is_file()
