@@ -21,9 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(given)
-    except KeyboardInterrupt:
+        return _answer(given)
+    except KeyboardInterrupt:  # also one that comes while an error is explained
         return _fail("interrupted", INTERRUPTED)
+
+
+def _answer(given: list[str]) -> int:
+    try:
+        return _run(given)
     except BrokenPipeError:
         # The reader of our output has gone (as with `| head`): nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,9 +55,11 @@ def _run(arguments: list[str]) -> int:
             args=arguments, prog_name="mobilesteelnet", standalone_mode=False
         )
     except typer.Exit as done:
-        return done.exit_code
+        code = done.exit_code
     except typer.Abort:
         return _fail("interrupted", INTERRUPTED)
+    if code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 
@@ -87,6 +94,8 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _fail(message: str, code: int) -> int:
     line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
+    if not line:  # without a command typer shows its help, which is all there is to say
+        return code
     # Names of files may hold what the terminal's encoding does not have.
     encoding = sys.stderr.encoding or "utf-8"
     safe = line.encode(encoding, "backslashreplace").decode(encoding)

@@ -21,10 +21,12 @@ from .cli_common import (
     FrozenOption,
     OnBadFile,
     Output,
+    check_targets,
     choose_part,
     command_line,
     open_checkpoint,
     read_pictures,
+    require_name,
     tell_bad_files,
     write,
 )
@@ -42,7 +44,8 @@ if TYPE_CHECKING:
     import torch
 
 EXIT_CODES = """
-Exit codes: 0 all done; 1 done, but some input files could not be used; 2 wrong options, run folder
+Exit codes: 0 all done; 1 done, but some input files could not be used, or data check found one
+picture in several classes; 2 wrong options, run folder
 or a missing extra; 3 the pictures cannot be used; 4 the checkpoint cannot be used; 5 the training
 failed or was interrupted; 6 a file cannot be read, written or exported; 70 a fault of this program;
 130 interrupted.
@@ -196,6 +199,7 @@ def predict_command(
 
     if json_file == "-" and csv_file == "-":
         raise ValueError("--json and --csv cannot both be written to the output")
+    check_targets(json_file, csv_file)
     if path is None:
         if source.suffix in (".safetensors", ".pth") or (source / "config.json").is_file():
             raise ValueError(f"{str(source)!r} is a checkpoint: give the pictures after it")
@@ -241,6 +245,8 @@ def check_command(
     from .datacheck import check, contrast_box_plot
 
     rule: Any = on_bad_file
+    check_targets(json_file)
+    require_name("--plot", plot, ".png")
     with bar("reading pictures", Console(stderr=True)) as progress:
         pictures = scan(path, on_bad_file=rule, progress=progress)
     facts = check(pictures)
@@ -292,6 +298,7 @@ def info_command(
     from .networks import describe_network
     from .tables import information_table
 
+    check_targets(json_file)
     facts: dict[str, Any] = {}
     model: torch.nn.Module = MobileSteelNet(backend=backend)
     if source is not None:
@@ -329,15 +336,13 @@ def export_command(
 
     from .export import export_onnx
 
+    require_name("OUT", out, ".onnx")
     checkpoint, _ = open_checkpoint(source, "cpu", None, classes)
     example = torch.zeros(2, 3, checkpoint.input_size, checkpoint.input_size)
     with Console(stderr=True).status("exporting"):
-        about = {
-            "classes": json.dumps(checkpoint.classes),
-            "normalisation": json.dumps(checkpoint.normalisation),
-            # What the logits are divided by before the softmax; the file gives them undivided.
-            "temperature": json.dumps(checkpoint.temperature),
-        }
+        # The temperature: logits are divided by it before the softmax, those of the file are not.
+        names = ("classes", "normalisation", "temperature")
+        about = {name: json.dumps(getattr(checkpoint, name)) for name in names}
         export_onnx(checkpoint.model, example, out, metadata=about)
     typer.echo(out)
     return OK

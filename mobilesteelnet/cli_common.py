@@ -113,6 +113,36 @@ def choose_part(
     return split or "test", pick_split(pictures, split or "test", run)
 
 
+def check_targets(*targets: str | Path | None) -> None:
+    """Refuse files that cannot be written before the work; None and ``-`` are none.
+
+    Raises:
+        OSError: A folder is missing or not writable.
+        ValueError: A picture or a checkpoint would be replaced.
+    """
+    from .pictures import PICTURE_EXTENSIONS
+    from .run_folder import require_writable
+
+    for target in targets:
+        if target is None or target == "-":
+            continue
+        require_writable(target)
+        inputs = {*PICTURE_EXTENSIONS, ".zip", ".safetensors", ".pth", ".ckpt"}
+        if Path(target).suffix.lower() in inputs:
+            raise ValueError(f"{str(target)!r} is named like an input: it would be replaced")
+
+
+def require_name(option: str, target: Path | None, suffix: str) -> None:
+    """Refuse a file whose name does not say what it will be, and one that cannot be written."""
+    from .run_folder import require_writable
+
+    if target is None:
+        return
+    if target.suffix.lower() != suffix:
+        raise ValueError(f"{option} {str(target)!r}: must end in {suffix}")
+    require_writable(target)
+
+
 def write(target: str, text: str) -> None:
     """Write text to a file, or for ``-`` to the output."""
     from .run_folder import write_text

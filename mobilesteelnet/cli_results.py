@@ -26,6 +26,7 @@ from .cli_common import (
     Precision,
     Settings,
     Workers,
+    check_targets,
     choose_part,
     make_machine,
     open_checkpoint,
@@ -111,6 +112,7 @@ def robustness_command(
     from .robustness import measure_robustness
     from .tables import robustness_table
 
+    check_targets(json_file)
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, backend, None, frozen)
     pictures = read_pictures(source, data, run, on_bad_file, console)

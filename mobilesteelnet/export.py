@@ -7,7 +7,6 @@ can run it; the fused kernels are not part of it.
 from __future__ import annotations
 
 import copy
-import errno
 import inspect
 import logging
 import os
@@ -20,7 +19,7 @@ from torch import nn
 
 from fused import FusedCIEMA, FusedMSFF
 
-from .run_folder import write_atomically
+from .run_folder import require_writable, write_atomically
 
 # ‖onnxruntime − module‖ / ‖module‖, both float32: goals.md allows this to Winograd-like forms.
 TOLERANCE = 1e-4
@@ -77,7 +76,8 @@ def export_onnx(
         ExportError: the exporter failed, or the file computes something else.
     """
     _require_extra("onnx", "onnxscript", *(["onnxruntime"] if check else []))
-    target = _check_path(path)
+    target = Path(path)
+    require_writable(target)
     _check_opset(opset)
     texts = _check_metadata(metadata)
     maps = _check_example(example)
@@ -122,21 +122,6 @@ def _require_extra(*modules: str) -> None:
         except ImportError as error:
             message = f'{name} is missing: pip install "mobilesteelnet[export]"'
             raise ImportError(message, name=name) from error
-
-
-def _check_path(path: str | os.PathLike[str]) -> Path:
-    """Refuse what could not be written before the minutes of work, not after."""
-    target = Path(path)
-    folder = target.parent
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    if not folder.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    return target
 
 
 def _check_opset(opset: int | None) -> None:

@@ -100,8 +100,10 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
-        if not equals or name not in kinds:
+        if not equals:
             raise ValueError(f"setting {text!r}: must be <option>=<value>, as label_smoothing=0.1")
+        if name not in kinds:
+            raise ValueError(f"setting {text!r}: there is no option {name!r}, see train --help")
         try:
             settings[name] = _convert(value.strip(), kinds[name])
         except ValueError:

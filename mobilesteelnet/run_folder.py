@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -34,7 +35,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     """Let ``write`` fill a temporary file beside ``path``, then rename it onto ``path``.
 
     Whatever goes wrong (a full disk, a kill, an exception in ``write``), ``path`` holds either its
-    old bytes or the complete new ones.
+    old bytes or the complete new ones. A link stays one: what it points to is written. A device, a
+    pipe or a descriptor, as ``/dev/stdout``, is given the complete bytes.
 
     Args:
         path: The file to write. Its folder must exist.
@@ -44,6 +46,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         OSError: The folder is missing or not writable, or the disk is full.
     """
     target = Path(path)
+    require_writable(target)
+    if _is_stream(target):
+        _write_to_stream(target, write)
+        return
+    target = Path(os.path.realpath(target))
     descriptor, name = tempfile.mkstemp(
         prefix=f".{target.name}.", suffix=".part", dir=target.parent
     )
@@ -56,6 +63,42 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse what cannot be written, before the work whose result would be lost.
+
+    Raises:
+        OSError: ``path`` is a folder, or its own folder is missing or not writable.
+    """
+    target = Path(path)
+    folder = target.parent
+    if target.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if not folder.exists():
+        number = errno.ENOENT
+    elif not folder.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(target if _is_stream(target) else folder, os.W_OK):
+        number = errno.EACCES
+    else:
+        return
+    raise OSError(number, f"{os.strerror(number)}: {folder}", str(target))
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether something there takes bytes and keeps none: renaming onto it would remove it."""
+    folder = str(path.parent.resolve())
+    of_process = folder == "/dev" or folder.startswith("/proc/")
+    return path.exists() and (of_process or not path.is_file())
+
+
+def _write_to_stream(target: Path, write: Callable[[Path], None]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder, target.name)
+        write(whole)
+        with target.open("ab") as stream, whole.open("rb") as source:
+            shutil.copyfileobj(source, stream)
 
 
 def _give_default_permissions(path: Path) -> None:

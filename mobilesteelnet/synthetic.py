@@ -25,7 +25,7 @@ CLASSES = (
 """The class directories that `make_synthetic` writes."""
 
 _REFERENCE_SIZE = 200
-_SMALLEST = 32
+_SMALLEST, _LARGEST = 32, 8192
 
 
 class _Canvas:
@@ -257,7 +257,7 @@ def draw(name: str, number: int, size: int = 200, seed: int = 0) -> np.ndarray:
     Args:
         name: one of `CLASSES`.
         number: which picture of the class, from 1.
-        size: side in pixels, at least 32.
+        size: side in pixels, 32 to 8192.
         seed: any whole number from 0.
 
     Returns:
@@ -269,7 +269,7 @@ def draw(name: str, number: int, size: int = 200, seed: int = 0) -> np.ndarray:
     if name not in _PAINTERS:
         raise ValueError(f"name={name!r} must be one of {', '.join(CLASSES)}")
     _check_whole("number", number, 1)
-    _check_whole("size", size, _SMALLEST)
+    _check_whole("size", size, _SMALLEST, _LARGEST)
     _check_whole("seed", seed, 0)
     rng = np.random.default_rng([seed, CLASSES.index(name), number])
     return _PAINTERS[name](_Canvas(size, rng))
@@ -290,7 +290,7 @@ def make_synthetic(
     Args:
         path: the folder to make; it must not exist, or be empty.
         per_class: pictures of each of the six classes.
-        size: side in pixels, at least 32.
+        size: side in pixels, 32 to 8192.
         seed: any whole number from 0; the same seed gives the same pixels.
         progress: called after every picture with (done, all).
 
@@ -302,7 +302,7 @@ def make_synthetic(
         ImportError: Pillow is not installed.
     """
     _check_whole("per_class", per_class, 1)
-    _check_whole("size", size, _SMALLEST)
+    _check_whole("size", size, _SMALLEST, _LARGEST)
     _check_whole("seed", seed, 0)
     drawn = (
         (name, number, draw(name, number, size, seed))
@@ -359,6 +359,8 @@ def write_set(
     return target
 
 
-def _check_whole(argument: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{argument}={value!r} must be a whole number, at least {least}")
+def _check_whole(argument: str, value: int, least: int, most: int | None = None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        upto = "" if most is None else f", at most {most}"
+        raise ValueError(f"{argument}={value!r} must be a whole number, at least {least}{upto}")
