@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .checkpoint import save_checkpoint
 from .lightning_modules import Classifier, TrainingError
+from .published import why_torch_refuses
 from .run_folder import RunFolder, write_atomically
 from .train_config import TrainConfig
 
@@ -58,7 +59,8 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             state = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
-            raise TrainingError(f"{str(path)!r} is no training state: {error}") from None
+            why = why_torch_refuses(error)
+            raise TrainingError(f"{str(path)!r} is no training state: {why}") from None
         if not isinstance(state, dict) or "pytorch-lightning_version" not in state:
             raise TrainingError(f"{str(path)!r} is no training state")
         return state

@@ -172,7 +172,9 @@ def _ours(found: Results, links: dict[str, str]) -> str:
     parts = [
         "## MobileSteelNet by our recipe",
         f"**{row.accuracy.percent()} %** over {_seeds(row)} (paper: 91.36 %{compared}). The same "
-        "split and pictures, from scratch, and the same network but for what the recipe says. "
+        "split and pictures, from scratch, and the same network but for what the recipe says: "
+        "`activation relu` puts a batch norm and a ReLU behind each depthwise convolution, and a "
+        "ReLU behind each block. "
         "Command: `mobilesteelnet reproduce ours --data NEU-DET.zip`; one network: "
         "`mobilesteelnet train --recipe ours --data NEU-DET.zip`.",
         f"By class: {classes}.",
