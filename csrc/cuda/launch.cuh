@@ -1,7 +1,10 @@
 // Starts kernels from entries (csrc/common/entries.h), under nvcc and in the emulator alike.
 #pragma once
 
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "../common/device.cuh"
 #include "../common/entries.h"
@@ -28,17 +31,33 @@ inline void check_launch(cudaError_t error, const char* name) {
   if (error != cudaSuccess) fail_launch(name, cudaGetErrorString(error));
 }
 
+// Lets a kernel have all the dynamic shared memory that the current device gives. Unasked, its own
+// static arrays and this fit 48 KiB together, so that no kernel's share is known here; once for each
+// kernel and device, so that no other thread can lower it between asking and starting.
+inline void allow_shared_memory(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  check_launch(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.contains({kernel, device})) return;
+  int most = 0;
+  check_launch(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               name);
+  cudaFuncAttributes of_kernel{};
+  check_launch(cudaFuncGetAttributes(&of_kernel, kernel), name);
+  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    most - static_cast<int>(of_kernel.sharedSizeBytes)),
+               name);
+  allowed.insert({kernel, device});
+}
+
 // On the stream of the arguments; nothing synchronises. `shared_bytes`: dynamic, of a block.
 template <class... Parameters>
 void launch(const Arguments& arguments, const char* name, dim3 grid, dim3 block,
             size_t shared_bytes, void (*kernel)(Parameters...),
             std::type_identity_t<Parameters>... parameters) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_bytes)),
-                 name);
-  }
+  if (shared_bytes > 0) allow_shared_memory(reinterpret_cast<const void*>(kernel), name);
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(arguments.stream)>>>(
       parameters...);
   check_launch(cudaGetLastError(), name);
