@@ -124,9 +124,10 @@ def lanes(bug: bool) -> None:
 
 
 def holes(bug: bool) -> None:
-    """A view of every second element, read as if it held all of them."""
+    """A view of every second element, read as if it held all: a matrix, vectors are made dense."""
     x, y, out = torch.randn(64), torch.randn(64), torch.zeros(64)
-    run(planted_kernels.add_kernel, (1,), x[::2] if bug else x, y, out, 32, BLOCK=32, BUG=False)
+    x = x[None, ::2] if bug else x
+    run(planted_kernels.add_kernel, (1,), x, y, out, 32, BLOCK=32, BUG=False)
 
 
 def input_written(bug: bool) -> None:
