@@ -22,6 +22,7 @@ from .cli_common import (
     OnBadFile,
     Output,
     check_targets,
+    checkpoint_and_pictures,
     choose_part,
     command_line,
     open_checkpoint,
@@ -156,13 +157,14 @@ def evaluate_command(
 
 @app.command("predict")
 def predict_command(
-    source: Annotated[
-        Path,
-        typer.Argument(help="A run folder or checkpoint; left out: the package's own weights."),
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[CHECKPOINT] PICTURES...",
+            help="A run folder or checkpoint, left out: the package's own weights; then pictures, "
+            "folders or zips of pictures.",
+        ),
     ],
-    path: Annotated[
-        Path | None, typer.Argument(help="A picture, a folder or a zip of pictures.")
-    ] = None,
     top_k: Annotated[int, typer.Option(help="How many classes to show for each picture.")] = 1,
     min_confidence: Annotated[
         float, typer.Option(help="Call pictures uncertain below this probability, 0 to 1.")
@@ -181,33 +183,28 @@ def predict_command(
 ) -> int:
     """Say which defect each picture shows; goes on past files that cannot be read.
 
-    With one path alone the pictures are meant: the weights are those that come with the package.
+    Of several pictures, folders and zips the names are told with their paths. In CSV, names that
+    a spreadsheet would take for a formula begin with an apostrophe.
 
-    In CSV, names that a spreadsheet would take for a formula begin with an apostrophe.
-
-    Example: [bold]mobilesteelnet predict plate.jpg --min-confidence 0.9[/bold]
+    Example: [bold]mobilesteelnet predict plates/*.jpg --min-confidence 0.9[/bold]
 
     Example: [bold]mobilesteelnet predict runs/first plate.jpg --top-k 3[/bold]
 
     Example: [bold]mobilesteelnet predict best.safetensors pictures/ --csv result.csv[/bold]
     """
-    from .data import scan
+    from .data import scan_several
     from .predict import predict
     from .run_folder import rows_to_csv
-    from .shipped import SHIPPED
     from .tables import prediction_table
 
     if json_file == "-" and csv_file == "-":
         raise ValueError("--json and --csv cannot both be written to the output")
     check_targets(json_file, csv_file)
-    if path is None:
-        if source.suffix in (".safetensors", ".pth") or (source / "config.json").is_file():
-            raise ValueError(f"{str(source)!r} is a checkpoint: give the pictures after it")
-        source, path = Path(SHIPPED), source
+    source, paths = checkpoint_and_pictures(paths)
     console = Console(stderr=True)
     checkpoint, _ = open_checkpoint(source, device, backend, classes, frozen)
     with bar("reading pictures", console) as progress:
-        pictures = scan(path, labelled=False, progress=progress)
+        pictures = scan_several(paths, progress=progress)
     with bar("classifying", console) as progress:
         result = predict(
             checkpoint,

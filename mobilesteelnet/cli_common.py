@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .train_config import Machine
 
 OK, SOME_FAILED = 0, 1
+CHECKPOINT_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt")
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="A run folder, a .safetensors checkpoint, or published .pth weights.")
@@ -58,6 +59,35 @@ class Output(Console):
     def on_broken_pipe(self) -> None:
         """As rich asks for it."""
         raise BrokenPipeError
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a run folder, named like a checkpoint, or the word ``shipped``."""
+    from .run_folder import RunFolder
+    from .shipped import SHIPPED
+
+    if path.is_dir():
+        return RunFolder(path).config.is_file()
+    return path.suffix.lower() in CHECKPOINT_ENDINGS or (str(path) == SHIPPED and not path.exists())
+
+
+def checkpoint_and_pictures(paths: list[Path]) -> tuple[Path, list[Path]]:
+    """The checkpoint that comes first, or the package's, and the pictures.
+
+    Raises:
+        ValueError: There are no pictures, or a checkpoint among them.
+    """
+    from .shipped import SHIPPED
+
+    source, *rest = paths
+    if not is_checkpoint(source):
+        source, rest = Path(SHIPPED), paths
+    elif not rest:
+        raise ValueError(f"{str(source)!r} is a checkpoint: give the pictures after it")
+    for path in rest:
+        if is_checkpoint(path):
+            raise ValueError(f"{str(path)!r} is a checkpoint: give one, before the pictures")
+    return source, rest
 
 
 def open_checkpoint(
@@ -127,7 +157,7 @@ def check_targets(*targets: str | Path | None) -> None:
         if target is None or target == "-":
             continue
         require_writable(target)
-        inputs = {*PICTURE_EXTENSIONS, ".zip", ".safetensors", ".pth", ".ckpt"}
+        inputs = {*PICTURE_EXTENSIONS, ".zip", *CHECKPOINT_ENDINGS}
         if Path(target).suffix.lower() in inputs:
             raise ValueError(f"{str(target)!r} is named like an input: it would be replaced")
 
@@ -167,6 +197,11 @@ def tell_bad_files(bad: list[Any], *, all_failed: bool = False) -> int:
 def command_line() -> str:
     """The command as it was given."""
     return shlex.join(["mobilesteelnet", *sys.argv[1:]])
+
+
+def command_to_go_on() -> str:
+    """The command as it was given, without what would begin anew."""
+    return shlex.join(["mobilesteelnet", *(word for word in sys.argv[1:] if word != "--overwrite")])
 
 
 def make_machine(

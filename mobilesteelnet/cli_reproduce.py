@@ -19,6 +19,7 @@ from .cli_common import (
     Precision,
     Settings,
     Workers,
+    command_to_go_on,
     make_machine,
     tell_bad_files,
 )
@@ -192,6 +193,7 @@ def _train(planned: list[PlannedRun], request: _Request) -> int:
         machine=request.machine,
         console=Console(stderr=True),
         overwrite=request.overwrite,
+        again=command_to_go_on(),
     )
     code = OK
     for path in paths:
@@ -254,6 +256,7 @@ def _candidates(request: _Request, fits: int | None) -> int:
         machine=request.machine,
         console=Console(stderr=True),
         overwrite=request.overwrite,
+        again=command_to_go_on(),
         tell=tell,
     )
     return max(codes)
@@ -293,7 +296,8 @@ def _measure(what: str, request: _Request) -> int:
 
 
 def _contrast(data: Path, results: Path, show: bool) -> int:
-    from .data import contrast_table, scan
+    from .data import scan
+    from .datacheck import contrast_table
     from .run_folder import write_json
 
     target = results / "contrast.json"

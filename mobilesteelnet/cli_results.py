@@ -28,6 +28,7 @@ from .cli_common import (
     Workers,
     check_targets,
     choose_part,
+    command_to_go_on,
     make_machine,
     open_checkpoint,
     read_pictures,
@@ -77,6 +78,7 @@ def crossval_command(
         machine=make_machine(accelerator, precision, workers, backend),
         console=Console(stderr=True),
         overwrite=overwrite,
+        again=command_to_go_on(),
     )
     spread = "" if found.deviation is None else f" ± {100 * found.deviation:.2f}"
     typer.echo(

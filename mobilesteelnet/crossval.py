@@ -120,6 +120,7 @@ def cross_validate(
     machine: Machine | None = None,
     console: Console | None = None,
     overwrite: bool = False,
+    again: str = "",
 ) -> CrossValidation:
     """Train on parts of the training and validation pictures and judge on the others.
 
@@ -135,6 +136,7 @@ def cross_validate(
         machine: Where it is computed.
         console: Where progress is shown.
         overwrite: Start the runs again.
+        again: As in :func:`mobilesteelnet.train.train`.
 
     Raises:
         DataError, RunFolderError, ValueError, TrainingError: As training does.
@@ -158,7 +160,7 @@ def cross_validate(
         # A seed of its own for each fold: their spread is that of a training, weights included.
         own = replace(config, seed=config.seed + number, split_seed=seed)
         _require_same_part(RunFolder(path), part.to_dict(pictures))
-        done = finish_run(own, path, machine=machine, console=console, split=part)
+        done = finish_run(own, path, machine=machine, console=console, split=part, again=again)
         checkpoint = load_checkpoint(done.checkpoint, choose_device(machine.device))
         # The temperature was fitted to these very pictures.
         checkpoint = replace(checkpoint, temperature=1.0)

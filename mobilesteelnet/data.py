@@ -1,4 +1,4 @@
-"""Picture sets: reading a folder or zip, its duplicates and contrasts, and the dataset of a split.
+"""Picture sets: reading folders, zips and pictures, exact duplicates, and the dataset of a split.
 
     pictures = scan("NEU-DET.zip")
     split = stratified_split(pictures, fractions=(0.05, 0.05, 0.90), seed=42)
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,17 @@ from .layouts import (
     is_picture,
     recognise,
 )
-from .pictures import DataError, Folder, Image, PictureError, Source, ZipArchive, decode
+from .pictures import (
+    DataError,
+    Folder,
+    Image,
+    PictureError,
+    Several,
+    Source,
+    ZipArchive,
+    below,
+    decode,
+)
 from .splits import Split, stratified_split
 from .transforms import (
     IMAGENET_MEAN,
@@ -57,10 +67,9 @@ __all__ = [
     "PictureDataset",
     "PictureSet",
     "Split",
-    "contrast_table",
-    "duplicate_groups",
     "eval_transform",
     "scan",
+    "scan_several",
     "stratified_split",
     "texture_transform",
     "train_transform",
@@ -112,7 +121,7 @@ class PictureSet:
     """The pictures of a folder or zip; made by `scan`, can be pickled and sent to workers.
 
     Attributes:
-        path: the folder, zip or single picture.
+        path: the folder, zip or single picture; the current folder for several of them.
         classes: sorted names; empty in an unlabelled set.
         items: the sound pictures in natural order of their names.
         bad: files that are not used.
@@ -170,44 +179,6 @@ class PictureSet:
         return [group for group in groups.values() if len(group) > 1]
 
 
-def duplicate_groups(pictures: PictureSet) -> list[list[int]]:
-    """Indexes of pictures with exactly the same pixels; see `PictureSet.duplicate_groups`."""
-    return pictures.duplicate_groups()
-
-
-def contrast_table(pictures: PictureSet) -> list[dict[str, Any]]:
-    """The contrast of each class, as table 3 of the paper.
-
-    The contrast of a picture is the standard deviation of its grey levels (0 to 255).
-
-    Args:
-        pictures: a labelled set.
-
-    Returns:
-        One dict a class, in their order: class, count, and min, q1, median, q3, max, mean and std
-        of the contrasts of its pictures (q1 and q3 are the quartiles).
-    """
-    labels = np.array(pictures.labels)
-    contrasts = np.array([picture.contrast for picture in pictures.items])
-    rows = []
-    for label, name in enumerate(pictures.classes):
-        values = contrasts[labels == label]
-        rows.append(
-            {
-                "class": name,
-                "count": int(values.size),
-                "min": float(values.min()),
-                "max": float(values.max()),
-                "mean": float(values.mean()),
-                "median": float(np.median(values)),
-                "q1": float(np.quantile(values, 0.25)),
-                "q3": float(np.quantile(values, 0.75)),
-                "std": float(values.std()),
-            }
-        )
-    return rows
-
-
 def scan(
     path: str | os.PathLike[str],
     *,
@@ -238,6 +209,45 @@ def scan(
     root = Path(path)
     source = _open_source(root, labelled)
     layout = recognise(source.names(), source.read) if labelled else _unlabelled(source, root)
+    return _read(root, source, layout, on_bad_file, labelled, progress)
+
+
+def scan_several(
+    paths: Sequence[str | os.PathLike[str]], *, progress: Progress | None = None
+) -> PictureSet:
+    """Reads pictures, folders and zips as one set without labels.
+
+    Args:
+        paths: one and more. The names in the set begin with these paths if there are several of
+            them; what lies in two of them is taken once.
+        progress: called after every picture with (done, all).
+
+    Raises:
+        ValueError: no paths.
+        DataError: one of them cannot be read at all, or there are no pictures in any.
+    """
+    if not paths:
+        raise ValueError("paths=[]: at least one is needed")
+    if len(paths) == 1:
+        return scan(paths[0], labelled=False, progress=progress)
+    sources = {path: _open_source(path, labelled=False) for path in map(Path, paths)}
+    merged = Layout("pictures without classes")
+    for path, source in sources.items():
+        layout = _unlabelled(source, path)
+        merged.classes.update(dict.fromkeys((below(source, name) for name in layout.classes), ""))
+        merged.bad.update({below(source, name): why for name, why in layout.bad.items()})
+    return _read(Path(), Several(sources.values()), merged, "skip", False, progress)
+
+
+def _read(
+    root: Path,
+    source: Source,
+    layout: Layout,
+    on_bad_file: str,
+    labelled: bool,
+    progress: Progress | None,
+) -> PictureSet:
+    """The set of a source that was recognised."""
     refused = source.refused()
     bad = {**layout.bad, **{n: r for n, r in refused.items() if is_picture(n) or n.endswith("/")}}
     facts = _inspect_all(source, sorted(layout.classes, key=natural_key), bad, progress)
@@ -250,14 +260,14 @@ def scan(
     files = [BadFile(name, bad[name]) for name in sorted(bad, key=natural_key)]
     listed = "\n".join(f"  {file}" for file in files)
     if files and on_bad_file == "fatal":
-        raise DataError(f"path={str(path)!r} has {len(files)} bad files:\n{listed}")
+        raise DataError(f"path={str(root)!r} has {len(files)} bad files:\n{listed}")
     if not items and (labelled or not files):
-        raise DataError(f"path={str(path)!r} has no usable pictures\n{listed}".rstrip())
+        raise DataError(f"path={str(root)!r} has no usable pictures\n{listed}".rstrip())
     emptied = sorted(set(layout.classes.values()) - set(classes)) if labelled else []
     if emptied:
-        raise DataError(f"path={str(path)!r}: class {emptied[0]!r} has bad files only\n{listed}")
+        raise DataError(f"path={str(root)!r}: class {emptied[0]!r} has bad files only\n{listed}")
     if labelled and len(classes) < 2:
-        raise DataError(f"path={str(path)!r} has one class only, {classes[0]!r}; two are needed")
+        raise DataError(f"path={str(root)!r} has one class only, {classes[0]!r}; two are needed")
     return PictureSet(root, classes, items, files, layout.kind, source)
 
 

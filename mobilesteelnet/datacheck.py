@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import PictureSet, contrast_table
+import numpy as np
+
+from .data import PictureSet
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -31,7 +33,7 @@ class DataReport:
         layout: what it was recognised as.
         pictures: sound pictures in all.
         sizes: how many pictures have each "width x height", the most frequent first.
-        contrast: one row a class, see `data.contrast_table`.
+        contrast: one row a class, see `contrast_table`.
         duplicates: names of pictures with exactly the same pixels, one list a group.
         conflicts: those of the groups whose pictures have different classes.
         bad: files that are not used, as {"name", "reason"}.
@@ -85,6 +87,39 @@ class DataReport:
 
     def __rich__(self) -> Group:
         return self.render()
+
+
+def contrast_table(pictures: PictureSet) -> list[dict[str, Any]]:
+    """The contrast of each class, as table 3 of the paper.
+
+    The contrast of a picture is the standard deviation of its grey levels (0 to 255).
+
+    Args:
+        pictures: a labelled set.
+
+    Returns:
+        One dict a class, in their order: class, count, and min, q1, median, q3, max, mean and std
+        of the contrasts of its pictures (q1 and q3 are the quartiles).
+    """
+    labels = np.array(pictures.labels)
+    contrasts = np.array([picture.contrast for picture in pictures.items])
+    rows = []
+    for label, name in enumerate(pictures.classes):
+        values = contrasts[labels == label]
+        rows.append(
+            {
+                "class": name,
+                "count": int(values.size),
+                "min": float(values.min()),
+                "max": float(values.max()),
+                "mean": float(values.mean()),
+                "median": float(np.median(values)),
+                "q1": float(np.quantile(values, 0.25)),
+                "q3": float(np.quantile(values, 0.75)),
+                "std": float(values.std()),
+            }
+        )
+    return rows
 
 
 def check(pictures: PictureSet) -> DataReport:

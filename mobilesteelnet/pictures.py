@@ -10,7 +10,7 @@ import io
 import os
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -183,6 +183,42 @@ class ZipArchive:
         except Exception as error:  # bad checksums, unknown methods, overlaps: many classes
             reason = str(error) or type(error).__name__
             raise PictureError(f"cannot be unpacked: {reason}") from error
+
+
+class Several:
+    """The files of several sources, each named by its source's path and its name there.
+
+    A file that is in two of them under the same path is there once.
+    """
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self.path = Path()
+        self._files: dict[str, tuple[Source, str]] = {}
+        self._refused: dict[str, str] = {}
+        for source in sources:
+            for name in source.names():
+                self._files[below(source, name)] = source, name
+            for name, reason in source.refused().items():
+                self._refused[below(source, name)] = reason
+
+    def names(self) -> list[str]:
+        """Every file of the sources."""
+        return list(self._files)
+
+    def refused(self) -> Mapping[str, str]:
+        """What the sources refuse."""
+        return self._refused
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file."""
+        source, own = self._files[name]
+        return source.read(own)
+
+
+def below(source: Source, name: str) -> str:
+    """The name of a source's file with the path of the source before it."""
+    root = source.path.as_posix().rstrip("/")
+    return name if root == "." else f"{root}/{name}"
 
 
 def _is_printable_unicode(name: str) -> bool:

@@ -25,6 +25,7 @@ def finish_run(
     machine: Machine | None = None,
     console: Console | None = None,
     split: Split | None = None,
+    again: str = "",
 ) -> TrainResult:
     """Train a run, continue it where it was cut off, or take it as it is when it is finished.
 
@@ -34,6 +35,7 @@ def finish_run(
         machine: Where it is computed.
         console: Where progress is shown.
         split: Of the pictures of a new run; None draws it as the options say.
+        again: As in :func:`mobilesteelnet.train.train`.
 
     Raises:
         RunFolderError: The folder holds a run with other options, or no run at all, or another
@@ -51,11 +53,11 @@ def finish_run(
                 f"run={str(run.path)!r} was begun with other options ({changed}): choose another "
                 "folder for the runs, or start it again with --overwrite"
             )
-        return resume(run.path, data=config.data, machine=machine, console=console)
+        return resume(run.path, data=config.data, machine=machine, console=console, again=again)
     if _begun_only(run):
         with run.alone():
             run.delete()  # nothing is lost
-    return train(config, run.path, machine=machine, console=console, split=split)
+    return train(config, run.path, machine=machine, console=console, split=split, again=again)
 
 
 def _begun_only(run: RunFolder) -> bool:

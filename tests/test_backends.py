@@ -44,11 +44,20 @@ def test_environment_is_read_once_at_import() -> None:
     assert result.stdout.split() == ["reference", "cpu"], result.stderr
 
 
-def test_unknown_environment_value_is_said_and_ignored() -> None:
-    code = "import fused; from fused.backends import requested; print(requested(None))"
+def test_an_unknown_environment_value_is_refused_where_it_counts() -> None:
+    code = (
+        "import fused, torch; layer = fused.FusedCIEMA(4, 2, backend='reference');"
+        "x = torch.ones(1, 4, 2, 2); layer(x); layer.backend = None\n"
+        "for call in (lambda: layer(x), lambda: fused.explain(layer), lambda: fused.explain(x)):\n"
+        "    try: call()\n"
+        "    except fused.BackendError as error: print(error)\n"
+        "fused.set_backend(None); layer(x); print('runs')"
+    )
     result = run_python(code, FUSED_BACKEND="abacus")
-    assert result.stdout.split() == ["auto"]
-    assert "FUSED_BACKEND='abacus' is unknown" in result.stderr
+    *refusals, end = result.stdout.splitlines()
+    assert end == "runs", result.stderr
+    assert len(refusals) == 3
+    assert all(text.startswith("FUSED_BACKEND='abacus' is unknown, known") for text in refusals)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,35 @@ def test_train_eval_predict(
     assert "leave out --learning-rate, --size" in error_line(capsys)
 
 
+def test_several_paths_are_predicted_as_one_set(
+    checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(pictures, tmp_path / "set")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "set", "dark")
+    (tmp_path / "set" / "dark" / "broken.png").write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
+    alone = ["set/lines/lines_1.png", str(tmp_path / "set" / "lines" / "lines_0.png")]
+    given = ["set/dark", "packed.zip", *alone, "set/dark/dark_0.png"]
+    assert main(["predict", str(checkpoint), *given, "--json", "-"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    found = {item["name"]: item["probability"] for item in told["predictions"]}
+    dark = [f"dark/dark_{i}.png" for i in range(4)]
+    names = {*(f"set/{name}" for name in dark), *(f"packed.zip/{name}" for name in dark), *alone}
+    assert set(found) == names
+    assert len(told["predictions"]) == len(names)
+    assert [file["name"] for file in told["bad_files"]] == ["set/dark/broken.png"]
+    for name in dark:
+        assert found[f"set/{name}"] == pytest.approx(found[f"packed.zip/{name}"], rel=1e-5)
+    assert main(["predict", str(checkpoint), "set/lines/lines_1.png", "--json", "-"]) == 0
+    (item,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert item["name"] == "lines_1.png"
+    assert item["probability"] == pytest.approx(found[alone[0]], rel=1e-5)
+
+
 def test_bad_files_give_code_1_and_their_names(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +199,8 @@ def test_bad_files_give_code_1_and_their_names(
         (["eval", "{checkpoint}", "--data", "{set}", "--split", "test"], 2, "only a run folder"),
         (["eval", "{tmp}/none", "--data", "{set}"], 4, "does not exist"),
         (["predict", "{checkpoint}", "{tmp}/none.png"], 3, "none.png"),
+        (["predict", "{tmp}/none.png", "{set}"], 3, "none.png' does not exist"),
+        (["predict", "{checkpoint}", "{set}", "{checkpoint}"], 2, "before the pictures"),
         (["predict", "{checkpoint}", "{set}", "--device", "toaster"], 2, "device='toaster'"),
         (["predict", "{checkpoint}", "{set}", "--top-k", "0"], 2, "top_k=0"),
         (["predict", "{checkpoint}", "{set}", "--backend", "magic"], 2, "magic"),
@@ -261,7 +293,7 @@ def test_the_program_in_its_own_process(checkpoint: Path, pictures: Path) -> Non
     done = run_program("predict", checkpoint, pictures, "--json", "-")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["predictions"]) == 12
-    failed = run_program("predict", pictures / "dark" / "dark_0.png", pictures)
+    failed = run_program("info", pictures / "dark" / "dark_0.png")
     assert failed.returncode == 4
     assert failed.stderr.count("\n") == 1
 
@@ -303,7 +335,7 @@ def test_random_files_give_typed_errors(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    fuzz = tmp_path / "fuzz.png"
+    fuzz = tmp_path / ("fuzz.pth" if as_checkpoint else "fuzz.png")
     fuzz.write_bytes(content)
     if as_checkpoint:
         assert main(["predict", str(fuzz), str(pictures)]) == 4

@@ -23,12 +23,11 @@ from PIL import Image
 from mobilesteelnet.data import (
     DataError,
     PictureDataset,
-    contrast_table,
-    duplicate_groups,
     eval_transform,
     natural_key,
     scan,
 )
+from mobilesteelnet.datacheck import contrast_table
 from mobilesteelnet.pictures import PictureError, decode
 
 # Sets as they should be -------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def test_duplicates_are_found_across_formats_and_modes(write):
     same = {"dent/g.png": encode(grey), "rust/g.bmp": encode(grey.convert("RGB"), "BMP")}
     turned = {"rust/t.png": encode(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(4, 16)))}
     pictures = scan(write({**two_classes(), **same, **turned}))
-    groups = [[pictures.items[i].name for i in group] for group in duplicate_groups(pictures)]
+    groups = [[pictures.items[i].name for i in group] for group in pictures.duplicate_groups()]
     assert groups == [["dent/g.png", "rust/g.bmp"]]
 
 

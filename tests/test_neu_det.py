@@ -18,12 +18,10 @@ pytest.importorskip("PIL", reason="Pillow is not installed")
 
 from mobilesteelnet.data import (
     PictureSet,
-    contrast_table,
-    duplicate_groups,
     scan,
     stratified_split,
 )
-from mobilesteelnet.datacheck import check
+from mobilesteelnet.datacheck import check, contrast_table
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def test_is_read_whole(pictures: PictureSet) -> None:
     ]
     assert [pictures.labels.count(label) for label in range(6)] == [300] * 6
     assert {(p.width, p.height) for p in pictures.items} == {(200, 200)}
-    (group,) = duplicate_groups(pictures)
+    (group,) = pictures.duplicate_groups()
     assert [pictures.items[i].name for i in group] == [
         "patches/patches_101.jpg",
         "patches/patches_105.jpg",
@@ -70,7 +68,7 @@ def test_splits_as_the_paper(pictures: PictureSet) -> None:
         assert [sum(pictures.labels[i] == label for i in side) for label in range(6)] == [each] * 6
     for seed in range(20):
         split = stratified_split(pictures, seed=seed)
-        pair = set(duplicate_groups(pictures)[0])
+        pair = set(pictures.duplicate_groups()[0])
         assert any(pair <= set(side) for side in (split.train, split.val, split.test))
 
 

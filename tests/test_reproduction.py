@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,11 @@ import torch
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 pytest.importorskip("torchvision", reason="torchvision is not installed")
-from reproduction_cases import CHANGES, RUNS, places  # noqa: F401
+from reproduction_cases import CHANGES, RUNS, places, set_options  # noqa: F401
 from run_cases import CPU, SMALL, pictures, small  # noqa: F401
 from training_cases import make_pictures, one_thread  # noqa: F401
 
+from mobilesteelnet.__main__ import main
 from mobilesteelnet.checkpoint import load_checkpoint
 from mobilesteelnet.data import DataError, scan, stratified_split
 from mobilesteelnet.evaluate import evaluate
@@ -112,6 +115,34 @@ def test_runs_are_resumed_and_done_ones_are_left(
     assert RunFolder(places.run(RUNS[1])).best.read_bytes() == weights
     finish_runs(RUNS, places, CHANGES, machine=CPU)
     assert len(judged) == 3  # the test pictures are read once a run
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("reproduce table7 --only msff --seeds 1", set_options()),
+        ("reproduce recipe --only mixup --fits 1", set_options()),
+        ("crossval --fits 1", set_options(seed=1)),
+    ],
+)
+def test_an_interrupted_command_says_how_it_goes_on(
+    command: str,
+    options: list[str],
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Classifier, "training_step", interrupt)
+    words = ["mobilesteelnet", *command.split(), "--data", str(pictures), *options]
+    monkeypatch.setattr(sys, "argv", [*words, "--overwrite"])
+    assert main() == 5
+    told = capsys.readouterr().err.strip()
+    assert told.endswith(f"interrupted after 0 epochs; continue with: {shlex.join(words)}")
 
 
 def test_a_finished_run_is_not_trained_again(places: Places) -> None:

@@ -40,22 +40,14 @@ _logger = logging.getLogger("fused")
 _told: set[tuple[str, str, str]] = set()
 
 
-def check_name(name: str) -> str:
-    """Return a backend's name or "auto"; raise BackendError for any other."""
+_default = os.environ.get("FUSED_BACKEND", AUTO)
+
+
+def check_name(name: str, source: str = "backend") -> str:
+    """Return a backend's name or "auto"; raise BackendError for any other, naming its source."""
     if name != AUTO and name not in BACKENDS:
-        raise BackendError(f"backend={name!r} is unknown, known are {[AUTO, *BACKENDS]}")
+        raise BackendError(f"{source}={name!r} is unknown, known are {[AUTO, *BACKENDS]}")
     return name
-
-
-def _from_environment() -> str:
-    name = os.environ.get("FUSED_BACKEND", AUTO)
-    if name != AUTO and name not in BACKENDS:
-        _logger.warning("FUSED_BACKEND=%r is unknown and ignored, known: %s", name, list(BACKENDS))
-        return AUTO
-    return name
-
-
-_default = _from_environment()
 
 
 def set_backend(name: str | None) -> None:
@@ -69,8 +61,13 @@ def set_backend(name: str | None) -> None:
 
 
 def requested(backend: str | None) -> str:
-    """The name that counts: a call's or module's own, else the default; may be "auto"."""
-    return _default if backend is None else backend
+    """The name that counts: a call's or module's own, else the default; may be "auto".
+
+    Raises:
+        BackendError: the default counts, and the environment names an unknown one.
+    """
+    # What set_backend() was given is known; asked for here, an import never fails.
+    return check_name(_default, "FUSED_BACKEND") if backend is None else backend
 
 
 def choose(op: str, x: torch.Tensor, backend: str = AUTO, groups: int | None = None) -> Backend:

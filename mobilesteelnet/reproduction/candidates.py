@@ -37,6 +37,7 @@ def judge_candidates(
     machine: Machine | None = None,
     console: Console | None = None,
     overwrite: bool = False,
+    again: str = "",
     tell: Callable[[Path, CrossValidation], None],
 ) -> None:
     """Cross-validate the candidates whose results are not there yet.
@@ -50,6 +51,7 @@ def judge_candidates(
         machine: Where it is computed.
         console: Where progress is shown.
         overwrite: Judge them again; what is there of any of them is deleted first.
+        again: As in :func:`mobilesteelnet.train.train`.
         tell: Called with each new result file and what is in it.
 
     Raises:
@@ -79,6 +81,7 @@ def judge_candidates(
             fits=fits,
             machine=machine,
             console=console,
+            again=again,
         )
         target.parent.mkdir(parents=True, exist_ok=True)
         where = machine or Machine()

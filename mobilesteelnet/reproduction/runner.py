@@ -113,6 +113,7 @@ def finish_runs(
     machine: Machine | None = None,
     console: Console | None = None,
     overwrite: bool = False,
+    again: str = "",
 ) -> list[Path]:
     """Do what is left to do of the runs; returns the result files of all of them.
 
@@ -123,6 +124,7 @@ def finish_runs(
         machine: Where it is computed.
         console: Where progress is shown.
         overwrite: Do them again; what is there of any of them is deleted first.
+        again: As in :func:`mobilesteelnet.train.train`.
 
     Raises:
         RunFolderError: A run or result of other options is in the way; nothing of it was changed.
@@ -149,7 +151,9 @@ def finish_runs(
             text = f"run {number + 1} of {len(left)}: {run.recipe}, {run.name}"
             console.print(text, highlight=False, markup=False)
         try:
-            done = finish_run(configs[place], places.run(run), machine=machine, console=console)
+            done = finish_run(
+                configs[place], places.run(run), machine=machine, console=console, again=again
+            )
         except NotFiniteError as error:
             failed.append(f"{run.recipe} {run.name}: {error}")
             continue
