@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 USAGE, DATA, CHECKPOINT, TRAINING, FILES, FAULT, INTERRUPTED = 2, 3, 4, 5, 6, 70, 130
@@ -50,6 +51,8 @@ def _run(arguments: list[str]) -> int:
     from .cli import app
 
     keep_freed_memory()
+    # Pillow warns of pictures that are refused by name (`pictures.decode`).
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     try:
         code = typer.main.get_command(app).main(
             args=arguments, prog_name="mobilesteelnet", standalone_mode=False

@@ -64,11 +64,11 @@ class Output(Console):
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a run folder, named like a checkpoint, or the word ``shipped``."""
     from .run_folder import RunFolder
-    from .shipped import SHIPPED
+    from .shipped import is_shipped
 
     if path.is_dir():
         return RunFolder(path).config.is_file()
-    return path.suffix.lower() in CHECKPOINT_ENDINGS or (str(path) == SHIPPED and not path.exists())
+    return path.suffix.lower() in CHECKPOINT_ENDINGS or is_shipped(path)
 
 
 def checkpoint_and_pictures(paths: list[Path]) -> tuple[Path, list[Path]]:
@@ -97,10 +97,10 @@ def open_checkpoint(
     from .checkpoint import load_checkpoint
     from .predict import choose_device
     from .run_folder import RunFolder
-    from .shipped import SHIPPED, load_shipped
+    from .shipped import is_shipped, load_shipped
 
     place = choose_device(device)
-    if str(source) == SHIPPED and not source.exists():
+    if is_shipped(source):
         if classes is not None:
             raise ValueError("--classes: the shipped weights have the names of theirs")
         shipped = load_shipped(place, backend=backend)

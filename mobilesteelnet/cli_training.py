@@ -95,7 +95,11 @@ def train_command(  # one parameter an option
     dropout: Annotated[float, typer.Option(help="Before the head.", rich_help_panel=NETWORK)] = 0.0,
     init_from: Annotated[
         Path | None,
-        typer.Option(help="Start from the weights of a checkpoint.", rich_help_panel=NETWORK),
+        typer.Option(
+            help="Start from the weights of a checkpoint; [bold]shipped[/bold] are the package's "
+            "(with --recipe ours).",
+            rich_help_panel=NETWORK,
+        ),
     ] = None,
     recipe: Annotated[
         str,
@@ -229,7 +233,7 @@ def train_command(  # one parameter an option
     if chosen.get("activation") == "none":
         chosen["activation"] = None
     if init_from is not None:
-        chosen["init_from"] = str(init_from.absolute())
+        chosen["init_from"] = str(init_from)
     config = TrainConfig(**{**recipe_options(recipe), **chosen})
     return _tell(train(config, out, machine=machine, overwrite=overwrite, console=console))
 

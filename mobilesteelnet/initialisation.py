@@ -11,6 +11,7 @@ from torch import nn
 
 from .checkpoint import CheckpointError, load_checkpoint
 from .networks import MOBILESTEELNET, build_network
+from .shipped import is_shipped, load_shipped
 from .train_config import TrainConfig
 
 MOBILESTEELNET_OPTIONS = (
@@ -38,7 +39,8 @@ def build_model(config: TrainConfig, classes: list[str], backend: str | None = N
     model = build_network({"num_classes": len(classes), **options, "backend": backend})
     if config.init_from is None:
         return model
-    source = load_checkpoint(config.init_from)
+    shipped = is_shipped(config.init_from)
+    source = load_shipped() if shipped else load_checkpoint(config.init_from)
     weights = source.model.state_dict()
     own = model.state_dict()
     # Another set of classes gets a new head; everything else has to fit.
@@ -51,7 +53,8 @@ def build_model(config: TrainConfig, classes: list[str], backend: str | None = N
     if unlike:
         raise CheckpointError(
             f"init_from={config.init_from!r} has another network than the options ask for "
-            f"({unlike[0]!r} differs): give the same network, attention, fusion and width"
+            f"({unlike[0]!r} differs): give the same network, attention, fusion, activation and "
+            "width" + ", which --recipe ours does" * shipped
         )
     model.load_state_dict(weights)
     return model

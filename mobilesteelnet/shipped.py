@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -34,6 +34,11 @@ STORAGES = ("int8", "float16", "float32")
 def shipped_folder() -> Path:
     """Where the package's weights lie, if it brings some."""
     return Path(str(resources.files(__package__).joinpath("weights")))
+
+
+def is_shipped(source: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint's path is the word for the package's weights, and no such file."""
+    return str(source) == SHIPPED and not Path(source).exists()
 
 
 def load_shipped(
@@ -229,6 +234,7 @@ def _card(made: PackagedWeights, checkpoint: Checkpoint, storage: str, note: str
             "overall_accuracy": result.overall_accuracy,
             "calibration_error": None if calibration is None else calibration.expected_error,
             "classes": {item.name: item.accuracy for item in result.per_class},
+            "coverage": [] if calibration is None else [asdict(at) for at in calibration.coverage],
         }
 
     return {
@@ -257,6 +263,11 @@ def _card_text(card: dict[str, Any]) -> str:
         for name, value in stored["classes"].items()
         if value is not None
     )
+    accepted = "\n".join(
+        f"| {at['threshold']:g} | {100 * at['coverage']:.2f} | {100 * at['accuracy']:.2f} |"
+        for at in stored["coverage"]
+        if at["accuracy"] is not None
+    )
     options = card["training"].get("options", {})
     shown = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
     parts = [
@@ -274,6 +285,8 @@ def _card_text(card: dict[str, Any]) -> str:
         f"{100 * stored['calibration_error']:.2f} % (logits divided by "
         f"{card.get('temperature', 1.0):g} before the softmax).",
         f"| class | accuracy, % |\n|---|---:|\n{rows}",
+        "**When a person has to look.** What `predict --min-confidence` accepts, and how much of "
+        f"that is right:\n\n| confidence | accepted, % | right, % |\n|---:|---:|---:|\n{accepted}",
         f"**How made.** `mobilesteelnet train`, then `mobilesteelnet package-weights`. {shown}.",
         f"**Data.** {card['note']}" if card["note"] else "",
         "Licence of the weights: Apache-2.0.",

@@ -31,6 +31,7 @@ from .data import (
 from .initialisation import build_model
 from .lightning_modules import Classifier, PictureDataModule, TrainingError
 from .run_folder import RunFolder, RunFolderError, write_json
+from .shipped import is_shipped
 from .splits import seen_pictures
 from .train_config import Machine, TrainConfig
 from .transforms import training_transform
@@ -115,7 +116,7 @@ def train(
     """
     machine = machine or Machine()
     config = replace(config, data=str(Path(config.data).absolute()))
-    if config.init_from is not None:
+    if config.init_from is not None and not is_shipped(config.init_from):
         config = replace(config, init_from=str(Path(config.init_from).absolute()))
     folder = RunFolder(out)
     if is_first_process():

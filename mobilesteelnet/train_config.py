@@ -78,7 +78,8 @@ class TrainConfig:
         on_bad_file: ``skip`` or ``fatal``.
         network: ``mobilesteelnet``, or one of ``networks.BASELINES``.
         attention, fusion, activation, width, bn_statistics, dropout: See ``MobileSteelNet``.
-        init_from: Checkpoint whose weights the training starts from; None starts from scratch.
+        init_from: Checkpoint whose weights the training starts from, or ``shipped``; None starts
+            from scratch.
         epochs: At most so many passes over the training pictures.
         batch_size: Pictures a step and device.
         optimizer: ``adam``, ``adamw`` or ``sgd``.

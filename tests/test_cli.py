@@ -184,6 +184,23 @@ def test_bad_files_give_code_1_and_their_names(
     assert main(["predict", str(checkpoint), str(only)]) == 3
 
 
+def test_huge_pictures_are_refused_without_a_warning(
+    checkpoint: Path,
+    pictures: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    from PIL import Image
+
+    picture = pictures / "dark" / "dark_0.png"
+    with Image.open(picture) as image:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", image.width * image.height - 1)
+    assert main(["predict", str(checkpoint), str(picture)]) == 3
+    assert "are not read" in capsys.readouterr().err
+    assert not [str(item.message) for item in recwarn if "exceeds limit" in str(item.message)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

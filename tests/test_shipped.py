@@ -20,6 +20,7 @@ from training_cases import (
     CLASSES,
     NORMALISATION,
     SIZE,
+    WIDTH,
     make_pictures,
     one_thread,  # noqa: F401
     save_small,
@@ -31,6 +32,7 @@ from mobilesteelnet.__main__ import main
 from mobilesteelnet.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from mobilesteelnet.data import PictureSet, scan, stratified_split
 from mobilesteelnet.evaluate import evaluate
+from mobilesteelnet.initialisation import build_model
 from mobilesteelnet.model import MobileSteelNet
 from mobilesteelnet.quantisation import choose_bits, quantise, restore, stored_bytes
 from mobilesteelnet.shipped import (
@@ -43,6 +45,7 @@ from mobilesteelnet.shipped import (
     unseen_pictures,
 )
 from mobilesteelnet.splits import seen_pictures
+from mobilesteelnet.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,12 @@ def test_packaged_weights_are_read_back(pictures: PictureSet, tmp_path: Path) ->
     assert card["bytes"] == (tmp_path / WEIGHTS).stat().st_size
     text = (tmp_path / "CARD.md").read_text()
     assert card["sha256"] in text
+    assert card["stored"]["coverage"][0] == {
+        "threshold": 0.0,
+        "coverage": 1.0,
+        "accuracy": again.overall_accuracy,
+    }
+    assert f"| 0 | 100.00 | {100 * again.overall_accuracy:.2f} |" in text
     assert "Drawn for the tests." in text
     assert f"{100 * again.average_accuracy:.2f} %" in text
     size = 4 * sum(t.numel() for t in checkpoint().model.state_dict().values())
@@ -282,6 +291,28 @@ def test_pictures_alone_are_predicted_with_the_packages_weights(
     )
     assert main(["predict", str(shipping / WEIGHTS)]) == 2
     assert "give the pictures" in capsys.readouterr().err
+
+
+def test_a_training_starts_from_the_packages_weights(
+    shipping: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_checkpoint(shipping / WEIGHTS).model.state_dict()
+    config = TrainConfig(data=str(folder), width=WIDTH, init_from="shipped")
+    own = build_model(config, CLASSES).state_dict()
+    assert all(torch.equal(own[key], weights[key]) for key in weights)
+    other = build_model(config, ["a", "b"]).state_dict()
+    assert [key for key in weights if other[key].shape != weights[key].shape] == [
+        "fc.weight",
+        "fc.bias",
+    ]
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(folder), "--init-from", "shipped", "--out", str(out)]
+    arguments += ["--epochs", "1", "--size", str(SIZE), "--fractions", "0.5,0.25,0.25"]
+    assert main([*arguments, "--accelerator", "cpu"]) == 4
+    assert "which --recipe ours does" in capsys.readouterr().err  # of another width
+    assert main([*arguments, "--width", str(WIDTH), "--accelerator", "cpu"]) == 0
+    trained = load_checkpoint(out / "best.safetensors")
+    assert trained.training["options"]["init_from"] == "shipped"
 
 
 def test_the_demo_with_the_packages_weights(
