@@ -127,3 +127,46 @@ def test_gradients_may_be_expanded(place: Place, op: str) -> None:
                 runs.append(torch.autograd.grad(results, leaves, grads))
         for got, want in zip(runs[1], runs[0], strict=True):
             assert error(got, want) <= 1e-6, f"{op} {backend}"
+
+
+def nearly_constant(op: str, named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by which one channel before a batch norm deviates by a thousandth of its mean."""
+    if op == "gated_fusion":
+        named["e"][:, 0] = 1 + 1e-3 * named["e"][:, 0]
+        named["w"][:] = 0.5
+        named["squeeze_weight"][0] = 0
+        named["squeeze_weight"][0, 0] = 4
+        return named
+    for name in ("gn_weight", "conv3x3_weight"):
+        named[name][0] *= 1e-3
+    for name in ("gn_bias", "conv3x3_bias"):
+        named[name][0] = 1
+    for name in ("spatial_conv1_weight", "attention_weight"):
+        named[name][0] = 0
+        named[name][0, 0] = 2
+    return named
+
+
+@pytest.mark.parametrize(("op", "scale"), [("cross_spatial", 1000.0), ("gated_fusion", 100.0)])
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_pixels_outside_add_nothing_however_large_their_gradient(
+    place: Place, op: str, scale: float
+) -> None:
+    """A zero there is thousands of deviations from the mean, beyond the range of half precision.
+
+    Scaled as a loss of mixed precision is, all gradients of the map's own pixels are within it.
+    """
+    named = nearly_constant(op, arguments(op, Sizes(2, 16, 5, 3, 2), True))
+    for backend in backends_for(op, torch.float16, place):
+        args = convert(op, named, torch.float16, "contiguous", place.device)
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        leaves = require_grad(op, args)
+        generator = torch.Generator().manual_seed(1)
+        with chosen(backend) as name:
+            results = differentiable(op, OPS[op](*args, backend=name))
+            along = [scale * torch.randn(r.shape, generator=generator) for r in results]
+            along = [a.to(r) for a, r in zip(along, results, strict=True)]
+            gradients = torch.autograd.grad(results, leaves, along)
+        names = [name for name in OPS[op].inputs if name in OPS[op].gradients]
+        for leaf, gradient in zip(names, gradients, strict=True):
+            assert gradient.isfinite().all(), f"{op} {backend}: {leaf}"

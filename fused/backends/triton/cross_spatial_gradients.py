@@ -223,12 +223,13 @@ def cross_spatial_features_backward_kernel(
             )  # fmt: skip
             of_k = of_program + k * BLOCK_C + channel
             sum0, sum1 = tl.load(of_k), tl.load(of_k + 3 * BLOCK_C)
-            grad = ((grad - sum0[None, :] - n * sum1[None, :]) * scale[None, :]).to(own.dtype)
+            grad = (grad - sum0[None, :] - n * sum1[None, :]) * scale[None, :]
+            # Pixels outside have no features, but in half precision their gradient may be infinite.
+            grad = tl.where(inside[:, None], grad, 0.0).to(own.dtype)
             back = weight_tile_transposed(tiles, TILE_ATTENTION + 3 * k + j, BLOCK_C)
             acc = tl.dot(grad, back, acc, input_precision=PRECISION)
             # A scales features k itself, so their own gradient has a second part.
             acc += tl.where(j == k, grad_weighted * attention, 0.0)
-            # Pixels outside have no features, so whatever their gradient is adds nothing here.
             part = tl.dot(tl.trans(grad), of_j, input_precision=PRECISION)
             w1 += tl.where(k == 0, part, 0.0)
             w3 += tl.where(k == 1, part, 0.0)

@@ -69,8 +69,8 @@ def weight_gradient(
             at = value + sample * value_strides[0]
             at += tile_offsets(pixel, column, value_strides, WIDE)
             right = norm_backward(right, at, ok, slopes, column, known, columns, TRAINING)
-            if affine is not None:
-                # Neither shift nor level may count pixels that are not there.
+            if TRAINING or affine is not None:
+                # Pixels outside have a shift or a level, which may be infinite in half precision.
                 right = tl.where(ok, right, 0.0)
         acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
     return acc
