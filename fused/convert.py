@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .backends import check_name
 from .backends.reference.published import PublishedCIEMA
 from .fused_block import has_hooks
 from .modules import FusedCIEMA, FusedMSFF
@@ -69,13 +70,21 @@ def is_msff(module: nn.Module) -> bool:
 
 
 def _refuse_losses(module: nn.Module, kept: Sequence[str]) -> None:
-    """Refuse hooks, parameters and children that are not of the `kept` ones: they would be lost."""
+    """Refuse what is not of the `kept` children: hooks, parameters, buffers, children are lost."""
     for name, part in module.named_modules(remove_duplicate=False):
         if any(name == one or name.startswith(f"{one}.") for one in kept):
             continue
         where = name or "the block itself"
         if has_hooks(part):
             raise ValueError(f"from_module: {where} has hooks, which the new block would lose")
+        if "forward" in vars(part):
+            raise ValueError(
+                f"from_module: {where} has a forward of its own, which the new block would lose"
+            )
+        for key, _ in part.named_buffers(recurse=False):
+            raise ValueError(
+                f"from_module: {where} has the buffer {key}, which the new block would lose"
+            )
         own = (f"{name}.{key}".lstrip(".") for key, _ in part.named_parameters(recurse=False))
         for key in set(own) - _CIEMA_KEYS:
             raise ValueError(
@@ -88,6 +97,13 @@ def _refuse_losses(module: nn.Module, kept: Sequence[str]) -> None:
                 f"from_module: {where} is a {type(part).__name__}, which the published block does "
                 "not have and the new block would lose"
             )
+
+
+def _weight(module: nn.Module, name: str) -> torch.Tensor:
+    """A child's weight, which a parametrisation may compute."""
+    child: Any = module.get_submodule(name)
+    weight: torch.Tensor = child.weight
+    return weight
 
 
 def ciema_from_module(module: nn.Module, backend: str | None = None) -> FusedCIEMA:
@@ -107,9 +123,8 @@ def ciema_from_module(module: nn.Module, backend: str | None = None) -> FusedCIE
     if missing:
         raise ValueError(f"from_module: {type(module).__name__} is no CIEMA block, lacks {missing}")
     _refuse_losses(module, _CIEMA_LEAVES)
-    width = module.get_submodule("conv1x1").get_parameter("weight").shape[0]
-    squeeze = module.get_submodule("channel_interaction.fc.0").get_parameter("weight")
-    hidden, channels = squeeze.shape
+    width = _weight(module, "conv1x1").shape[0]
+    hidden, channels = _weight(module, "channel_interaction.fc.0").shape
     # The constructor's reduction is not stored; this one gives the same hidden width.
     block = FusedCIEMA(
         *(channels, channels // width, max(channels // hidden, 1)),
@@ -163,17 +178,21 @@ def fuse(model: nn.Module, backend: str | None = None) -> nn.Module:
 
     Args:
         model: changed in place; if it is itself such a block, only the result is the fused one.
-        backend: given to every new block.
+        backend: given to every block; None leaves it of those that were fused before.
 
     Returns:
         The model.
 
     Raises:
         ValueError: nothing to replace, or a block of the older variant.
+        BackendError: `backend` is unknown.
     """
+    if backend is not None:
+        check_name(backend)
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, (FusedCIEMA, FusedMSFF)):
+            module.backend = module.backend if backend is None else backend
             continue
         if is_older_variant(module):
             ciema_from_module(module)  # raises, and says which variant it is
@@ -188,7 +207,7 @@ def fuse(model: nn.Module, backend: str | None = None) -> nn.Module:
     if not replaced and not any(isinstance(m, (FusedCIEMA, FusedMSFF)) for m in model.modules()):
         raise ValueError(f"fuse: {type(model).__name__} holds no CIEMA or MSFF block")
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # a block may stand there twice
             if child in replaced:
                 setattr(parent, name, replaced[child])
     return model

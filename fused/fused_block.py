@@ -80,6 +80,8 @@ def _difference(module: nn.Module, part: Part) -> str | None:
         return f"is a {type(module).__name__}"
     if has_hooks(module):
         return "has hooks"
+    if "forward" in vars(module):
+        return "has a forward of its own"
     for what, value in part.settings:
         found = getattr(module, what)
         if found != value:
@@ -143,6 +145,8 @@ class FusedBlock(nn.Module):
         """`frozen_for_inference` of both blocks."""
         if has_hooks(self):
             return "it has hooks"
+        if "forward" in vars(self):
+            return "it has a forward of its own"
         if type(self) not in kind.__mro__:
             return f"{type(self).__name__} is a subclass, whose own methods would be lost"
         return self.modular_reason() or kind.of(self, dtype)

@@ -244,6 +244,8 @@ def check_command(
     rule: Any = on_bad_file
     check_targets(json_file)
     require_name("--plot", plot, ".png")
+    if plot is not None and plot.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"--plot {str(plot)!r}: lies in the pictures that are looked at")
     with bar("reading pictures", Console(stderr=True)) as progress:
         pictures = scan(path, on_bad_file=rule, progress=progress)
     facts = check(pictures)

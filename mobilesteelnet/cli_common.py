@@ -148,11 +148,12 @@ def check_targets(*targets: str | Path | None) -> None:
 
     Raises:
         OSError: A folder is missing or not writable.
-        ValueError: A picture or a checkpoint would be replaced.
+        ValueError: A picture or a checkpoint would be replaced, or one result by another.
     """
     from .pictures import PICTURE_EXTENSIONS
     from .run_folder import require_writable
 
+    taken: set[Path] = set()
     for target in targets:
         if target is None or target == "-":
             continue
@@ -160,6 +161,10 @@ def check_targets(*targets: str | Path | None) -> None:
         inputs = {*PICTURE_EXTENSIONS, ".zip", *CHECKPOINT_ENDINGS}
         if Path(target).suffix.lower() in inputs:
             raise ValueError(f"{str(target)!r} is named like an input: it would be replaced")
+        place = Path(target).resolve()
+        if place in taken and (place.is_file() or not place.exists()):  # a device takes both
+            raise ValueError(f"{str(target)!r} is asked for twice: one would replace the other")
+        taken.add(place)
 
 
 def require_name(option: str, target: Path | None, suffix: str) -> None:

@@ -32,6 +32,7 @@ from .cli_common import (
     make_machine,
     open_checkpoint,
     read_pictures,
+    require_name,
     tell_bad_files,
     write,
 )
@@ -171,6 +172,7 @@ def calibrate_command(
     from .evaluate import find_temperature, pick_split
     from .shipped import unlearnt_pictures
 
+    require_name("--out", out, ".safetensors")
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, backend, None)
     target = out or (None if run is None else run.best)

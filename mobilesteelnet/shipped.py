@@ -160,6 +160,8 @@ def package_weights(
             lose too much; nothing of ``out`` was changed.
         DataError, CheckpointError: As :func:`mobilesteelnet.evaluate.evaluate`.
     """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance}: must be 0 or more")
     if storage not in STORAGES:
         raise ValueError(f"storage={storage!r}: must be one of {', '.join(STORAGES)}")
     if split not in SPLITS:

@@ -125,6 +125,11 @@ def _group_norm(block: nn.Module) -> None:
     block.multi_scale_fusion[4] = nn.GroupNorm(2, 24)
 
 
+def _patched(block: nn.Module) -> None:
+    conv = block.final_fusion[0]
+    conv.forward = lambda x: nn.Conv2d.forward(conv, x) + 1
+
+
 NEARLY: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "bias": (_bias, "final_fusion.0 has a bias"),
     "bias of a linear layer": (_linear_bias, "channel_interaction.fc.2 has a bias"),
@@ -134,6 +139,7 @@ NEARLY: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "dilation": (_strided_and_wide, "conv3x3 has padding=(2, 2)"),
     "activation": (_leaky, "multi_scale_fusion.2 is a LeakyReLU"),
     "gate": (_tanh, "final_fusion.2 is a Tanh"),
+    "forward of its own": (_patched, "final_fusion.0 has a forward of its own"),
     "GroupNorm for BatchNorm": (_group_norm, "multi_scale_fusion.4 is a GroupNorm"),
 }
 
@@ -157,7 +163,7 @@ def test_a_nearly_published_block_keeps_its_function(
     assert model.blocks[0].modular_reason() == reason
 
 
-@pytest.mark.parametrize("change", [_bias, _one_group, _reflected, _leaky, _no_bias])
+@pytest.mark.parametrize("change", [_bias, _one_group, _reflected, _leaky, _no_bias, _patched])
 def test_a_fused_block_follows_such_a_change(change: Callable[[nn.Module], None]) -> None:
     published, block = PublishedCIEMA(24, 4, 4), FusedCIEMA(24, 4, 4)
     change(published), change(block)
@@ -207,11 +213,27 @@ def _parameter(block: nn.Module) -> None:
     block.channel_interaction.scale = nn.Parameter(torch.ones(1))
 
 
+def _buffer(block: nn.Module) -> None:
+    block.register_buffer("scale", torch.ones(1))
+
+
+def _forward(block: nn.Module) -> None:
+    original = block.forward
+    block.forward = lambda x: original(x)
+
+
+def _forward_of_a_container(block: nn.Module) -> None:
+    _forward(block.multi_scale_fusion)
+
+
 LOST: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "child of a chain": (_dropout_in_a_chain, "multi_scale_fusion.5 is a Dropout, which"),
     "activation of a chain": (_relu_in_a_chain, "ms_reduce.2 is a ReLU, which"),
     "child": (_dropout, "drop is a Dropout, which"),
     "child with parameters": (_convolution, "from_module: shortcut has the parameter shortcut."),
+    "buffer": (_buffer, "the block itself has the buffer scale, which"),
+    "forward": (_forward, "the block itself has a forward of its own, which"),
+    "container's forward": (_forward_of_a_container, "multi_scale_fusion has a forward of its own"),
     "parameter": (_parameter, "channel_interaction has the parameter channel_interaction.scale"),
 }
 
@@ -292,3 +314,36 @@ def test_a_fused_model_keeps_its_modes_and_can_be_frozen() -> None:
     fused.fuse(model)
     still = [name for name, module in model.named_modules() if not module.training]
     assert still == ["blocks.0.final_fusion.1"]
+
+
+# ----------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("name", ["conv1x1", "channel_interaction.fc.0", "conv3x3"])
+def test_a_parametrised_child_is_kept(name: str) -> None:
+    model = Foreign()
+    nn.utils.parametrizations.weight_norm(model.blocks[0].get_submodule(name))
+    model = calibrated(model)
+    x, y = torch.randn(2, 3, 6, 6), torch.randn(2, 5, 3, 3)
+    want = model(x, y)
+    frozen = fused.optimize_for_inference(model)
+    assert type(frozen.blocks[0]) is PublishedCIEMA
+    assert error(frozen(x, y), want) < 1e-5
+    assert error(fused.fuse(model)(x, y), want) < 1e-5
+    assert f"{name} is a Parametrized" in str(model.blocks[0].modular_reason())
+
+
+def test_a_block_that_stands_twice_is_fused_in_both_places() -> None:
+    model = nn.Module()
+    model.first = model.second = PublishedCIEMA(8, 2)
+    fused.fuse(model)
+    assert isinstance(model.first, FusedCIEMA)
+    assert model.first is model.second
+
+
+def test_fuse_gives_its_backend_to_blocks_that_were_fused_before() -> None:
+    model = nn.Sequential(FusedCIEMA(8, 2, backend="cpu"), FusedMSFF([8]))
+    assert [block.backend for block in fused.fuse(model)] == ["cpu", None]
+    assert [block.backend for block in fused.fuse(model, "reference")] == ["reference"] * 2
+    with pytest.raises(fused.BackendError, match="backend='abacus' is unknown"):
+        fused.fuse(model, "abacus")

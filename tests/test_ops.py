@@ -50,6 +50,21 @@ def test_opcheck(name: str, training: bool, form: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "training", "form"), TRAINING)
+def test_fakes_do_not_follow_the_default_dtype(name: str, training: bool, form: str) -> None:
+    args = convert(name, arguments(name, SIZES, training, form), torch.float32, "contiguous")
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        for _ in range(2):  # without gradients, and with them
+            torch.library.opcheck(
+                OPS[name].op, args, {"backend": "auto"}, test_utils="test_faketensor"
+            )
+            require_grad(name, args)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+@pytest.mark.parametrize(("name", "training", "form"), TRAINING)
 def test_opcheck_of_the_backward(name: str, training: bool, form: str) -> None:
     args = convert(name, arguments(name, SIZES, training, form), torch.float32, "channels_last")
     op = OPS[name]

@@ -109,6 +109,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
         ["export", "{checkpoint}", "{input}.safetensors"],
         ["export", "{checkpoint}", "-"],
         ["data", "check", "{set}", "--plot", "{input}.pdf"],
+        ["calibrate", "{checkpoint}", "--data", "{set}", "--out", "{input}.png"],
     ],
 )
 def test_a_name_of_another_kind_is_refused(
@@ -125,6 +126,29 @@ def test_a_name_of_another_kind_is_refused(
     assert main([argument.format(**places) for argument in arguments]) == 2
     assert "named like an input" in (line := error_line(capsys)) or "must end in" in line
     assert {one.read_text() for one in inputs} == {"precious"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data", "check", "{set}", "--plot", "{set}/dark/dark_0.png"], "lies in the pictures"),
+        (["predict", "{checkpoint}", "{set}", "--json", "{tmp}/r", "--csv", "{tmp}/r"], "twice"),
+    ],
+)
+def test_nothing_is_replaced_by_what_it_was_made_from(
+    arguments: list[str],
+    words: str,
+    pictures: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = (pictures / "dark" / "dark_0.png").read_bytes()
+    places = {"set": pictures, "checkpoint": checkpoint, "tmp": tmp_path}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    assert words in error_line(capsys)
+    assert (pictures / "dark" / "dark_0.png").read_bytes() == before
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_is_answered(

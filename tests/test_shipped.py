@@ -216,6 +216,8 @@ def test_too_large_and_unknown_storages(pictures: PictureSet, tmp_path: Path) ->
         package_weights(checkpoint(), pictures, [0], tmp_path, **options)
     with pytest.raises(ValueError, match="storage='int3'"):
         package_weights(checkpoint(), pictures, [0], tmp_path, storage="int3")
+    with pytest.raises(ValueError, match="tolerance=nan"):
+        package_weights(checkpoint(), pictures, [0], tmp_path, tolerance=math.nan)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -106,7 +106,7 @@ def cross_spatial(*args: Any) -> tuple[torch.Tensor, ...]:
     packed = pack_cross_spatial(parameters, eps[0], eps[1], (e.shape[2], e.shape[3]))
     results = _packed(e, *vectors, packed, groups)
     c = e.shape[1] // groups
-    none = [torch.empty(0, n, device=e.device) for n in (3 * c, 3 * c, c, c)]
+    none = [torch.empty(0, n, dtype=torch.float32, device=e.device) for n in (3 * c, 3 * c, c, c)]
     return (*results, *none)
 
 

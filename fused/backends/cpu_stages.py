@@ -18,7 +18,7 @@ def gated_fusion(e: torch.Tensor, w: torch.Tensor, *rest: Any) -> tuple[torch.Te
     if p.training or save:
         return cpu_training.gated_fusion_forward(e, w, p, save)
     out = cpu_products.gated_fusion_folded(e, w, p)
-    return out, *nothing(e, 2), *nothing(torch.empty(0), 6)
+    return out, *nothing(e, 2), *nothing(torch.empty(0, dtype=torch.float32), 6)
 
 
 def gated_fusion_mean(e: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -39,7 +39,7 @@ def msff(
     statistics: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """As the reference's `forward`."""
-    none = torch.empty(0)
+    none = torch.empty(0, dtype=torch.float32)
     if training:
         out, *of_batch = cpu_training.msff_forward(features, weight, bn_weight, bn_bias, eps)
     else:
