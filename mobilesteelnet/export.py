@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,8 +248,12 @@ def _replace_metadata(model: Any, texts: dict[str, str]) -> None:
     model.metadata_props.update(texts)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+def _first_line(error: BaseException) -> str:
+    """What went wrong: of the exporter's errors, which tell of its steps in colours, the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return plain.strip().split("\n", 1)[0] or type(error).__name__
 
 
 # ----------------------------------------------------------------------------------------- check

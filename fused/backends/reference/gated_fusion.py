@@ -142,8 +142,7 @@ def forward(
     `save`; the statistics are (0,) in evaluation.
     """
     dtype, product, channels = statistics_dtype(e.dtype), product_dtype(e), e.shape[1]
-    # Folding costs a product of C × C/4 × C, which this many pixels win back.
-    if not training and not save and e.shape[0] * e.shape[2] * e.shape[3] > channels // 4:
+    if not training and not save and _folding_pays(e):
         norm1 = _Norm.of((running_mean1, running_var1), bn1_weight, bn1_bias, eps1, dtype)
         norm2 = _Norm.of((running_mean2, running_var2), bn2_weight, bn2_bias, eps2, dtype)
         norm3 = _Norm.of((running_mean3, running_var3), bn3_weight, bn3_bias, eps3, dtype)
@@ -174,6 +173,16 @@ def forward(
     if not training:
         statistics = [empty.new_empty(0, dtype=dtype) for _ in statistics]
     return (out.contiguous(memory_format=memory_format(e)), *kept, *statistics)
+
+
+def _folding_pays(e: torch.Tensor) -> bool:
+    """Whether the map has the pixels to win back the fold's product of C × C/4 × C.
+
+    While torch traces a graph the batch may be of any size, and must not be asked for.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return e.shape[0] * e.shape[2] * e.shape[3] > e.shape[1] // 4
 
 
 def backward(
