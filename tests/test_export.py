@@ -228,7 +228,7 @@ class TwoOutputs(nn.Module):
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="cannot be exported: .*data-dependent") as refused:
+    with pytest.raises(ExportError, match=r"cannot be exported: .*data-dependent") as refused:
         export_onnx(Branching(), torch.zeros(1, 1, 2, 2), tmp_path / "b.onnx")
     assert str(refused.value).isprintable()  # the exporter colours its steps
     with pytest.raises(TypeError, match="one tensor"):
