@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -217,13 +218,17 @@ def _without_autocast(devices: Iterable[str]) -> Iterator[None]:
 
 def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     """A public method of a map or list: guarded, untraced, without gradients and autocast."""
+    first = list(inspect.signature(method).parameters)[1]
 
     @torch.compiler.disable
     @functools.wraps(method)
-    def call(self: Frozen, x: Any, *rest: Any, **named: Any) -> Any:
-        if isinstance(x, Iterator):
+    def call(self: Frozen, *args: Any, **named: Any) -> Any:
+        if not args and first not in named:
+            return method(self, **named)  # Python says what is missing
+        x, *rest = args or (named.pop(first),)
+        if not isinstance(x, torch.Tensor) and isinstance(x, Iterable):
             x = list(x)  # looked at here and used there
-        inputs = x if isinstance(x, (list, tuple)) else (x,)
+        inputs = x if isinstance(x, list) else (x,)
         self.guard(*inputs)
         devices = {one.device.type for one in inputs if isinstance(one, torch.Tensor)}
         with torch.no_grad(), _without_autocast(devices):

@@ -362,3 +362,21 @@ def test_bits_do_not_depend_on_threads_or_the_batch(dtype: torch.dtype | None) -
     for stage, want in enumerate(results[0]):
         assert all(torch.equal(other[stage], want) for other in results)
         assert torch.equal(torch.cat([maps[stage] for maps in alone]), want)
+
+
+def test_a_frozen_fusion_takes_its_maps_as_the_layer_does() -> None:
+    block = FusedMSFF([4, 8]).eval()
+    frozen = optimize_for_inference(nn.ModuleList([block]).eval())[0]
+    maps = {"a": torch.randn(1, 4, 6, 6), "b": torch.randn(1, 8, 3, 3)}
+    want = block(features=maps.values()).detach()
+    for given in (maps.values(), list(maps.values()), tuple(maps.values()), iter(maps.values())):
+        torch.testing.assert_close(frozen(given), want)
+    torch.testing.assert_close(frozen(features=maps.values()), want)
+    with pytest.raises(TypeError, match="features"):
+        frozen()
+    maps["a"].requires_grad_()
+    for given in (maps.values(), list(maps.values())):
+        with pytest.raises(FrozenError, match="an input requires grad"):
+            frozen(given)
+        with pytest.raises(FrozenError, match="an input requires grad"):
+            frozen(features=given)
