@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from . import backends, folding
 from .backends.cpu_packed import PackedCIEMA, PackedMSFF
-from .contract import check_map, memory_format, product_dtype, statistics_dtype
+from .contract import memory_format, product_dtype, statistics_dtype
 from .fused_block import hooks_of
 from .modules import FusedCIEMA, FusedMSFF, Statistics
 from .registration import autocast_dtype, has_tangent
@@ -298,10 +298,6 @@ class FrozenCIEMA(Frozen, FusedCIEMA):
     def _why_not_followed(self) -> str | None:
         return self.modular_reason()
 
-    def _check_channels(self, x: torch.Tensor) -> None:
-        check_map(type(self).__name__, "x", x)
-        super()._check_channels(x)
-
     def probe(self) -> torch.Tensor:
         """A map of one pixel with the block's channels, maps' dtype and device, for `explain`."""
         return super().probe().to(self.map_dtype)
@@ -329,8 +325,6 @@ class FrozenMSFF(Frozen, FusedMSFF):
     def forward(self, features: Iterable[torch.Tensor]) -> torch.Tensor:
         """Maps (B, C_i, H_i, W_i) → (B, C_out, max H_i, max W_i), in the first map's format."""
         given = self._checked_maps(features)
-        for index, feature in enumerate(given):
-            check_map("FrozenMSFF", f"features[{index}]", feature)
         plan, maps = self._plan(), [f.to(self.map_dtype) for f in given]
         out: torch.Tensor = super().forward(maps) if plan is None else plan(maps)
         return out.to(given[0].dtype)

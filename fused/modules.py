@@ -15,6 +15,7 @@ from .backends.reference.published import (
     PublishedMSFF,
 )
 from .batchnorm import buffers_kept, update_running_statistics
+from .contract import check_map
 from .evaluation_ops import gated_fusion_mean, spatial_gate
 from .fused_block import FusedBlock, has_hooks, in_autocast_dtype, parts_of
 from .registration import needs_gradient
@@ -112,6 +113,8 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
     def interact(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
         """x → e of channel interaction, for `mean_after`: whoever has e can let x go."""
         self._check_channels(x)
+        if self._goes_modular():
+            return in_autocast_dtype(self.channel_interaction(x), x)
         return self._interact(x, statistics)
 
     def mean_after(self, e: torch.Tensor) -> torch.Tensor:
@@ -163,7 +166,8 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
         return self._frozen_as(FrozenCIEMA, dtype)
 
     def _check_channels(self, x: torch.Tensor) -> None:
-        if isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[1] != self.channels:
+        check_map(type(self).__name__, "x", x)
+        if x.shape[1] != self.channels:
             raise ValueError(
                 f"FusedCIEMA: x has {x.shape[1]} channels, shape {tuple(x.shape)}; "
                 f"this block was built for channels={self.channels}"
@@ -327,18 +331,21 @@ class FusedMSFF(FusedBlock, PublishedMSFF):
         return out, (of_channels[0], of_channels[1], of_channels[2]) if statistics else None
 
     def _checked_maps(self, features: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        if isinstance(features, torch.Tensor):
-            raise TypeError("FusedMSFF: features must be a list of maps, got one tensor")
+        if isinstance(features, torch.Tensor) or not isinstance(features, Iterable):
+            got = "one tensor" if isinstance(features, torch.Tensor) else type(features).__name__
+            raise TypeError(f"{type(self).__name__}: features must be a list of maps, got {got}")
         features = list(features)
         if len(features) == 0:
             raise ValueError(
                 f"{type(self).__name__}: features is empty, at least one map is needed"
             )
+        for index, feature in enumerate(features):
+            check_map(type(self).__name__, f"features[{index}]", feature)
         if self.stage_channels is not None:
-            got = [f.shape[1] if f.dim() > 1 else None for f in features]
-            if got != list(self.stage_channels):
+            channels = [f.shape[1] for f in features]
+            if channels != list(self.stage_channels):
                 raise ValueError(
-                    f"FusedMSFF: features have {got} channels, this block was built for "
+                    f"FusedMSFF: features have {channels} channels, this block was built for "
                     f"stage_channels={list(self.stage_channels)}"
                 )
         return features

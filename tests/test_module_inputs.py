@@ -1,0 +1,48 @@
+"""What the layers refuse, whether their stages run or their children are called one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_modules import hook
+from torch import nn
+
+from fused import FusedCIEMA, FusedMSFF
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["ops", "children"])
+@pytest.mark.parametrize(
+    ("x", "kind", "words"),
+    [
+        (None, TypeError, "x must be a tensor, got NoneType"),
+        ([torch.ones(1, 8, 2, 2)], TypeError, "x must be a tensor, got list"),
+        (torch.ones(8, 2, 2), ValueError, r"x must be \(B, C, H, W\), got shape \(8, 2, 2\)"),
+        (torch.ones(1, 8, 2, 2, 2), ValueError, r"x must be \(B, C, H, W\)"),
+        (torch.ones(0, 8, 2, 2), ValueError, "x is empty"),
+        (torch.ones(1, 8, 2, 2).int(), TypeError, "x has dtype torch.int32"),
+        (torch.ones(1, 6, 2, 2), ValueError, "x has 6 channels"),
+    ],
+    ids=["None", "list", "3-D", "5-D", "empty", "int", "channels"],
+)
+def test_both_ways_refuse_the_same_input_by_name(
+    hooked: bool, x: object, kind: type[Exception], words: str
+) -> None:
+    ciema, msff = FusedCIEMA(8, 2).eval(), FusedMSFF([8]).eval()
+    if hooked:
+        hook(ciema), msff.fusion_conv.register_forward_hook(lambda *_: None)
+    for call in (ciema, ciema.interact, ciema.spatial_gate):
+        with pytest.raises(kind, match=f"FusedCIEMA: {words}"):
+            call(x)
+    words = words.replace("x has 6", "features have [6]").replace("x ", "features[0] ", 1)
+    with pytest.raises(kind, match=words.replace("[", r"\[").replace("]", r"\]")):
+        msff([x])
+    for features in (None, 5):
+        with pytest.raises(TypeError, match="FusedMSFF: features must be a list of maps, got"):
+            msff(features)
+
+
+def test_interact_of_a_block_whose_children_are_called() -> None:
+    block = FusedCIEMA(8, 2).eval()
+    block.channel_interaction.fc[2].bias = nn.Parameter(torch.ones(8))
+    x = torch.randn(2, 8, 3, 3)
+    assert torch.equal(block.interact(x), block.channel_interaction(x))
