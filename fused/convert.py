@@ -184,9 +184,12 @@ def fuse(model: nn.Module, backend: str | None = None) -> nn.Module:
         The model.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: nothing to replace, or a block of the older variant.
         BackendError: `backend` is unknown.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model must be a module, got {type(model).__name__}")
     if backend is not None:
         check_name(backend)
     replaced: dict[nn.Module, nn.Module] = {}

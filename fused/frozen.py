@@ -270,6 +270,7 @@ class FrozenCIEMA(Frozen, FusedCIEMA):
     @guarded
     def mean_after(self, e: torch.Tensor) -> torch.Tensor:
         """The mean of `forward(x)` over H×W, (B, C) in float32 or better, from `interact(x)`."""
+        self._check_channels(e)
         plan = self._plan()
         w = self._gate(plan, e)
         if isinstance(plan, PackedCIEMA):

@@ -126,6 +126,7 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
         Raises:
             RuntimeError: it is not.
         """
+        self._check_channels(e)
         if not self.gives_means(e):
             raise RuntimeError(
                 f"{type(self).__name__}.mean_after is for evaluation without gradients and without "

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fused import FusedCIEMA, FusedMSFF
 from fused.backends import requested
-from fused.contract import check_map, statistics_dtype
+from fused.contract import statistics_dtype
 from fused.folding import Product, fold
 from fused.frozen import Frozen, FrozenCIEMA, guarded
 from fused.fused_block import Part, has_hooks, parts_of, why_called
@@ -94,7 +94,6 @@ class FrozenMobileSteelNet(Frozen, MobileSteelNet):
     def backbone(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of the three stages, in the maps' dtype."""
         self._check_images(images)
-        check_map("MobileSteelNet", "images", images)
         plan = self._plan()
         x, maps = plan.stem(images), []
         for stage in plan.stages:

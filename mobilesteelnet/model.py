@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused
-from fused.contract import Cost, Problem, cost
+from fused.contract import Cost, Problem, check_map, cost
 from fused.fused_block import has_hooks
 
 from .blocks import CIEMA_FORMS, OTHER_ATTENTIONS
@@ -184,11 +184,13 @@ class MobileSteelNet(nn.Module):
         return freeze(self, dtype)
 
     def _check_images(self, images: torch.Tensor) -> None:
-        if images.dim() != 4 or images.shape[1] != self.config["in_channels"]:
+        channels, given = self.config["in_channels"], isinstance(images, torch.Tensor)
+        if given and (images.dim() != 4 or images.shape[1] != channels):
             raise ValueError(
                 f"MobileSteelNet: images have shape {tuple(images.shape)}, expected "
-                f"(B, {self.config['in_channels']}, H, W)"
+                f"(B, {channels}, H, W)"
             )
+        check_map("MobileSteelNet", "images", images)
 
     def backbone(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of the three stages."""

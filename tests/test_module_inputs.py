@@ -7,7 +7,8 @@ import torch
 from test_modules import hook
 from torch import nn
 
-from fused import FusedCIEMA, FusedMSFF
+from fused import FusedCIEMA, FusedMSFF, fuse, optimize_for_inference
+from mobilesteelnet.model import MobileSteelNet
 
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["ops", "children"])
@@ -46,3 +47,25 @@ def test_interact_of_a_block_whose_children_are_called() -> None:
     block.channel_interaction.fc[2].bias = nn.Parameter(torch.ones(8))
     x = torch.randn(2, 8, 3, 3)
     assert torch.equal(block.interact(x), block.channel_interaction(x))
+
+
+def test_the_rest_names_what_it_refuses() -> None:
+    block, network = FusedCIEMA(8, 2).eval(), MobileSteelNet(width=0.0625).eval()
+    for ciema in (block, optimize_for_inference(block)):
+        with torch.no_grad():
+            with pytest.raises(ValueError, match="CIEMA: x has 6 channels"):
+                ciema.mean_after(torch.ones(1, 6, 2, 2))
+            with pytest.raises(TypeError, match="CIEMA: x must be a tensor, got NoneType"):
+                ciema.mean_after(None)
+    for model in (network, optimize_for_inference(network)):
+        for images, words in (
+            (None, "must be a tensor, got NoneType"),
+            ([torch.ones(1, 3, 32, 32)], "must be a tensor, got list"),
+            (torch.ones(1, 3, 32, 32).byte(), "has dtype torch.uint8"),
+        ):
+            with pytest.raises(TypeError, match=f"MobileSteelNet: images {words}"):
+                model(images)
+        with pytest.raises(ValueError, match="images is empty"):
+            model(torch.ones(0, 3, 32, 32))
+    with pytest.raises(TypeError, match="fuse: model must be a module, got int"):
+        fuse(5)
