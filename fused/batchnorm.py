@@ -47,7 +47,8 @@ def update_running_statistics(
     calls, dtype = means.shape[0], means.dtype
     tracked = norm.num_batches_tracked
     if norm.momentum is None:
-        assert tracked is not None
+        if tracked is None:
+            return  # PyTorch's own does nothing either
         # Cumulative average: every call of all history weighs the same.
         total = (tracked + calls).to(dtype)
         keep = tracked.to(dtype) / total

@@ -168,7 +168,8 @@ def load_checkpoint(
         named = False
     _check_finite(tensors, str(file))
     if classes is not None:
-        if len(classes) != len(metadata["classes"]) or len(set(classes)) != len(classes):
+        names = [item for item in classes if isinstance(item, str) and item]
+        if not len(metadata["classes"]) == len(classes) == len(set(names)):
             raise CheckpointError(
                 f"classes={classes!r}: checkpoint {str(file)!r} has {len(metadata['classes'])} "
                 "classes, as many different names are needed"

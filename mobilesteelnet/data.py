@@ -226,6 +226,8 @@ def scan_several(
         ValueError: no paths.
         DataError: one of them cannot be read at all, or there are no pictures in any.
     """
+    if isinstance(paths, (str, os.PathLike)):  # a text would be taken for its characters
+        paths = [paths]
     if not paths:
         raise ValueError("paths=[]: at least one is needed")
     if len(paths) == 1:

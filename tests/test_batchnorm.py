@@ -9,6 +9,15 @@ from torch import nn
 from fused.batchnorm import update_running_statistics
 
 
+def test_an_average_of_uncounted_calls_stays_as_pytorchs_does() -> None:
+    norm = nn.BatchNorm2d(3, momentum=None)
+    norm.num_batches_tracked = None
+    norm(torch.randn(2, 3, 4, 4))
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    update_running_statistics(norm, torch.ones(3), torch.ones(3), 8)
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+
+
 @pytest.mark.parametrize("momentum", [0.1, 0.37, 1.0, 0.0, None])
 @pytest.mark.parametrize("history", [0, 3])
 @pytest.mark.parametrize("calls", [1, 2, 7])

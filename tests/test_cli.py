@@ -222,6 +222,7 @@ def test_huge_pictures_are_refused_without_a_warning(
         (["predict", "{checkpoint}", "{set}", "--top-k", "0"], 2, "top_k=0"),
         (["predict", "{checkpoint}", "{set}", "--backend", "magic"], 2, "magic"),
         (["predict", "{checkpoint}", "{set}", "--classes", "a,b"], 4, "classes="),
+        (["predict", "{checkpoint}", "{set}", "--classes", "a,,c"], 4, "different names"),
         (["predict", "{checkpoint}", "{set}", "--json", "-", "--csv", "-"], 2, "both"),
         (["predict", "{checkpoint}", "{set}", "--csv", "{tmp}/no/where.csv"], 6, "where.csv"),
         (["info", "--size", "0"], 2, "--size 0"),

@@ -26,6 +26,7 @@ from mobilesteelnet.data import (
     eval_transform,
     natural_key,
     scan,
+    scan_several,
 )
 from mobilesteelnet.datacheck import contrast_table
 from mobilesteelnet.pictures import PictureError, decode
@@ -215,3 +216,11 @@ def test_natural_order_of_names():
         "a_123456789012345678901234567890.png",
         "b1",
     ]
+
+
+def test_one_path_for_several_is_that_path(write):
+    path = write(two_classes(2))
+    for given in (path, str(path), [path]):
+        assert scan_several(given).items == scan(path, labelled=False).items
+    with pytest.raises(ValueError, match="at least one"):
+        scan_several([])
