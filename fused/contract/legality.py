@@ -53,10 +53,14 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
-    """Memory format of outputs and gradients that belong to the map `x` (B, C, H, W)."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
+    """Memory format of outputs and gradients that belong to the map `x` (B, C, H, W).
+
+    Under transforms of torch.func, some of which know no other, it is the contiguous one.
+    """
+    if x.is_contiguous() or torch._C._are_functorch_transforms_active():
+        return torch.contiguous_format
+    fits = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if fits else torch.contiguous_format
 
 
 # --------------------------------------------------------------------------------------- legality

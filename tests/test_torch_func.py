@@ -1,0 +1,60 @@
+"""torch.func's transforms of the layers, for which errors send users to the reference backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from frozen_cases import calibrated
+from stage_cases import error
+from torch import nn
+from torch.func import functional_call, grad, jacfwd, jacrev, vmap
+
+from fused import FusedCIEMA, FusedMSFF
+from fused.backends.reference.published import PublishedCIEMA, PublishedMSFF
+
+Call = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+def _of_samples(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Gradients of every sample for the parameters, in one row each."""
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters: dict[str, torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, (parameters, buffers), (sample[None],)).square().sum()
+
+    parameters = {key: value.detach() for key, value in model.named_parameters()}
+    found = vmap(grad(loss), (None, 0))(parameters, x)
+    return torch.cat([value.flatten(1) for value in found.values()], 1)
+
+
+CALLS: dict[str, Call] = {
+    "vmap": lambda model, x: vmap(model)(torch.stack([x, 2 * x])),
+    "jacfwd": lambda model, x: jacfwd(lambda v: model(v).sum((1, 2, 3)))(x),
+    "jacrev": lambda model, x: jacrev(lambda v: model(v).sum((1, 2, 3)))(x),
+    "per-sample gradients": _of_samples,
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_the_reference_is_transformed_as_the_published_block(
+    name: str, memory_format: torch.memory_format
+) -> None:
+    published = calibrated(PublishedCIEMA(16, 4)).double()
+    block = FusedCIEMA(16, 4, backend="reference").double().eval()
+    block.load_state_dict(published.state_dict())
+    x = torch.randn(2, 16, 4, 3, dtype=torch.float64).contiguous(memory_format=memory_format)
+    got, want = CALLS[name](block, x), CALLS[name](published, x)
+    assert want.abs().max() > 1e-3
+    assert error(got, want) < 1e-9
+
+
+def test_fusion_is_mapped_over_batches() -> None:
+    published = calibrated(PublishedMSFF([4, 8])).double()
+    block = FusedMSFF([4, 8], backend="reference").double().eval()
+    block.load_state_dict(published.state_dict())
+    maps = torch.randn(3, 2, 4, 6, 6).double(), torch.randn(3, 2, 8, 3, 3).double()
+    got, want = (vmap(lambda a, b, m=m: m([a, b]))(*maps) for m in (block, published))
+    assert error(got, want) < 1e-9
