@@ -20,19 +20,17 @@ from training_cases import (
     CLASSES,
     NORMALISATION,
     SIZE,
-    WIDTH,
     make_pictures,
     one_thread,  # noqa: F401
     save_small,
     small_network,
 )
 
-from mobilesteelnet import demo, shipped
+from mobilesteelnet import shipped
 from mobilesteelnet.__main__ import main
 from mobilesteelnet.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from mobilesteelnet.data import PictureSet, scan, stratified_split
 from mobilesteelnet.evaluate import evaluate
-from mobilesteelnet.initialisation import build_model
 from mobilesteelnet.model import MobileSteelNet
 from mobilesteelnet.quantisation import choose_bits, quantise, restore, stored_bytes
 from mobilesteelnet.shipped import (
@@ -45,7 +43,6 @@ from mobilesteelnet.shipped import (
     unseen_pictures,
 )
 from mobilesteelnet.splits import seen_pictures
-from mobilesteelnet.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -257,87 +254,6 @@ def test_damaged_weights_are_noticed(pictures: PictureSet, tmp_path: Path) -> No
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="no trained weights"):
         load_shipped(folder=tmp_path)
-
-
-@pytest.fixture
-def shipping(pictures: PictureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package that brings weights."""
-    place = tmp_path / "weights"
-    package_weights(checkpoint(), pictures, [0, 5], place, tolerance=100)
-    monkeypatch.setattr(shipped, "shipped_folder", lambda: place)
-    return place
-
-
-def test_from_pretrained(shipping: Path) -> None:
-    model = MobileSteelNet.from_pretrained(backend="reference")
-    assert not model.training
-    assert model.config["backend"] == "reference"
-    images = torch.randn(1, 3, SIZE, SIZE)
-    assert torch.equal(model(images), load_checkpoint(shipping / WEIGHTS).model(images))
-
-
-def test_pictures_alone_are_predicted_with_the_packages_weights(
-    shipping: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    picture = str(folder / "dark" / "dark_0.png")
-    assert main(["predict", picture, "--json", "-", "--min-confidence", "1"]) == 0
-    alone = json.loads(capsys.readouterr().out)
-    assert alone["predictions"][0]["rejected"] is True
-    assert main(["predict", "shipped", picture, "--json", "-"]) == 0
-    named = json.loads(capsys.readouterr().out)
-    assert named["predictions"][0]["probability"] == alone["predictions"][0]["probability"]
-    assert main(["predict", str(shipping / WEIGHTS), picture, "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out) == named
-    assert (
-        main(["eval", "shipped", "--data", str(folder), "--no-report", "--out", str(shipping)]) == 0
-    )
-    assert main(["predict", str(shipping / WEIGHTS)]) == 2
-    assert "give the pictures" in capsys.readouterr().err
-
-
-def test_a_training_starts_from_the_packages_weights(
-    shipping: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    weights = load_checkpoint(shipping / WEIGHTS).model.state_dict()
-    config = TrainConfig(data=str(folder), width=WIDTH, init_from="shipped")
-    own = build_model(config, CLASSES).state_dict()
-    assert all(torch.equal(own[key], weights[key]) for key in weights)
-    other = build_model(config, ["a", "b"]).state_dict()
-    assert [key for key in weights if other[key].shape != weights[key].shape] == [
-        "fc.weight",
-        "fc.bias",
-    ]
-    out = tmp_path / "run"
-    arguments = ["train", "--data", str(folder), "--init-from", "shipped", "--out", str(out)]
-    arguments += ["--epochs", "1", "--size", str(SIZE), "--fractions", "0.5,0.25,0.25"]
-    assert main([*arguments, "--accelerator", "cpu"]) == 4
-    assert "which --recipe ours does" in capsys.readouterr().err  # of another width
-    assert main([*arguments, "--width", str(WIDTH), "--accelerator", "cpu"]) == 0
-    trained = load_checkpoint(out / "best.safetensors")
-    assert trained.training["options"]["init_from"] == "shipped"
-
-
-def test_the_demo_with_the_packages_weights(
-    shipping: Path,
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    out = tmp_path / "demo"
-    arguments = ["demo", "--budget", "shipped", "--out", str(out)]
-    assert main(arguments) == 2
-    assert "needs data" in capsys.readouterr().err
-    assert main([*arguments, "--data", str(folder)]) == 0
-    assert (out / "report" / "report.html").is_file()
-    assert not (out / "run").exists()
-    assert "on 12 " in " ".join(capsys.readouterr().out.split())
-    monkeypatch.setattr(demo, "shipped_folder", lambda: shipping)
-    assert main(["demo", "--out", str(tmp_path / "plain"), "--data", str(folder)]) == 0
-    assert not (tmp_path / "plain" / "run").exists()
-    assert demo.default_budget(None) == "small"
-    monkeypatch.setattr(demo, "shipped_folder", lambda: tmp_path)
-    assert demo.default_budget(folder) == "small"
 
 
 def test_pictures_that_a_training_never_saw(pictures: PictureSet, tmp_path: Path) -> None:
