@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backends import check_name
-from .backends.reference.published import PublishedCIEMA
+from .backends.reference.published import PublishedCIEMA, PublishedMSFF
 from .fused_block import has_hooks
 from .modules import FusedCIEMA, FusedMSFF
 
@@ -39,6 +40,9 @@ _FUNCTIONS = (
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity),
     *(nn.ReLU, nn.Sigmoid, nn.Softmax),
 )
+# The same children called in another order differ by rounding; another formula by far more.
+_SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
+_SAME_IN_HALF = 5e-2
 
 
 def is_older_variant(module: nn.Module) -> bool:
@@ -99,6 +103,63 @@ def _refuse_losses(module: nn.Module, kept: Sequence[str]) -> None:
             )
 
 
+@contextmanager
+def _in_evaluation(module: nn.Module) -> Iterator[None]:
+    """`module` as it infers; each part's own mode is back afterwards, whatever `train` does."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _wave(like: torch.Tensor, channels: int, height: int, width: int) -> torch.Tensor:
+    """Values that repeat nowhere, without a draw from the user's random numbers."""
+    steps = torch.arange(channels * height * width, device=like.device, dtype=torch.float32)
+    return (0.7 * steps).sin().add(0.1).to(like.dtype).reshape(1, channels, height, width)
+
+
+def _refuse_another_forward(module: nn.Module, block: nn.Module, probes: Sequence[Any]) -> None:
+    """Refuse a module that calls its children otherwise than the published block does.
+
+    Both are run in evaluation on the first of `probes` that `module` takes. Nothing is run where
+    there is nothing to compare: the published classes themselves, no values (meta), and hooks on
+    the children, which belong to the user's own calls.
+    """
+    published: Any = PublishedCIEMA if isinstance(block, PublishedCIEMA) else PublishedMSFF
+    tensors = [*module.parameters(), *module.buffers()]
+    idle = type(module) is published or any(t.is_meta for t in tensors)
+    if idle or any(has_hooks(part) for part in module.modules()):
+        return
+    kind, problem = type(module).__name__, ""
+    with _in_evaluation(module):
+        for probe in probes:
+            try:
+                got = module(probe)
+            except Exception as error:  # whatever a stranger's forward raises
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            want = published.forward(block, probe)
+            allowed = _SAME.get(want.dtype, _SAME_IN_HALF)
+            if not (isinstance(got, torch.Tensor) and got.shape == want.shape):
+                raise ValueError(f"from_module: {kind} does not return one map as published does")
+            if not torch.allclose(got.to(want), want, allowed, allowed, equal_nan=True):
+                apart = float((got.to(want) - want).abs().max())
+                raise ValueError(
+                    f"from_module: the forward of {kind} computes something else with its children "
+                    f"than the published block: its result differs by {apart:.2g}"
+                )
+            return
+    raise ValueError(
+        f"from_module: the forward of {kind} does not take what the published block takes, so "
+        f"that they cannot be compared: {problem}"
+    )
+
+
 def _weight(module: nn.Module, name: str) -> torch.Tensor:
     """A child's weight, which a parametrisation may compute."""
     child: Any = module.get_submodule(name)
@@ -111,7 +172,7 @@ def ciema_from_module(module: nn.Module, backend: str | None = None) -> FusedCIE
 
     Raises:
         ValueError: not a CIEMA block (missing keys are named), the older variant, or hooks,
-            parameters or children that would be lost.
+            parameters or children that would be lost, or another forward than the published one.
     """
     if is_older_variant(module):
         raise ValueError(
@@ -140,6 +201,7 @@ def ciema_from_module(module: nn.Module, backend: str | None = None) -> FusedCIE
             setattr(block.get_submodule(parent), leaf, present[name])
     learning = module.get_submodule("cross_spatial_learning")
     block.cross_spatial_learning.alpha = learning.get_parameter("alpha")
+    _refuse_another_forward(module, block, [_wave(block.conv1x1.weight, channels, 4, 3)])
     return block
 
 
@@ -152,7 +214,7 @@ def msff_from_module(
     up are accepted.
 
     Raises:
-        ValueError: not an MSFF block.
+        ValueError: not an MSFF block, or another forward than the published one.
     """
     if not is_msff(module):
         raise ValueError(f"from_module: {type(module).__name__} is no MSFF block (fusion_conv)")
@@ -167,14 +229,26 @@ def msff_from_module(
     block.stage_channels = None if known is None else tuple(known)
     block.train(module.training)
     block.fusion_conv = fusion_conv
+    # Where the block does not say how many maps it takes, one to five are tried.
+    splits = [known] if known else [_split(total, count) for count in range(1, min(total, 5) + 1)]
+    probes = [
+        [_wave(weight, c, 4 if i == 0 else 2, 3) for i, c in enumerate(split)] for split in splits
+    ]
+    _refuse_another_forward(module, block, probes)
     return block
+
+
+def _split(total: int, count: int) -> list[int]:
+    """`total` channels in `count` maps: one each, the rest in the last."""
+    return [1] * (count - 1) + [total - count + 1]
 
 
 def fuse(model: nn.Module, backend: str | None = None) -> nn.Module:
     """Replace every published-style CIEMA and MSFF block of `model`, in place, by its fused form.
 
-    Blocks are found by their keys, whatever their class is called. Parameters stay the same
-    objects, so an optimiser that holds them goes on working.
+    Blocks are found by their keys, whatever their class is called; one of a class of its own is
+    run once on a small map in evaluation, to see that it computes what the published block does.
+    Parameters stay the same objects, so an optimiser that holds them goes on working.
 
     Args:
         model: changed in place; if it is itself such a block, only the result is the fused one.
@@ -185,7 +259,8 @@ def fuse(model: nn.Module, backend: str | None = None) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: nothing to replace, or a block of the older variant.
+        ValueError: nothing to replace, or a block that has the keys but is of the older variant,
+            has more than the published one, or computes something else.
         BackendError: `backend` is unknown.
     """
     if not isinstance(model, nn.Module):
