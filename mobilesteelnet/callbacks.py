@@ -139,6 +139,7 @@ class RunWriter(Checkpoint):
             "best_epoch": self.best_epoch,
             "best_value": self.best_value,
             "stopped": self.stopped,
+            "seen": self.card["training"].get("seen"),  # what it started from may be gone
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

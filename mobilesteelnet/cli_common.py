@@ -138,9 +138,13 @@ def choose_part(
     from .evaluate import pick_split
     from .shipped import unseen_pictures
 
-    if split is None and run is None:
+    if split is not None:
+        return split, pick_split(pictures, split, run)
+    if run is None:
         return unseen_pictures(checkpoint, pictures)
-    return split or "test", pick_split(pictures, split or "test", run)
+    # The run's test pictures, without those that the weights it started from had seen.
+    unseen = set(unseen_pictures(checkpoint, pictures)[1])
+    return "test", [i for i in pick_split(pictures, "test", run) if i in unseen]
 
 
 def check_targets(*targets: str | Path | None) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .networks import MOBILESTEELNET, build_network
 from .shipped import is_shipped, load_shipped
 from .train_config import TrainConfig
@@ -20,8 +20,30 @@ MOBILESTEELNET_OPTIONS = (
 """The options of a training that only this network has."""
 
 
-def build_model(config: TrainConfig, classes: list[str], backend: str | None = None) -> nn.Module:
+def first_weights(config: TrainConfig) -> Checkpoint | None:
+    """What ``init_from`` names; None where a training starts from scratch.
+
+    Raises:
+        CheckpointError: ``init_from`` is no checkpoint.
+    """
+    if config.init_from is None:
+        return None
+    return load_shipped() if is_shipped(config.init_from) else load_checkpoint(config.init_from)
+
+
+def build_model(
+    config: TrainConfig,
+    classes: list[str],
+    backend: str | None = None,
+    source: Checkpoint | None = None,
+) -> nn.Module:
     """The network of a run before its first step: seeded, or with the weights of ``init_from``.
+
+    Args:
+        config: says the network, the seed and ``init_from``.
+        classes: of the pictures; others than the first weights' get a new head.
+        backend: of the fused stages.
+        source: what `first_weights` gave, if it was called already.
 
     Raises:
         ValueError: The network does not take the options.
@@ -37,10 +59,9 @@ def build_model(config: TrainConfig, classes: list[str], backend: str | None = N
             raise ValueError(f"network={config.network!r} does not take the option {given[0]}")
         options = {"network": config.network}
     model = build_network({"num_classes": len(classes), **options, "backend": backend})
-    if config.init_from is None:
+    source = source or first_weights(config)
+    if source is None:
         return model
-    shipped = is_shipped(config.init_from)
-    source = load_shipped() if shipped else load_checkpoint(config.init_from)
     weights = source.model.state_dict()
     own = model.state_dict()
     # Another set of classes gets a new head; everything else has to fit.
@@ -54,7 +75,7 @@ def build_model(config: TrainConfig, classes: list[str], backend: str | None = N
         raise CheckpointError(
             f"init_from={config.init_from!r} has another network than the options ask for "
             f"({unlike[0]!r} differs): give the same network, attention, fusion, activation and "
-            "width" + ", which --recipe ours does" * shipped
+            "width" + ", which --recipe ours does" * is_shipped(str(config.init_from))
         )
     model.load_state_dict(weights)
     return model

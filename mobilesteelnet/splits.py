@@ -277,11 +277,31 @@ _DIGEST = 16  # hexadecimal digits: enough to tell pictures apart, and short in 
 _SEEN = ("train", "val")
 
 
-def seen_pictures(split: Split, pictures: PictureSet) -> dict[str, str]:
-    """What a checkpoint keeps of the pictures that its training saw: their pixels' digests."""
+def seen_pictures(split: Split, pictures: PictureSet, earlier: Any = None) -> dict[str, str]:
+    """What a checkpoint keeps of the pictures that its training saw: their pixels' digests.
+
+    Args:
+        split: of this training.
+        pictures: the set that it divides.
+        earlier: the same of the checkpoint that the training started from, whose pictures the
+            network knows as well; anything else says nothing.
+    """
+    seen: dict[str, dict[str, None]] = {}
+    for side in _SEEN:
+        own = (pictures.items[i].digest[:_DIGEST] for i in getattr(split, side))
+        seen[side] = dict.fromkeys([*own, *_digests(earlier).get(side, ())])
+    for digest in seen["train"]:
+        seen["val"].pop(digest, None)  # what was learnt once is no validation any more
+    return {side: "".join(seen[side]) for side in _SEEN}
+
+
+def _digests(seen: Any) -> dict[str, list[str]]:
+    """The digests of each side in what :func:`seen_pictures` gave; empty for anything else."""
+    if not isinstance(seen, Mapping) or not all(isinstance(seen.get(s), str) for s in _SEEN):
+        return {}
     return {
-        side: "".join(pictures.items[i].digest[:_DIGEST] for i in getattr(split, side))
-        for side in _SEEN
+        side: [text[start : start + _DIGEST] for start in range(0, len(text), _DIGEST)]
+        for side, text in ((side, seen[side]) for side in _SEEN)
     }
 
 
@@ -295,13 +315,9 @@ def recognise(seen: Any, pictures: PictureSet) -> dict[str, list[int]] | None:
     Returns:
         ``train``, ``val``, and ``test`` for all others; None if none of them was seen.
     """
-    if not isinstance(seen, Mapping) or not all(isinstance(seen.get(s), str) for s in _SEEN):
+    side_of = {digest: side for side, group in _digests(seen).items() for digest in group}
+    if not side_of:
         return None
-    side_of = {
-        seen[side][start : start + _DIGEST]: side
-        for side in _SEEN
-        for start in range(0, len(seen[side]), _DIGEST)
-    }
     parts: dict[str, list[int]] = {side: [] for side in SIDES}
     for i, picture in enumerate(pictures.items):
         parts[side_of.get(picture.digest[:_DIGEST], "test")].append(i)

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -28,12 +26,12 @@ from .data import (
     scan,
     stratified_split,
 )
-from .initialisation import build_model
+from .initialisation import build_model, first_weights
 from .lightning_modules import Classifier, PictureDataModule, TrainingError
 from .run_folder import RunFolder, RunFolderError, write_json
 from .shipped import is_shipped
-from .splits import seen_pictures
 from .train_config import Machine, TrainConfig
+from .training_card import tell_of_known_pictures, training_card
 from .transforms import training_transform
 
 try:
@@ -253,7 +251,12 @@ class _Session:
         self.continued = done > 0
         # A continued run has its weights: those that it began with may be gone.
         start = replace(config, init_from=None) if self.continued else config
-        model = build_model(start, pictures.classes, machine.backend)
+        source = first_weights(start)
+        model = build_model(start, pictures.classes, machine.backend, source)
+        seen = source.training.get("seen") if source else (state or {}).get("seen")
+        if source is not None:
+            shown = console if is_first_process() else None
+            tell_of_known_pictures(config, split, pictures, seen, shown)
         self.module = Classifier(model, config, compile=machine.compile)
         small = training_transform(config, config.small_size or config.size)
         self.data = PictureDataModule(
@@ -270,7 +273,7 @@ class _Session:
             "classes": pictures.classes,
             "input_size": config.size,
             "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-            "training": _training_card(config, split, pictures),
+            "training": training_card(config, split, pictures, seen),
         }
         self.writer = RunWriter(folder, config.select, card)
         if state is not None:
@@ -368,19 +371,6 @@ def _result(
     bad: int = 0,
 ) -> TrainResult:
     return TrainResult(folder.path, folder.best, rows, best_epoch, reason, already, bad)
-
-
-def _training_card(config: TrainConfig, split: Split, pictures: PictureSet) -> dict[str, Any]:
-    """What the checkpoint says about its training; no paths, since checkpoints travel."""
-    options = config.to_dict()
-    options["data"] = Path(config.data).name
-    options["init_from"] = Path(config.init_from).name if config.init_from else None
-    return {
-        "options": options,
-        "pictures": {"train": len(split.train), "val": len(split.val), "test": len(split.test)},
-        "seen": seen_pictures(split, pictures),
-        "versions": {"torch": torch.__version__, "lightning": L.__version__},
-    }
 
 
 def _scan(config: TrainConfig, console: Console | None) -> PictureSet:

@@ -16,10 +16,11 @@ from training_cases import CLASSES, SIZE, WIDTH, one_thread  # noqa: F401
 from mobilesteelnet import demo, shipped
 from mobilesteelnet.__main__ import main
 from mobilesteelnet.checkpoint import load_checkpoint
-from mobilesteelnet.data import PictureSet
+from mobilesteelnet.data import PictureSet, scan
 from mobilesteelnet.initialisation import build_model
 from mobilesteelnet.model import MobileSteelNet
 from mobilesteelnet.shipped import WEIGHTS, package_weights
+from mobilesteelnet.splits import Split, recognise
 from mobilesteelnet.train_config import TrainConfig
 
 
@@ -79,6 +80,44 @@ def test_a_training_starts_from_the_packages_weights(
     assert main([*arguments, "--width", str(WIDTH), "--accelerator", "cpu"]) == 0
     trained = load_checkpoint(out / "best.safetensors")
     assert trained.training["options"]["init_from"] == "shipped"
+    assert "its training saw" not in capsys.readouterr().err
+
+
+def test_pictures_that_the_first_weights_learnt_are_no_test_pictures(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--data", str(folder), "--size", str(SIZE), "--width", str(WIDTH)]
+    common += ["--fractions", "0.5,0.25,0.25", "--accelerator", "cpu", "--epochs"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", *common, "1", "--seed", "1", "--out", str(first)]) == 0
+    start = ["--seed", "2", "--init-from", str(first / "best.safetensors")]
+    capsys.readouterr()
+    assert main(["train", *common, "2", *start, "--out", str(second)]) == 0
+    pictures = scan(folder)
+    before, split = (
+        Split.from_dict(json.loads((run / "split.json").read_text()), pictures)
+        for run in (first, second)
+    )
+    known = set(before.train) | set(before.val)
+    learnt = len(set(before.train) & set(split.val))
+    unknown = [i for i in split.test if i not in known]
+    assert 0 < len(unknown) < len(split.test)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"saw {learnt} of the {len(split.val)} validation pictures" in said
+    count = len(split.test) - len(unknown)
+    assert f"and {count} of the {len(split.test)} test pictures" in said
+    # Also the weights of a continued run know, whose first weights may be gone by then.
+    (first / "best.safetensors").unlink()
+    state = torch.load(second / "last.ckpt", weights_only=True)["callbacks"]["RunWriter"]
+    trained = load_checkpoint(second / "best.safetensors")
+    assert state["seen"] == trained.training["seen"]
+    parts = recognise(trained.training["seen"], pictures)
+    assert parts is not None
+    assert parts["test"] == unknown
+    assert set(parts["train"]) == set(before.train) | set(split.train)
+    assert main(["eval", str(second), "--no-report", "--out", str(tmp_path / "eval")]) == 0
+    measured = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    assert len(measured["predictions"]) == len(unknown)
 
 
 def test_the_demo_with_the_packages_weights(
