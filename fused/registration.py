@@ -128,7 +128,7 @@ class StageOp:
             if key in self.maps:
                 for one in value if isinstance(value, (list, tuple)) else (value,):
                     check_map(self.name, key, one)  # what the dispatcher would refuse in its words
-        args = self._complete(args)
+        args = self._kept_for_backward(self._complete(args))
         name = backends.requested(backend)
         if name != "reference":
             refuse_derivatives(self.name, args)
@@ -145,6 +145,15 @@ class StageOp:
         """The arguments with the defaults of those left out; the dispatcher leaves defaults out."""
         rest = self.inputs[len(args) :]
         return (*args, *(self.defaults[name] for name in rest if name in self.defaults))
+
+    def _kept_for_backward(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Running buffers by value where a backward needs them: training writes over them."""
+        if not needs_gradient(*args):
+            return args
+        return tuple(
+            value.clone() if "running_" in key and isinstance(value, torch.Tensor) else value
+            for key, value in zip(self.inputs, args, strict=True)
+        )
 
     def _plain(self, args: Sequence[Any]) -> Any:
         self._check(args)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fused import FusedCIEMA, FusedMSFF
 from fused.batchnorm import update_running_statistics
 
 
@@ -49,3 +50,27 @@ def test_half_precision_buffers_are_computed_in_float32() -> None:
     want = 1.5 * (1 - 0.9**40)
     assert norm.running_mean.dtype == torch.bfloat16
     assert norm.running_mean[0].item() == pytest.approx(want, rel=1 / 256)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_training_step_between_leaves_an_evaluations_gradients(backend: str | None) -> None:
+    """As in distillation: a forward in evaluation, one in training, then both backward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(FusedCIEMA(16, 4, backend=backend), FusedCIEMA(16, 2, backend=backend))
+    msff = FusedMSFF([6, 10], 16, backend=backend)
+    maps = [torch.randn(2, c, 6, 6, requires_grad=True) for c in (6, 10)]
+    both = nn.ModuleList([model, msff]).eval()
+    buffers = {name: buffer.clone() for name, buffer in both.named_buffers()}
+    want = torch.autograd.grad(msff_then(model, msff, maps).square().sum(), maps)
+    evaluated = msff_then(model, msff, maps)
+    both.train()
+    msff_then(model, msff, maps)
+    assert not all(torch.equal(buffers[name], buffer) for name, buffer in both.named_buffers())
+    got = torch.autograd.grad(evaluated.square().sum(), maps)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def msff_then(model: nn.Module, msff: FusedMSFF, maps: list[torch.Tensor]) -> torch.Tensor:
+    """The network's middle: fused maps, then two attention blocks."""
+    return model(msff(maps))
