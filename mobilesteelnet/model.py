@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused
-from fused.contract import Cost, Problem, check_map, cost
+from fused.contract import Cost, Problem, check_count, check_map, cost
 from fused.fused_block import has_hooks
 
 from .blocks import CIEMA_FORMS, OTHER_ATTENTIONS
@@ -100,9 +100,11 @@ class MobileSteelNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if value < 1:
-                raise ValueError(f"{name}={value}, expected at least 1")
+        check_count("num_classes", num_classes)
+        check_count("in_channels", in_channels)
+        for name, value in (("width", width), ("dropout", dropout)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r}, expected a number")
         if not 0 < width <= 8:
             raise ValueError(f"width={width}, expected a number above 0, at most 8")
         if not 0 <= dropout < 1:

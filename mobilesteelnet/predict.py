@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fused.contract import check_count
+
 from .checkpoint import Checkpoint, CheckpointError
 from .data import BadFile, DataError, PictureSet, eval_transform
 from .pictures import Image
@@ -117,7 +119,8 @@ def classify(
     """Class probabilities of pictures, in batches, on the device of the network.
 
     Args:
-        checkpoint: The network with its classes, input size and normalisation.
+        checkpoint: The network with its classes, input size and normalisation; it is put in
+            evaluation mode.
         pictures: Where the pictures are.
         indexes: Which of them; None takes all.
         batch_size: Pictures a forward.
@@ -129,7 +132,7 @@ def classify(
         could not be read, in the order of ``indexes``.
 
     Raises:
-        ValueError: ``batch_size`` is below 1.
+        ValueError: ``batch_size`` is below 1, or an index is none of a picture.
         CheckpointError: The network gives a value that is not finite.
     """
     if batch_size < 1:
@@ -138,9 +141,13 @@ def classify(
     if colours != 3:
         raise CheckpointError(f"the network takes in_channels={colours}, pictures have 3")
     wanted = list(range(len(pictures)) if indexes is None else indexes)
+    for index in wanted:
+        if not 0 <= index < len(pictures):
+            raise ValueError(f"indexes: {index} is none of the {len(pictures)} pictures")
     mean, std = checkpoint.normalisation["mean"], checkpoint.normalisation["std"]
     transform = eval_transform(checkpoint.input_size, mean=mean, std=std)
     device = next(checkpoint.model.parameters()).device
+    checkpoint.model.eval()
 
     def load(index: int) -> torch.Tensor | BadFile:
         try:
@@ -212,8 +219,7 @@ def predict(
     """
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence={min_confidence}: must be from 0 to 1")
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k}: must be 1 or more")
+    check_count("top_k", top_k)
     result = Predictions(bad=list(pictures.bad))
     places = min(top_k, len(checkpoint.classes))
     found_all = classify(checkpoint, pictures, indexes, batch_size=batch_size, progress=progress)

@@ -172,6 +172,7 @@ def package_weights(
     there = [name for name in (WEIGHTS, CARD, CARD_TEXT) if (folder / name).exists()]
     if there and not overwrite:
         raise ValueError(f"{str(folder / there[0])!r} exists: replace it with --overwrite")
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{WEIGHTS}.draft"
     take: dict[str, Any] = {"split": split, "batch_size": batch_size, "progress": progress}
@@ -189,6 +190,8 @@ def package_weights(
         os.replace(draft, made.file)
     finally:
         draft.unlink(missing_ok=True)
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
     facts = _card(made, checkpoint, storage, note)
     write_json(folder / CARD, facts)
     write_text(folder / CARD_TEXT, _card_text(facts))

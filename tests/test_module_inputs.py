@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_modules import hook
@@ -69,3 +71,29 @@ def test_the_rest_names_what_it_refuses() -> None:
             model(torch.ones(0, 3, 32, 32))
     with pytest.raises(TypeError, match="fuse: model must be a module, got int"):
         fuse(5)
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "words"),
+    [
+        (lambda: FusedCIEMA(64.0), TypeError, r"channels=64\.0, expected a whole number"),
+        (lambda: FusedCIEMA("64"), TypeError, "channels='64', expected a whole number"),
+        (lambda: FusedCIEMA(3), ValueError, "channels=3, expected at least 4"),
+        (lambda: FusedCIEMA(64, 2.0), TypeError, r"factor=2\.0, expected a whole number"),
+        (lambda: FusedCIEMA(64, 0), ValueError, "factor=0, expected at least 1"),
+        (lambda: FusedCIEMA(64, 2, None), TypeError, "reduction=None, expected a whole number"),
+        (lambda: FusedMSFF(5), TypeError, "stage_channels=5, expected a list"),
+        (lambda: FusedMSFF("35"), TypeError, "stage_channels='35', expected a list"),
+        (lambda: FusedMSFF([]), ValueError, "stage_channels="),
+        (lambda: FusedMSFF([4, 3.5]), TypeError, r"stage_channels\[1\]=3\.5, expected a whole"),
+        (lambda: FusedMSFF([4], 0), ValueError, "out_channels=0, expected at least 1"),
+        (lambda: MobileSteelNet(6.0), TypeError, r"num_classes=6\.0, expected a whole"),
+        (lambda: MobileSteelNet(width="1"), TypeError, "width='1', expected a number"),
+        (lambda: MobileSteelNet(dropout=None), TypeError, "dropout=None, expected a number"),
+    ],
+)
+def test_constructors_name_what_they_refuse(
+    build: Callable[[], nn.Module], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        build()

@@ -118,12 +118,29 @@ def test_a_network_for_grey_pictures_is_refused(tmp_path: Path) -> None:
         predict(grey, scan(folder, labelled=False))
 
 
+def test_a_network_in_training_mode_is_put_in_evaluation(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    found = scan(make_pictures(tmp_path / "set", per_class=1), labelled=False)
+    want = predict(checkpoint, found).items
+    before = {name: buffer.clone() for name, buffer in checkpoint.model.named_buffers()}
+    checkpoint.model.train()
+    assert predict(checkpoint, found).items == want
+    for name, buffer in checkpoint.model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_arguments_are_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
     found = scan(make_pictures(tmp_path / "set", per_class=1), labelled=False)
     with pytest.raises(ValueError, match="top_k=0"):
         predict(checkpoint, found, top_k=0)
     with pytest.raises(ValueError, match="batch_size=0"):
         predict(checkpoint, found, batch_size=0)
+    with pytest.raises(TypeError, match=r"top_k=2\.5"):
+        predict(checkpoint, found, top_k=2.5)  # type: ignore[arg-type]
+    for index in (-1, len(found)):
+        with pytest.raises(ValueError, match=f"indexes: {index} is none of the"):
+            predict(checkpoint, found, indexes=[index])
     for device in ("toaster", "cpu:x", ""):
         with pytest.raises(ValueError, match="device="):
             choose_device(device)

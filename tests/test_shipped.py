@@ -215,6 +215,8 @@ def test_too_large_and_unknown_storages(pictures: PictureSet, tmp_path: Path) ->
         package_weights(checkpoint(), pictures, [0], tmp_path, storage="int3")
     with pytest.raises(ValueError, match="tolerance=nan"):
         package_weights(checkpoint(), pictures, [0], tmp_path, tolerance=math.nan)
+    with pytest.raises(ValueError, match="max_bytes=1000"):
+        package_weights(checkpoint(), pictures, [0], tmp_path / "new", **options)
     assert list(tmp_path.iterdir()) == []
 
 

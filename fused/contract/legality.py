@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -98,6 +100,16 @@ def check_tensor(
             f"{stage}: {name} has dtype {value.dtype}, expected {' or '.join(sorted(wanted))} "
             f"for a map of {like.dtype}"
         )
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse an argument that is no whole number, or one below `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r}, expected a whole number") from None
+    if number < least:
+        raise ValueError(f"{name}={value}, expected at least {least}")
 
 
 def check_groups(stage: str, channels: int, groups: int) -> None:

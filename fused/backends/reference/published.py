@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...contract import EPS, check_bn_statistics, check_groups
+from ...contract import EPS, check_bn_statistics, check_count, check_groups
 
 CHANNEL_INTERACTION_REDUCTION = 16
 FUSION_REDUCTION = 4  # C → C//4 in multi_scale_fusion, fixed by the paper
@@ -95,10 +95,9 @@ class PublishedCIEMA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if channels < FUSION_REDUCTION:
-            raise ValueError(f"channels={channels}, at least {FUSION_REDUCTION} are needed")
-        if reduction < 1:
-            raise ValueError(f"reduction={reduction}, expected at least 1")
+        check_count("channels", channels, FUSION_REDUCTION)
+        check_count("factor", factor)
+        check_count("reduction", reduction)
         check_groups(type(self).__name__, channels, factor)
         check_bn_statistics(bn_statistics)
         self.channels, self.groups, self.reduction = channels, factor, reduction
@@ -179,12 +178,15 @@ class PublishedMSFF(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if len(stage_channels) == 0 or min(stage_channels) < 1:
-            raise ValueError(f"stage_channels={list(stage_channels)}, expected positive numbers")
+        if isinstance(stage_channels, str) or not isinstance(stage_channels, Sequence):
+            raise TypeError(f"stage_channels={stage_channels!r}, expected a list of numbers")
+        if len(stage_channels) == 0:
+            raise ValueError("stage_channels=[], expected one number a map")
+        for index, channels in enumerate(stage_channels):
+            check_count(f"stage_channels[{index}]", channels)
         self.stage_channels: tuple[int, ...] | None = tuple(stage_channels)
         self.out_channels = max(stage_channels) if out_channels is None else out_channels
-        if self.out_channels < 1:
-            raise ValueError(f"out_channels={out_channels}, expected at least 1")
+        check_count("out_channels", self.out_channels)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fusion_conv = nn.Sequential(
             nn.Conv2d(sum(stage_channels), self.out_channels, 1, bias=False, **factory),
