@@ -181,6 +181,13 @@ def ciema_from_module(module: nn.Module, backend: str | None = None) -> FusedCIE
             "with the keys channel_feat, alpha and ms_reduce"
         )
     missing = sorted(_CIEMA_KEYS - _keys(module))
+    for key in missing:  # pruning's and the older weight_norm's names
+        if {f"{key}_orig", f"{key}_g"} & _keys(module):
+            raise ValueError(
+                f"from_module: {key} is computed by a hook of its module (pruning, or the older "
+                "weight_norm): make it a parameter first (torch.nn.utils.prune.remove, "
+                "torch.nn.utils.remove_weight_norm), or use torch.nn.utils.parametrizations"
+            )
     if missing:
         raise ValueError(f"from_module: {type(module).__name__} is no CIEMA block, lacks {missing}")
     _refuse_losses(module, _CIEMA_LEAVES)

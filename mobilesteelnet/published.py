@@ -64,6 +64,11 @@ def read_published(file: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"checkpoint {str(file)!r}: {key!r:.80} is sparse, quantised or without values"
             )
+        if not value.is_floating_point() and not key.endswith("num_batches_tracked"):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"checkpoint {str(file)!r}: {key!r:.80} holds {kind}, weights are real numbers"
+            )
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content)

@@ -167,6 +167,8 @@ def test_a_picture_is_no_checkpoint(tmp_path: Path, name: str) -> None:
             {"fc.weight": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)},
             "sparse, quantised or without values",
         ),
+        ({"fc.weight": torch.eye(3).int()}, "'fc.weight' holds int32, weights are real numbers"),
+        ({"fc.weight": torch.eye(3).cfloat()}, "'fc.weight' holds complex64"),
         ({"conv1.weight": torch.zeros(3)}, "another network"),
         ({"fc.weight": torch.zeros(6, 4), "initial_conv.0.weight": torch.zeros(1)}, "does not fit"),
     ],

@@ -12,6 +12,7 @@ from frozen_cases import calibrated
 from stage_cases import error
 from test_modules import hook, hook_on_a_container, parametrise
 from torch import nn
+from torch.nn.utils import prune
 
 import fused
 from fused import FusedCIEMA, FusedMSFF
@@ -331,6 +332,19 @@ def test_a_parametrised_child_is_kept(name: str) -> None:
     assert error(frozen(x, y), want) < 1e-5
     assert error(fused.fuse(model)(x, y), want) < 1e-5
     assert f"{name} is a Parametrized" in str(model.blocks[0].modular_reason())
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: prune.l1_unstructured(m, "weight", 0.3), nn.utils.weight_norm]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_a_hook_computes_is_refused_by_name(
+    change: Callable[[nn.Module], nn.Module],
+) -> None:
+    block = PublishedCIEMA(24, 4, 4)
+    change(block.conv1x1)
+    with pytest.raises(ValueError, match=r"conv1x1.weight is computed by a hook of its module"):
+        fused.fuse(nn.Sequential(block))
 
 
 def test_a_block_that_stands_twice_is_fused_in_both_places() -> None:
