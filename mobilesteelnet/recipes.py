@@ -32,6 +32,7 @@ _OURS: dict[str, Any] = {
     "activation": "relu",
     "augmentation": "texture",
     "crop_scale": 0.8,
+    "light": 0.6,
     "quarter_turns": False,
     "label_smoothing": 0.1,
 }
@@ -51,7 +52,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "lower-rate-strong-augmentation-no-activation": {**_STRONG, **_LOWER, "activation": None},
     "lower-rate-published-augmentation": {**_STRONG, **_LOWER, "augmentation": "published"},
     "smaller-crops": {"crop_scale": 0.6},
-    "more-light": {"light": 0.6},
+    "less-light": {"light": 0.3},
     "sequential-statistics": {"bn_statistics": "sequential"},
     "no-recalibration": {"recalibrate_bn": False},
     "no-label-smoothing": {"label_smoothing": 0.0},
