@@ -148,12 +148,13 @@ class StageOp:
 
     def _kept_for_backward(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Running buffers by value where a backward needs them: training writes over them."""
-        if not needs_gradient(*args):
+        names = zip(self.inputs, args, strict=True)
+        places = [i for i, (key, x) in enumerate(names) if "running_" in key and x is not None]
+        if not places or torch.compiler.is_exporting() or not needs_gradient(*args):
             return args
-        return tuple(
-            value.clone() if "running_" in key and isinstance(value, torch.Tensor) else value
-            for key, value in zip(self.inputs, args, strict=True)
-        )
+        # Copies of all in one launch on a GPU.
+        kept = torch._foreach_mul([args[i] for i in places], 1.0)
+        return tuple(kept[places.index(i)] if i in places else x for i, x in enumerate(args))
 
     def _plain(self, args: Sequence[Any]) -> Any:
         self._check(args)

@@ -102,14 +102,18 @@ def check_tensor(
         )
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse an argument that is no whole number, or one below `least`."""
+def check_whole(name: str, value: Any) -> int:
+    """Refuse an argument that is no whole number."""
     try:
-        number = operator.index(value)
+        return operator.index(value)
     except TypeError:
         raise TypeError(f"{name}={value!r}, expected a whole number") from None
-    if number < least:
-        raise ValueError(f"{name}={value}, expected at least {least}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse an argument that is no whole number, or one below `least`."""
+    if check_whole(name, value) < least:
+        raise ValueError(f"{name}={value}, at least {least} expected")
 
 
 def check_groups(stage: str, channels: int, groups: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...contract import EPS, check_bn_statistics, check_count, check_groups
+from ...contract import EPS, check_bn_statistics, check_count, check_groups, check_whole
 
 CHANNEL_INTERACTION_REDUCTION = 16
 FUSION_REDUCTION = 4  # C → C//4 in multi_scale_fusion, fixed by the paper
@@ -96,7 +96,7 @@ class PublishedCIEMA(nn.Module):
     ) -> None:
         super().__init__()
         check_count("channels", channels, FUSION_REDUCTION)
-        check_count("factor", factor)
+        check_whole("factor", factor)
         check_count("reduction", reduction)
         check_groups(type(self).__name__, channels, factor)
         check_bn_statistics(bn_statistics)
