@@ -14,7 +14,7 @@ import torch
 
 from . import backends, ops
 from .contract import CHECKS, OUTPUTS, check_cross_spatial_parameters, statistics_dtype
-from .registration import LIBRARY, refuse_derivatives
+from .registration import DEVICE_KEYS, LIBRARY, refuse_derivatives
 
 
 class EvaluationOp:
@@ -41,7 +41,7 @@ class EvaluationOp:
         tags = (torch.Tag.pt2_compliant_tag,)
         LIBRARY.define(f"{name}({arguments}, *, str backend='auto') -> Tensor", tags=tags)
         self.op = getattr(torch.ops.ciema, name).default
-        for key in ("CPU", "CUDA"):
+        for key in DEVICE_KEYS:
             LIBRARY.impl(name, self._without_autocast, key)
             LIBRARY.impl(name, self._autocast(key), f"Autocast{key}")
         torch.library.register_fake(

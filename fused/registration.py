@@ -17,6 +17,8 @@ from . import backends
 from .contract import CHECKS, OUTPUTS, check_map, memory_format
 
 LIBRARY = torch.library.Library("ciema", "DEF")
+# The devices that have these ops; on those without kernels of ours the reference runs.
+DEVICE_KEYS = ("CPU", "CUDA", "XPU", "MPS")
 
 
 def _empty(x: torch.Tensor, spec: Any) -> torch.Tensor:
@@ -188,7 +190,7 @@ class StageOp:
 
     def _register(self) -> None:
         name, backward_name = f"ciema::{self.name}", f"ciema::{self.name}_backward"
-        for key in ("CPU", "CUDA"):
+        for key in DEVICE_KEYS:
             LIBRARY.impl(self.name, self._run_forward, key)
             LIBRARY.impl(f"{self.name}_backward", self._run_backward, key)
             LIBRARY.impl(self.name, self._autocast(key), f"Autocast{key}")

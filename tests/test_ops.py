@@ -18,6 +18,7 @@ from stage_cases import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
+from fused import backends
 from fused.contract import OUTPUTS, SAVED, STAGES
 
 SIZES = Sizes(2, 8, 4, 3, 2)
@@ -242,3 +243,19 @@ def test_fakes_of_cuda_tensors(name: str, training: bool, form: str, backend: st
         OUTPUTS[name](dict(zip(OPS[name].inputs, args, strict=True))), outputs, strict=True
     ):
         assert (tuple(out.shape), out.dtype) == (tuple(spec.shape), spec.dtype)
+
+
+@pytest.mark.parametrize("device", ["XPU", "MPS"])
+@pytest.mark.parametrize("name", list(OPS))
+def test_devices_without_our_kernels_run_the_reference(name: str, device: str) -> None:
+    """No such device is here: the dispatcher is told of one, the backends see a fake map on it."""
+    args = convert(name, arguments(name, SIZES), torch.float32, "contiguous")
+    key = getattr(torch._C.DispatchKey, device)
+    found = OPS[name].op.redispatch(torch._C.DispatchKeySet(key), *args, backend="reference")
+    torch.testing.assert_close(found, OPS[name].op(*args, backend="reference"), rtol=0, atol=0)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ciema::{name}", f"Autocast{device}")
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 4, 3, device=device.lower())
+    assert backends.choose(name, x, groups=2).name == "reference"
+    with pytest.raises(backends.BackendError, match=f"is on {device.lower()}"):
+        backends.choose(name, x, "cpu", groups=2)
