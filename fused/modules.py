@@ -95,7 +95,7 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
 
     def probe(self) -> torch.Tensor:
         """A map of one pixel with the block's channels, dtype and device, for `explain`."""
-        weight = self.final_fusion[0].get_parameter("weight")
+        weight: Any = self.final_fusion[0].weight  # a Parameter, or a plain tensor in its place
         return torch.empty(1, self.channels, 1, 1, dtype=weight.dtype, device=weight.device)
 
     def forward(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
@@ -290,7 +290,7 @@ class FusedMSFF(FusedBlock, PublishedMSFF):
 
     def probe(self) -> torch.Tensor:
         """A map of one pixel with the block's channels, dtype and device, for `explain`."""
-        weight = self.fusion_conv[0].get_parameter("weight")
+        weight: Any = self.fusion_conv[0].weight  # a Parameter, or a plain tensor in its place
         return torch.empty(1, weight.shape[1], 1, 1, dtype=weight.dtype, device=weight.device)
 
     def frozen_for_inference(self, dtype: torch.dtype | None) -> nn.Module | str:

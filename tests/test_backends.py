@@ -213,3 +213,15 @@ def test_explain_tells_what_really_runs(monkeypatch: pytest.MonkeyPatch) -> None
     block(torch.randn(1, 16, 4, 4))
     said = {stage: name for (_, stage), name in fused.explain(block).chosen().items()}
     assert said == ran
+
+
+def test_a_plain_tensor_in_a_parameters_place_is_explained_and_frozen() -> None:
+    """As meta-learning sets it: the weight of a step is a tensor, not a Parameter."""
+    block, x = FusedCIEMA(16, groups=4).eval(), torch.randn(1, 16, 5, 6)
+    expected = block(x)
+    weight = block.final_fusion[0].weight.detach()
+    del block.final_fusion[0].weight
+    block.final_fusion[0].weight = weight
+    assert fused.explain(block).chosen()[("", "gated_fusion")] == "cpu"
+    frozen = fused.optimize_for_inference(block)
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-5, atol=1e-5)
