@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import resources
@@ -28,6 +29,7 @@ from .splits import recognise
 SHIPPED = "shipped"
 """What the command line takes in place of a checkpoint's path for the weights of the package."""
 WEIGHTS, CARD, CARD_TEXT = "mobilesteelnet.safetensors", "card.json", "CARD.md"
+FILES = (WEIGHTS, CARD, CARD_TEXT)
 STORAGES = ("int8", "float16", "float32")
 
 
@@ -169,32 +171,34 @@ def package_weights(
     if not checkpoint.named_classes:
         checkpoint = replace(checkpoint, classes=pictures.classes, named_classes=True)
     folder = Path(out)
-    there = [name for name in (WEIGHTS, CARD, CARD_TEXT) if (folder / name).exists()]
+    there = [name for name in FILES if (folder / name).exists()]
     if there and not overwrite:
         raise ValueError(f"{str(folder / there[0])!r} exists: replace it with --overwrite")
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{WEIGHTS}.draft"
     take: dict[str, Any] = {"split": split, "batch_size": batch_size, "progress": progress}
     try:
-        size = _write_draft(draft, checkpoint, storage, max_bytes)
-        device = next(checkpoint.model.parameters()).device
-        before = evaluate(checkpoint, pictures, indexes, **take)
-        after = evaluate(load_checkpoint(draft, device), pictures, indexes, **take)
-        made = PackagedWeights(folder / WEIGHTS, size, before, after)
-        if made.loss > tolerance:
-            raise ValueError(
-                f"storage={storage!r} costs {made.loss:.2f} points of accuracy, more than "
-                f"tolerance={tolerance}"
-            )
-        os.replace(draft, made.file)
+        # All three are whole before the first of them replaces an earlier one.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".drafts-") as place:
+            draft = Path(place) / WEIGHTS
+            size = _write_draft(draft, checkpoint, storage, max_bytes)
+            device = next(checkpoint.model.parameters()).device
+            before = evaluate(checkpoint, pictures, indexes, **take)
+            after = evaluate(load_checkpoint(draft, device), pictures, indexes, **take)
+            made = PackagedWeights(folder / WEIGHTS, size, before, after)
+            if made.loss > tolerance:
+                raise ValueError(
+                    f"storage={storage!r} costs {made.loss:.2f} points of accuracy, more than "
+                    f"tolerance={tolerance}"
+                )
+            facts = _card(draft, made, checkpoint, storage, note)
+            write_json(draft.with_name(CARD), facts)
+            write_text(draft.with_name(CARD_TEXT), _card_text(facts))
+            for name in FILES:
+                os.replace(draft.with_name(name), folder / name)
     finally:
-        draft.unlink(missing_ok=True)
         if new and not any(folder.iterdir()):
             folder.rmdir()
-    facts = _card(made, checkpoint, storage, note)
-    write_json(folder / CARD, facts)
-    write_text(folder / CARD_TEXT, _card_text(facts))
     return made
 
 
@@ -231,7 +235,9 @@ def _store(
     return half, {"bits": {}, "shapes": {}}
 
 
-def _card(made: PackagedWeights, checkpoint: Checkpoint, storage: str, note: str) -> dict[str, Any]:
+def _card(
+    draft: Path, made: PackagedWeights, checkpoint: Checkpoint, storage: str, note: str
+) -> dict[str, Any]:
     def figures(result: Evaluation) -> dict[str, Any]:
         calibration = result.calibration
         return {
@@ -244,7 +250,7 @@ def _card(made: PackagedWeights, checkpoint: Checkpoint, storage: str, note: str
 
     return {
         "file": WEIGHTS,
-        "sha256": hashlib.sha256(made.file.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(draft.read_bytes()).hexdigest(),
         "bytes": made.bytes,
         "storage": storage,
         "classes": checkpoint.classes,

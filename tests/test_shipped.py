@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -241,6 +242,21 @@ def test_weights_are_replaced_on_request_only(
     assert main([*arguments, "--storage", "float16", "--overwrite"]) == 0
     assert json.loads((tmp_path / "weights" / CARD).read_text())["storage"] == "float16"
     assert load_shipped(folder=tmp_path / "weights").classes == CLASSES
+
+
+def test_a_card_that_cannot_be_written_leaves_the_earlier_weights(
+    pictures: PictureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package_weights(checkpoint(), pictures, [0, 5], tmp_path, tolerance=100)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(shipped, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        package_weights(checkpoint(), pictures, [0, 5], tmp_path, tolerance=100, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_damaged_weights_are_noticed(pictures: PictureSet, tmp_path: Path) -> None:
