@@ -25,7 +25,6 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
             part._buffers.update(buffers)
 
 
-@torch.no_grad()
 def update_running_statistics(
     norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int
 ) -> None:
@@ -42,8 +41,9 @@ def update_running_statistics(
     """
     if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return
-    means = mean.reshape(-1, norm.num_features)
-    variances, unbiased = var.reshape(-1, norm.num_features), count / (count - 1)
+    # Detached, and not under no_grad, which an exported training step could not be stored with.
+    means = mean.detach().reshape(-1, norm.num_features)
+    variances, unbiased = var.detach().reshape(-1, norm.num_features), count / (count - 1)
     calls, dtype = means.shape[0], means.dtype
     tracked = norm.num_batches_tracked
     if norm.momentum is None:

@@ -41,44 +41,57 @@ def refuse_training(what: str) -> NoReturn:
 
 
 class _Watched(NamedTuple):
-    """What tells that a plan is no longer that of the module; looked at in every call."""
+    """What tells that a plan is no longer that of its module; looked at in every call.
+
+    The module itself is handed in: held here, it would hold itself, and outlive its last user.
+    """
 
     # Modules are asked for what they hold in each call: an export puts other dictionaries in.
-    owners: list[nn.Module]  # of parameters and buffers
+    owners: list[nn.Module]  # of parameters and buffers, among the descendants
     parents: list[nn.Module]
     hooks: list[Mapping[int, Any]]
-    numbers: list[tuple[nn.Module, str]]  # attributes that plans are made with
-    modules: list[nn.Module]  # kept, so that no other child gets the identity of one that is gone
+    eps: list[nn.Module]  # plans are made with it
+    descendants: list[nn.Module]  # kept, so that no other child gets the identity of one gone
 
     @staticmethod
     def of(module: nn.Module) -> _Watched:
-        modules = list(module.modules())
+        rest = list(module.modules())[1:]
         return _Watched(
-            [m for m in modules if m._parameters or m._buffers],
-            [m for m in modules if m._modules],
-            [hooks for m in modules[1:] for hooks in hooks_of(m)],
-            [(m, "eps") for m in modules if hasattr(m, "eps")]
-            + [(module, "groups") for _ in range(hasattr(module, "groups"))],
-            modules,
+            [m for m in rest if m._parameters or m._buffers],
+            [m for m in rest if m._modules],
+            [hooks for m in rest for hooks in hooks_of(m)],
+            [m for m in rest if hasattr(m, "eps")],
+            rest,
         )
 
-    def key(self) -> tuple[Any, ...]:
-        """What changes with a weight's value, place or identity, a child's, an eps, hooks."""
-        weights = tuple(
-            (id(t), t.data_ptr(), -1 if t.is_inference() else t._version)
-            for m in self.owners
+    def parameters(self, module: nn.Module) -> Iterator[torch.Tensor]:
+        return (p for m in (module, *self.owners) for p in m._parameters.values() if p is not None)
+
+    def weights(self, module: nn.Module) -> list[torch.Tensor]:
+        return [
+            t
+            for m in (module, *self.owners)
             for t in (*m._parameters.values(), *m._buffers.values())
             if t is not None
+        ]
+
+    def key(self, module: nn.Module, weights: list[torch.Tensor]) -> tuple[Any, ...]:
+        """What changes with a weight's value, place or identity, a child's, an eps, hooks."""
+        values = tuple(
+            (id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in weights
         )
-        children = tuple(id(child) for m in self.parents for child in m._modules.values())
-        numbers = tuple(getattr(module, name) for module, name in self.numbers)
-        return weights, children, numbers, any(self.hooks)
+        parents = (module, *self.parents)
+        children = tuple(id(child) for m in parents for child in m._modules.values())
+        numbers = (getattr(module, "groups", None), *(m.eps for m in self.eps))
+        return values, children, numbers, any(self.hooks)
 
 
 class _Made(NamedTuple):
     key: tuple[Any, ...]
     plan: Any
     watched: _Watched
+    # Weights and their memory, kept so that no other weight gets the identity of one gone.
+    weights: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Frozen(nn.Module):
@@ -128,15 +141,20 @@ class Frozen(nn.Module):
         # One assignment of key and plan together: two threads may both make it, none sees half.
         made = self._made
         name = backends.requested(self._requested())
-        if made is None or made.key != (name, made.watched.key()):
+        if made is None or made.key != (name, self._key(made.watched)):
             reason = self._why_not_followed()
             if reason is not None:
                 raise FrozenError(self.refusal(reason))
             watched = _Watched.of(self)
-            key, device = (name, watched.key()), next(self.parameters()).device.type
+            weights = watched.weights(self)
+            key, device = (name, watched.key(self, weights)), next(self.parameters()).device.type
             with torch.inference_mode(False), torch.no_grad(), _without_autocast([device]):
-                self._made = made = _Made(key, self._make_plan(), watched)
+                kept = [(t, t.detach()) for t in weights]
+                self._made = made = _Made(key, self._make_plan(), watched, kept)
         return made
+
+    def _key(self, watched: _Watched) -> tuple[Any, ...]:
+        return watched.key(self, watched.weights(self))
 
     def _plan(self) -> Any:
         """The plan, for a method behind `guarded`, which has checked it."""
@@ -198,12 +216,12 @@ class Frozen(nn.Module):
             )
         if has_tangent(*inputs):
             refuse_training("an input has a tangent")
-        owners = self._checked().watched.owners
+        watched = self._checked().watched
         if not torch.is_grad_enabled():
             return
         if any(getattr(x, "requires_grad", False) for x in inputs):
             refuse_training("an input requires grad")
-        if any(p is not None and p.requires_grad for m in owners for p in m._parameters.values()):
+        if any(p.requires_grad for p in watched.parameters(self)):
             refuse_training("a parameter requires grad")
 
 

@@ -121,6 +121,12 @@ def why_called(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     return None
 
 
+def is_cast(x: torch.Tensor) -> bool:
+    """Whether the ops would take `x` in another dtype, that of an autocast."""
+    dtype = autocast_dtype(x.device.type)
+    return dtype is not None and x.dtype not in (dtype, torch.float64)
+
+
 def in_autocast_dtype(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A result of children called one by one, in the dtype that the ops would give it for `x`."""
     dtype = autocast_dtype(x.device.type)

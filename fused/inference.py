@@ -9,15 +9,15 @@ and its children are asked.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .contract import FLOAT_DTYPES
+from .contract import check_dtype
 from .convert import ciema_from_module, is_ciema, is_msff, is_older_variant, msff_from_module
 from .frozen import Frozen, refuse_training
 
@@ -54,9 +54,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize_for_inference: model is a {type(model).__name__}, not a module")
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-        raise TypeError(f"optimize_for_inference: dtype={dtype!r}, supported are None, {allowed}")
+    check_dtype("optimize_for_inference: dtype", dtype)
     for name, module in model.named_modules():
         what = f"model.{name}" if name else "model"
         if isinstance(module, Frozen):
@@ -81,10 +79,23 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     for module in frozen.modules():
         if not isinstance(module, Frozen):
             # A parent would train or convert half of its children before one refuses.
-            module.train = functools.partial(_refuse_training, module)  # type: ignore[method-assign]
-            module.requires_grad_ = functools.partial(_refuse_gradients, module)  # type: ignore[method-assign]
-            module._apply = functools.partial(_refuse_conversion, module)  # type: ignore[method-assign]
+            module.train = _Instead(_refuse_training, module)  # type: ignore[method-assign]
+            module.requires_grad_ = _Instead(_refuse_gradients, module)  # type: ignore[method-assign]
+            module._apply = _Instead(_refuse_conversion, module)  # type: ignore[method-assign]
     return frozen
+
+
+class _Instead:
+    """A function in the place of one module's method; it does not keep the module alive."""
+
+    def __init__(self, function: Callable[..., nn.Module], module: nn.Module) -> None:
+        self._function, self._module = function, weakref.ref(module)
+
+    def __call__(self, *args: Any, **named: Any) -> nn.Module:
+        return self._function(self._module(), *args, **named)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Instead, (self._function, self._module())  # a copy's is the copy's
 
 
 def _refuse_training(module: nn.Module, mode: bool = True) -> nn.Module:

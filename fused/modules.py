@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ops
+from . import backends, ops
 from .backends.reference.published import (
     CHANNEL_INTERACTION_REDUCTION,
     PublishedCIEMA,
@@ -17,7 +17,7 @@ from .backends.reference.published import (
 from .batchnorm import buffers_kept, update_running_statistics
 from .contract import check_map
 from .evaluation_ops import gated_fusion_mean, spatial_gate
-from .fused_block import FusedBlock, has_hooks, in_autocast_dtype, parts_of
+from .fused_block import FusedBlock, has_hooks, in_autocast_dtype, is_cast, parts_of
 from .registration import needs_gradient
 
 DEFAULT_FACTOR = 32
@@ -176,6 +176,11 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
 
     def _interact(self, x: torch.Tensor, statistics: Statistics | None = None) -> torch.Tensor:
         weights = self._interaction_weights()
+        if statistics is None and is_cast(x):
+            # The maximum's gradient goes where x has it: what autocast rounds may tie elsewhere.
+            plain = backends.requested(self.backend) == "reference"
+            given = x if plain else x.detach()  # the op's backward counts the statistics in
+            statistics = ops.channel_statistics(given, backend=self.backend)
         e, *_ = ops.channel_interaction(x, *weights, *(statistics or ()), backend=self.backend)
         return e
 

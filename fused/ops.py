@@ -11,7 +11,8 @@ from .registration import StageOp
 
 _BACKEND = "*, str backend='auto'"
 
-# Mean, maximum and its first position over H×W of every channel: the first pass of 2.1.
+# Mean, maximum and its first position over H×W of every channel: the first pass of 2.1. Autocast
+# leaves x as it is, as it leaves poolings: rounded values tie where those of x do not.
 channel_statistics = StageOp(
     name="channel_statistics",
     forward=f"(Tensor x, {_BACKEND}) -> (Tensor mean, Tensor maximum, Tensor argmax)",
@@ -20,6 +21,7 @@ channel_statistics = StageOp(
     maps=("x",),
     differentiable=("mean", "maximum"),
     gradients=("x",),
+    cast=(),
 )
 
 # ------------------------------------------------------------------------------------------- msff

@@ -44,7 +44,18 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 def needs_gradient(*values: Any) -> bool:
     """Whether autograd would record a call with these arguments, tensors or not."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(values))
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return any(t.requires_grad for t in _tensors(values))
+    return any(_unbatched(t).requires_grad for t in _tensors(values))
+
+
+def _unbatched(x: torch.Tensor) -> torch.Tensor:
+    """What vmap was given, which alone tells whether a gradient is asked for."""
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def has_tangent(*values: Any) -> bool:
@@ -85,7 +96,8 @@ class StageOp:
 
     Attributes:
         name: the op, `ciema::<name>`; its backward is `ciema::<name>_backward`.
-        maps: the inputs that are maps; autocast casts these and nothing else.
+        maps: the inputs that are maps.
+        cast: those that autocast casts, all unless told otherwise; nothing else is cast.
         differentiable: the outputs that carry a gradient.
         gradients: the inputs whose gradients the backward returns, in its order.
         inputs: names of the forward's arguments, `backend` not counted.
@@ -102,9 +114,11 @@ class StageOp:
         maps: tuple[str, ...],
         differentiable: tuple[str, ...],
         gradients: tuple[str, ...],
+        cast: tuple[str, ...] | None = None,
     ) -> None:
         """Define and register both ops; `forward` and `backward` are their schemas."""
         self.name, self.maps = name, maps
+        self.cast = maps if cast is None else cast
         self.differentiable, self.gradients = differentiable, gradients
         tags = (torch.Tag.pt2_compliant_tag,)
         LIBRARY.define(name + forward, tags=tags)
@@ -154,8 +168,11 @@ class StageOp:
         places = [i for i, (key, x) in enumerate(names) if "running_" in key and x is not None]
         if not places or torch.compiler.is_exporting() or not needs_gradient(*args):
             return args
-        # Copies of all in one launch on a GPU.
-        kept = torch._foreach_mul([args[i] for i in places], 1.0)
+        buffers = [args[i] for i in places]
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            kept = [buffer.clone() for buffer in buffers]  # vmap knows no other
+        else:
+            kept = list(torch._foreach_mul(buffers, 1.0))  # all in one launch on a GPU
         return tuple(kept[places.index(i)] if i in places else x for i, x in enumerate(args))
 
     def _plain(self, args: Sequence[Any]) -> Any:
@@ -184,7 +201,7 @@ class StageOp:
             return value.to(dtype) if eligible else value
 
         pairs = zip(self.inputs, args, strict=True)
-        return tuple(cast(value) if name in self.maps else value for name, value in pairs)
+        return tuple(cast(value) if name in self.cast else value for name, value in pairs)
 
     # ------------------------------------------------------------------------------ registration
 

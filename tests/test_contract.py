@@ -51,6 +51,14 @@ def test_bad_constructor_arguments(arguments: dict, words: str) -> None:
         FusedCIEMA(**arguments)
 
 
+def test_parameters_are_of_a_floating_dtype() -> None:
+    for dtype in (torch.int32, torch.complex64, "float32"):
+        with pytest.raises(TypeError, match=f"dtype={dtype!r}, supported are None, float32"):
+            FusedCIEMA(32, dtype=dtype)
+        with pytest.raises(TypeError, match=f"dtype={dtype!r}, supported are None, float32"):
+            FusedMSFF([4, 8], dtype=dtype)
+
+
 def test_bad_msff_arguments() -> None:
     with pytest.raises(ValueError, match=r"stage_channels=\[\]"):
         FusedMSFF([])

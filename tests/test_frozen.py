@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
@@ -16,6 +17,7 @@ from frozen_cases import calibrated, ciema, in_float64, network
 from safetensors.torch import load, save
 from stage_cases import error
 from torch import nn
+from torch.func import functional_call
 
 import fused
 from fused import FrozenError, FusedMSFF, optimize_for_inference
@@ -293,6 +295,36 @@ def test_the_unfrozen_model_never_uses_old_weights() -> None:
             got = block(x)
             assert not torch.equal(got, before), name
             assert error(got, in_float64(block, x)) <= 1e-5, name
+
+
+def test_weights_of_one_call_each_are_told_apart() -> None:
+    """Those gone leave their ids and memory to the next."""
+    model, x = ciema().requires_grad_(False), torch.randn(2, 24, 6, 5)
+    frozen, weight = optimize_for_inference(model), model.conv3x3.weight
+    for scale in range(1, 30):
+        swapped = [
+            functional_call(m, {"conv3x3.weight": weight * scale}, (x,)) for m in (frozen, model)
+        ]
+        assert error(*swapped) < 1e-5, scale
+    for scale in range(1, 30):
+        del frozen.conv3x3.weight
+        frozen.conv3x3.weight = nn.Parameter(weight * scale, requires_grad=False)
+        assert error(frozen(x), functional_call(model, dict(frozen.named_parameters()), x)) < 1e-5
+
+
+@pytest.mark.parametrize("make", [ciema, network, lambda: nn.Sequential(ciema()).eval()])
+def test_a_frozen_copy_goes_with_its_last_user(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    frozen = optimize_for_inference(model)
+    gone = weakref.ref(frozen)
+    gc.disable()
+    try:
+        with pytest.raises(FrozenError):
+            frozen.train()
+        del frozen
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_saving_and_copying() -> None:

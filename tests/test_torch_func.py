@@ -9,7 +9,7 @@ import torch
 from frozen_cases import calibrated
 from stage_cases import error
 from torch import nn
-from torch.func import functional_call, grad, jacfwd, jacrev, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, stack_module_state, vmap
 
 from fused import FusedCIEMA, FusedMSFF
 from fused.backends.reference.published import PublishedCIEMA, PublishedMSFF
@@ -58,3 +58,20 @@ def test_fusion_is_mapped_over_batches() -> None:
     maps = torch.randn(3, 2, 4, 6, 6).double(), torch.randn(3, 2, 8, 3, 3).double()
     got, want = (vmap(lambda a, b, m=m: m([a, b]))(*maps) for m in (block, published))
     assert error(got, want) < 1e-9
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_stacked_models_are_sent_to_the_reference_by_name(training: bool) -> None:
+    """The weights ask for gradients under vmap's tensors, which do not say so."""
+    models = [FusedCIEMA(16, 4).train(training) for _ in range(2)]
+    state, x = stack_module_state(models), torch.randn(2, 16, 4, 3)
+
+    def call(parameters: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = functional_call(models[0], (parameters, buffers), (x,))
+        return out
+
+    with pytest.raises(RuntimeError, match=r"by torch\.func; backend='reference' can"):
+        vmap(call)(*state)
+    models = [FusedCIEMA(16, 4, backend="reference").eval() for _ in range(2)]
+    got = vmap(call)(*stack_module_state(models))
+    torch.testing.assert_close(got, torch.stack([m(x) for m in models]), rtol=1e-4, atol=1e-5)

@@ -68,13 +68,22 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 # --------------------------------------------------------------------------------------- legality
 
 
+def _dtypes() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+
+
+def check_dtype(name: str, dtype: object) -> None:
+    """Refuse an argument that is neither None nor a dtype of maps and parameters."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}={dtype!r}, supported are None, {_dtypes()}")
+
+
 def check_map(stage: str, name: str, x: torch.Tensor) -> None:
     """Refuse what no stage takes: not 4-D, not floating, sparse or quantised, empty."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{stage}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-        raise TypeError(f"{stage}: {name} has dtype {x.dtype}, supported are {allowed}")
+        raise TypeError(f"{stage}: {name} has dtype {x.dtype}, supported are {_dtypes()}")
     if x.layout != torch.strided:
         raise TypeError(f"{stage}: {name} has layout {x.layout}, only torch.strided is supported")
     if x.dim() != 4:

@@ -14,7 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...contract import EPS, check_bn_statistics, check_count, check_groups, check_whole
+from ...contract import (
+    EPS,
+    check_bn_statistics,
+    check_count,
+    check_dtype,
+    check_groups,
+    check_whole,
+)
 
 CHANNEL_INTERACTION_REDUCTION = 16
 FUSION_REDUCTION = 4  # C → C//4 in multi_scale_fusion, fixed by the paper
@@ -98,6 +105,7 @@ class PublishedCIEMA(nn.Module):
         check_count("channels", channels, FUSION_REDUCTION)
         check_whole("factor", factor)
         check_count("reduction", reduction)
+        check_dtype("dtype", dtype)
         check_groups(type(self).__name__, channels, factor)
         check_bn_statistics(bn_statistics)
         self.channels, self.groups, self.reduction = channels, factor, reduction
@@ -187,6 +195,7 @@ class PublishedMSFF(nn.Module):
         self.stage_channels: tuple[int, ...] | None = tuple(stage_channels)
         self.out_channels = max(stage_channels) if out_channels is None else out_channels
         check_count("out_channels", self.out_channels)
+        check_dtype("dtype", dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fusion_conv = nn.Sequential(
             nn.Conv2d(sum(stage_channels), self.out_channels, 1, bias=False, **factory),
