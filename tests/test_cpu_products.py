@@ -100,7 +100,7 @@ def test_seven_products_are_as_accurate_as_eight_but_for_a_factor_of_two():
     assert eight < seven <= 2.5 * eight
     assert seven <= 2e-6
     parts, whole = (op("pack_product_weight")(weight, False, p).numel() for p in (512, 511))
-    assert parts - 64 == 2 * (whole - 64)
+    assert parts - 64 == 2 * (whole - 64) + 4 * 1024 // 128  # a float a pair of blocks
 
 
 @pytest.mark.parametrize("base", [1.0, 2.0**86], ids=["one", "squares past float32"])
@@ -188,6 +188,17 @@ def test_weights_of_both_forms_beside_each_other(pruned):
     doubles = [v.double() if isinstance(v, torch.Tensor) else v for v in args]
     want = reference.gated_fusion.forward(*doubles)[0]
     check(cpu_stages.gated_fusion(*args)[0], want, args[0])
+
+
+@pytest.mark.parametrize("factor", [30.0, 1e3, 1e5])
+@pytest.mark.parametrize("large", [slice(128, 256), slice(7, 8), slice(1, 256, 2)], ids=str)
+def test_large_channels_whose_weights_are_small(large, factor):
+    """Their products are as large as the others', which Strassen's sums would swallow."""
+    x, weight = laid_out((2, 256, 23, 23), "contiguous", torch.float32).clone(), weight_of(256, 256)
+    x[:, large] *= factor
+    weight[:, large] /= factor
+    got, want = pointwise(x, weight), pointwise_oracle(x, weight)
+    assert error(got, want) <= 1e-5
 
 
 def packed_fusion(args: list[Any]) -> tuple[torch.Tensor, ...]:

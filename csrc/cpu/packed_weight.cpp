@@ -18,7 +18,7 @@ struct PackedHeader {
   int64_t panel_rows, words, rows, columns, strassen, unused;
 };
 static_assert(sizeof(PackedHeader) == 64);
-constexpr char kMagic[16] = "ciema product 2";
+constexpr char kMagic[16] = "ciema product 3";
 
 int64_t steps_of(Words words, int64_t columns) {
   return words == Words::kFloats ? columns : (columns + 1) / 2;
@@ -85,19 +85,23 @@ std::vector<float> squares_of_rows(const Matrix& weight) {
 }
 
 bool fits_strassen(const Matrix& weight) {
-  if (weight.rows < kStrassenSize || weight.columns < kStrassenSize ||
-      weight.rows % (2 * kBlockRows) != 0 || weight.columns % 2 != 0) {
-    return false;
-  }
-  const std::vector<float> squares = squares_of_rows(weight);
-  const auto half = squares.begin() + weight.rows / 2;
+  return weight.rows >= kStrassenSize && weight.columns >= kStrassenSize &&
+         weight.rows % (2 * kBlockRows) == 0 && weight.columns % 2 == 0;
+}
+
+bool halves_alike(const std::vector<float>& squares) {
+  const auto half = squares.begin() + squares.size() / 2;
   return std::equal(squares.begin(), half, half, alike);
 }
+
+// The least sum of squares of results, of that of the rows times that of the pixels.
+constexpr float kLeastSquares = 1.0f / (512.0f * 512.0f);
 
 // Packed weights without their header, in floats.
 int64_t packed_floats(int64_t rows, int64_t steps, bool strassen) {
   const int64_t panels = (rows + products().rows - 1) / products().rows;
-  return panels * products().rows * steps * (strassen ? 2 : 1);
+  const int64_t floats = panels * products().rows * steps;
+  return strassen ? 2 * floats + rows / (2 * kBlockRows) : floats;
 }
 
 }  // namespace
@@ -125,7 +129,9 @@ Tensor pack_product_weight(Tensor weight, bool bfloat16, std::optional<int64_t> 
   const Matrix matrix{static_cast<const float*>(weight.const_data_ptr()), rows, columns,
                       weight.stride(0), weight.stride(1)};
   const bool large = plane.value_or(PackedWeight::kStrassenPlane) >= PackedWeight::kStrassenPlane;
-  const bool parts = !pairs && large && fits_strassen(matrix);
+  std::vector<float> squares;
+  if (!pairs && large && fits_strassen(matrix)) squares = squares_of_rows(matrix);
+  const bool parts = !squares.empty() && halves_alike(squares);
   const int64_t header = sizeof(PackedHeader), steps = steps_of(words, columns);
   Tensor packed = torch::stable::empty({header + packed_floats(rows, steps, parts) * 4},
                                        ScalarType::Byte, std::nullopt, weight.device());
@@ -135,7 +141,7 @@ Tensor pack_product_weight(Tensor weight, bool bfloat16, std::optional<int64_t> 
   std::memcpy(out, &told, sizeof(told));
   float* floats = reinterpret_cast<float*>(out + header);
   if (parts) {
-    PackedWeight::pack_parts(matrix, floats);
+    PackedWeight::pack_parts(matrix, squares, floats);
     return packed;
   }
   const int64_t panels = (rows + table.rows - 1) / table.rows, panel_floats = steps * table.rows;
@@ -179,7 +185,8 @@ PackedWeight::PackedWeight(const Tensor& packed, const char* name, const Tensor&
 }
 
 // The parts one after another, each packed as a weight of its own.
-void PackedWeight::pack_parts(const Matrix& weight, float* out) {
+void PackedWeight::pack_parts(const Matrix& weight, const std::vector<float>& squares,
+                              float* out) {
   const int64_t half_rows = weight.rows / 2, half = weight.columns / 2, rows = products().rows;
   const int64_t panel_floats = half * rows, part_floats = half_rows * half;
   const auto quarter = [&](int64_t i, int64_t j) {
@@ -202,19 +209,24 @@ void PackedWeight::pack_parts(const Matrix& weight, float* out) {
       }
     }
   });
+  float* of_blocks = out + kParts * part_floats;
+  for (int64_t r = 0; r < half_rows; r += kBlockRows) {
+    float sum = 0.0f;
+    for (int64_t i = r; i < r + kBlockRows; ++i) sum += squares[i] + squares[half_rows + i];
+    of_blocks[r / kBlockRows] = sum;
+  }
 }
 
 void PackedWeight::prepare(const Span& span, float* operand) const {
   if (strassen_ && span.full()) {
-    const bool good =
+    operand[4 * panel_floats()] =
         products().strassen_sums(operand, panel_floats() / 2, operand + 2 * panel_floats());
-    operand[4 * panel_floats()] = good ? 1.0f : 0.0f;
   }
 }
 
 void PackedWeight::multiply(const Span& span, const Rows& rows, const float* operand,
                             bool accumulate, float* acc) const {
-  if (strassen_ && rows.blocks == 2 && span.full() && operand[4 * panel_floats()] != 0.0f &&
+  if (strassen_ && rows.blocks == 2 && span.full() && operand[4 * panel_floats()] >= 0.0f &&
       multiply_in_seven(rows.first[0], operand, accumulate, acc)) {
     return;
   }
@@ -258,7 +270,8 @@ bool PackedWeight::multiply_in_seven(int64_t row, const float* operand, bool acc
         part(factors[i].part, row), kBlockRows / products().rows, factors[i].panel, steps_ / 2,
         products().pixels, false, sums + i * block_floats());
   }
-  return products().strassen_blocks(sums, accumulate, acc);
+  const float least = kLeastSquares * block_squares()[row / kBlockRows] * operand[4 * panel_floats()];
+  return products().strassen_blocks(sums, least, accumulate, acc);
 }
 
 }  // namespace ciema::cpu

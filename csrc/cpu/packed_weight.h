@@ -15,14 +15,16 @@
 // Rounding errors double (float32, 1024 columns: 5.8e-7 -> 1.0e-6 of the result's norm), and large
 // pixels and rows would leave theirs in the small ones that they are put together with. So a span
 // of pixels that are not alike (simd/products.h) is multiplied from A, for which A21 is kept; a
-// weight of rows that are not has no such form; and a block whose sums are not all finite, by
-// infinity, NaN or overflow, is made anew.
+// weight of rows that are not has no such form. Nor do large channels stay by themselves where small
+// weights meet them: a block of results that is below 1/512 of its rows' and pixels' norms (of
+// independent numbers they are 1/sqrt(columns)) is made anew, as is one that is not finite.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "../common/checks.h"
 #include "isa.h"
@@ -95,7 +97,7 @@ class PackedWeight {
   int64_t operand_floats(bool wide) const {
     return wide && strassen_ ? 4 * panel_floats() + 16 : (wide ? 2 : 1) * panel_floats();
   }
-  // Completes the second operand once its panels are packed: T, and whether it may be used.
+  // Completes the second operand once its panels are packed: T, and what strassen_sums returned.
   void prepare(const Span& span, float* operand) const;
   // acc (+)= rows x operand, at block_at; `acc` has sum_floats.
   void multiply(const Span& span, const Rows& rows, const float* operand, bool accumulate,
@@ -107,9 +109,11 @@ class PackedWeight {
   enum Part { kA11, kA12, kA22, kA21, kS1, kS2, kS3, kS4, kParts };
 
   friend Tensor pack_product_weight(Tensor weight, bool bfloat16, std::optional<int64_t> plane);
-  static void pack_parts(const Matrix& weight, float* out);
+  static void pack_parts(const Matrix& weight, const std::vector<float>& squares, float* out);
   void multiply_block(int64_t row, const float* panel, int count, bool accumulate,
                       float* acc) const;
+  // Sums of squares of every block of rows with its like in the other half, behind the parts.
+  const float* block_squares() const { return data_ + kParts * rows_ / 2 * steps_ / 2; }
   bool multiply_in_seven(int64_t row, const float* operand, bool accumulate, float* acc) const;
   const float* part(Part which, int64_t row) const {
     return data_ + (which * rows_ / 2 + row) * steps_ / 2;

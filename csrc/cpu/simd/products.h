@@ -62,11 +62,12 @@ inline bool alike(float a, float b) {
   return a <= 4096.0f * b && b <= 4096.0f * a && a + b <= std::numeric_limits<float>::max();
 }
 // The sums T1 to T4 of two panels (packed_weight.h), each of two halves of `half` floats, one after
-// another; whether the tiles' pixels are alike.
-using StrassenSumsFunction = bool (*)(const float* panels, int64_t half, float* sums);
+// another; the pixels' sum of squares, negative if those of the tiles are not alike.
+using StrassenSumsFunction = float (*)(const float* panels, int64_t half, float* sums);
 // Puts seven blocks of products together to the four blocks acc, which they are added to or not;
-// the products are written over. False if a sum is not finite: then nothing has been added.
-using StrassenBlocksFunction = bool (*)(float* products, bool accumulate, float* acc);
+// the products are written over. False if the sums' squares come to less than `least`, or to what
+// is not finite: then nothing has been added.
+using StrassenBlocksFunction = bool (*)(float* products, float least, bool accumulate, float* acc);
 
 // One pixel of a resized map: four pixels, as offsets in elements, and their weights.
 struct Taps {
