@@ -64,3 +64,23 @@ def test_called_children_give_autocasts_dtype_as_the_ops_do(dtype: torch.dtype) 
     twin = copy.deepcopy(ciema).double()
     with torch.autocast("cpu", dtype):
         assert twin(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_running_statistics_are_as_near_as_the_goals_ask(
+    backend: str | None, dtype: torch.dtype
+) -> None:
+    """Means are small beside what is added up for them, and weights are rounded."""
+    torch.manual_seed(2)
+    published = PublishedCIEMA(64, 4)
+    block = FusedCIEMA(64, 4, backend=backend)
+    block.load_state_dict(published.state_dict())
+    x = torch.randn(2, 64, 14, 14)
+    published.double()(x.double())
+    with torch.autocast("cpu", dtype):
+        block(x)
+    for name, wanted in published.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            limit = {torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
+            assert (block.get_buffer(name) - wanted).norm() <= limit * wanted.norm(), name

@@ -32,6 +32,11 @@ def pack(
     return packed
 
 
+def rounds_weights(x: torch.Tensor) -> bool:
+    """Whether `pack` rounds weights for maps like `x`, unless told otherwise."""
+    return x.dtype == torch.bfloat16 and kernel("cpu_isa")() == "avx512bf16"
+
+
 def matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product of float32 matrices (M, K) and (K, N), or of a matrix and a vector (K).
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..contract import memory_format
-from .cpu_products import FusionParameters, folded_norm, matrix_product, pack, packed_parts
+from .cpu_products import FusionParameters, folded_norm, matrix_product, pack, packed_parts, rounds_weights
 from .native import kernel
 from .reference import channel_interaction as reference_channel_interaction
 from .reference import msff as reference_msff
@@ -109,6 +109,12 @@ def gated_fusion_forward(
         mean2, var2 = batch2
     fold = _Fold.of(p, *_norm(p.bn2_weight, p.bn2_bias, mean2, var2, p.eps2))
     bias = matrix_product(fold.of_m, fold.shift2)
+    if training and rounds_weights(e):
+        # The second norm's result has the mean beta2; rounded, of_r would miss it by 2^-9 of r's.
+        r = kernel("norm_relu")(hidden, scale1, shift1, e)
+        mean_r = kernel("channel_statistics")(r)[0].mean(0)
+        bias = matrix_product(fold.of_m, p.bn2_bias.float())
+        bias -= matrix_product(fold.of_r.to(e.dtype).float(), mean_r)
     packed = (pack(fold.of_s, e), pack(fold.of_r, e))
     logits, *batch3 = product(
         *(e, packed[0], w, hidden, packed[1], scale1, shift1, bias, True, training)
