@@ -91,7 +91,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ValueError):
         return str(error), USAGE
     if isinstance(error, OSError):
-        return f"{error.filename or 'file'}: {error.strerror or error}", FILES
+        text = error.strerror or str(error)
+        return f"{error.filename}: {text}" if error.filename else text, FILES
     return f"{type(error).__name__}: {error} (--debug shows where)", FAULT
 
 

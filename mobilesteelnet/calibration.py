@@ -83,8 +83,10 @@ def calibrate(probabilities: torch.Tensor, truth: torch.Tensor) -> Calibration:
             'calibration needs torchmetrics: pip install "mobilesteelnet[train]"',
             name="torchmetrics",
         ) from None
+    # It has a bin of its own for 1, which the diagram has not.
+    below_one = probabilities.clamp(max=1 - torch.finfo(probabilities.dtype).eps)
     error = multiclass_calibration_error(
-        probabilities, truth, num_classes=probabilities.shape[1], n_bins=BINS, norm="l1"
+        below_one, truth, num_classes=probabilities.shape[1], n_bins=BINS, norm="l1"
     )
     confidence, chosen = probabilities.double().max(1)
     right = chosen == truth

@@ -17,6 +17,7 @@ from .cli_common import (
     BatchSize,
     CheckpointArgument,
     Classes,
+    DataOfRun,
     Device,
     FrozenOption,
     OnBadFile,
@@ -97,9 +98,7 @@ def _options(
 @app.command("eval")
 def evaluate_command(
     source: CheckpointArgument,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
-    ] = None,
+    data: DataOfRun = None,
     split: Annotated[
         str | None,
         typer.Option(help="test, val, train or all; left out: what the training never saw."),
@@ -122,13 +121,16 @@ def evaluate_command(
     Example: [bold]mobilesteelnet eval best.safetensors --data plates.zip --out report[/bold]
     """
     from .evaluate import WHOSE, evaluate
-    from .run_folder import EVALUATION, write_json
+    from .run_folder import EVALUATION, refuse_inside, require_folder, write_json
     from .tables import evaluation_table
 
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, backend, classes, frozen)
     pictures = read_pictures(source, data, run, on_bad_file, console)
-    split, indexes = choose_part(split, checkpoint, pictures, run)
+    split, indexes = choose_part(split, checkpoint, pictures, run, console)
+    target = out or (run.path / f"{EVALUATION}-{split}" if run is not None else Path("evaluation"))
+    refuse_inside("--out ", target, pictures.path)
+    require_folder(target)
     with bar("classifying", console) as progress:
         result = evaluate(
             checkpoint, pictures, indexes, split=split, batch_size=batch_size, progress=progress
@@ -139,7 +141,6 @@ def evaluate_command(
         f"{100 * result.overall_accuracy:.2f} %, {len(result.wrong)} of "
         f"{len(result.predictions)} wrong ({WHOSE[split]})"
     )
-    target = out or (run.path / f"{EVALUATION}-{split}" if run is not None else Path("evaluation"))
     if report:
         from .report import write_report
 
@@ -240,12 +241,13 @@ def check_command(
     """
     from .data import scan
     from .datacheck import check, contrast_box_plot
+    from .run_folder import refuse_inside
 
     rule: Any = on_bad_file
     check_targets(json_file)
     require_name("--plot", plot, ".png")
-    if plot is not None and plot.resolve().is_relative_to(path.resolve()):
-        raise ValueError(f"--plot {str(plot)!r}: lies in the pictures that are looked at")
+    if plot is not None:
+        refuse_inside("--plot ", plot, path)
     with bar("reading pictures", Console(stderr=True)) as progress:
         pictures = scan(path, on_bad_file=rule, progress=progress)
     facts = check(pictures)
@@ -302,7 +304,7 @@ def info_command(
     model: torch.nn.Module = MobileSteelNet(backend=backend)
     if source is not None:
         checkpoint, _ = open_checkpoint(source, "cpu", backend, None)
-        size = size or checkpoint.input_size
+        size = checkpoint.input_size if size is None else size
         facts = {"classes": checkpoint.classes, "training": checkpoint.training}
         model = checkpoint.model
     if size is not None and not 1 <= size <= 8192:

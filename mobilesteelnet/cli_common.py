@@ -25,6 +25,9 @@ CHECKPOINT_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt")
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="A run folder, a .safetensors checkpoint, or published .pth weights.")
 ]
+DataOfRun = Annotated[
+    Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
+]
 BatchSize = Annotated[int, typer.Option(help="Pictures a forward.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Backend = Annotated[
@@ -67,7 +70,7 @@ def is_checkpoint(path: Path) -> bool:
     from .shipped import is_shipped
 
     if path.is_dir():
-        return RunFolder(path).config.is_file()
+        return RunFolder(path).holds_run()
     return path.suffix.lower() in CHECKPOINT_ENDINGS or is_shipped(path)
 
 
@@ -132,7 +135,11 @@ def read_pictures(
 
 
 def choose_part(
-    split: str | None, checkpoint: Checkpoint, pictures: PictureSet, run: RunFolder | None
+    split: str | None,
+    checkpoint: Checkpoint,
+    pictures: PictureSet,
+    run: RunFolder | None,
+    console: Console,
 ) -> tuple[str, list[int]]:
     """The part that was asked for; else what the training never saw: its name, and its pictures."""
     from .evaluate import pick_split
@@ -140,11 +147,18 @@ def choose_part(
 
     if split is not None:
         return split, pick_split(pictures, split, run)
-    if run is None:
-        return unseen_pictures(checkpoint, pictures)
+    part, indexes = unseen_pictures(checkpoint, pictures)
+    other_set = part == "all" and checkpoint.training.get("seen") is not None
+    if run is None or other_set:
+        return part, indexes
     # The run's test pictures, without those that the weights it started from had seen.
-    unseen = set(unseen_pictures(checkpoint, pictures)[1])
-    return "test", [i for i in pick_split(pictures, "test", run) if i in unseen]
+    unseen, test = set(indexes), pick_split(pictures, "test", run)
+    known = {i for side in ("train", "val") for i in pick_split(pictures, side, run)}
+    if new := len(unseen - known - set(test)):
+        console.print(
+            f"{new} pictures that are in no part of the run are left out: --split all takes all"
+        )
+    return "test", [i for i in test if i in unseen]
 
 
 def check_targets(*targets: str | Path | None) -> None:

@@ -17,6 +17,7 @@ from .cli_common import (
     Backend,
     BatchSize,
     CheckpointArgument,
+    DataOfRun,
     Device,
     Fits,
     FrozenOption,
@@ -92,9 +93,7 @@ def crossval_command(
 
 def robustness_command(
     source: CheckpointArgument,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
-    ] = None,
+    data: DataOfRun = None,
     split: Annotated[
         str | None,
         typer.Option(help="test, val, train or all; left out: what the training never saw."),
@@ -119,7 +118,7 @@ def robustness_command(
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, backend, None, frozen)
     pictures = read_pictures(source, data, run, on_bad_file, console)
-    split, indexes = choose_part(split, checkpoint, pictures, run)
+    split, indexes = choose_part(split, checkpoint, pictures, run, console)
     with bar("classifying changed pictures", console) as progress:
         rows = measure_robustness(
             checkpoint, pictures, indexes, batch_size=batch_size, progress=progress
@@ -140,9 +139,7 @@ def robustness_command(
 
 def calibrate_command(
     source: CheckpointArgument,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
-    ] = None,
+    data: DataOfRun = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -170,6 +167,7 @@ def calibrate_command(
     """
     from .checkpoint import save_checkpoint
     from .evaluate import find_temperature, pick_split
+    from .run_folder import require_writable
     from .shipped import unlearnt_pictures
 
     require_name("--out", out, ".safetensors")
@@ -178,6 +176,7 @@ def calibrate_command(
     target = out or (None if run is None else run.best)
     if target is None:
         raise ValueError(f"--out is needed: {str(source)!r} is no run folder")
+    require_writable(target)
     pictures = read_pictures(source, data, run, on_bad_file, console)
     if split is None and (run is None or data is not None):
         split, indexes = unlearnt_pictures(checkpoint, pictures)
@@ -221,9 +220,7 @@ def package_weights_command(
     out: Annotated[Path, typer.Option(help="Folder of weights, card.json and CARD.md.")] = Path(
         "weights"
     ),
-    data: Annotated[
-        Path | None, typer.Option(help="Folder or zip; left out: the pictures of the run.")
-    ] = None,
+    data: DataOfRun = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -253,7 +250,7 @@ def package_weights_command(
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, None, None)
     pictures = read_pictures(source, data, run, "skip", console)
-    split, indexes = choose_part(split, checkpoint, pictures, run)
+    split, indexes = choose_part(split, checkpoint, pictures, run, console)
     with bar("classifying twice", console) as progress:
         made = package_weights(
             checkpoint,

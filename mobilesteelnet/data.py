@@ -26,14 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .layouts import (
-    NEU_CLASSES,
-    Layout,
-    is_companion,
-    is_ignored,
-    is_picture,
-    recognise,
-)
+from .layouts import NEU_CLASSES, Layout, is_companion, is_picture, recognise
 from .pictures import (
     DataError,
     Folder,
@@ -44,6 +37,7 @@ from .pictures import (
     ZipArchive,
     below,
     decode,
+    is_ignored,
 )
 from .splits import Split, stratified_split
 from .transforms import (
@@ -208,7 +202,10 @@ def scan(
         raise ValueError(f"on_bad_file={on_bad_file!r} must be 'skip' or 'fatal'")
     root = Path(path)
     source = _open_source(root, labelled)
-    layout = recognise(source.names(), source.read) if labelled else _unlabelled(source, root)
+    if labelled:
+        layout = recognise(source.names(), source.read, source.empty_folders())
+    else:
+        layout = _unlabelled(source, root)
     return _read(root, source, layout, on_bad_file, labelled, progress)
 
 
@@ -269,7 +266,8 @@ def _read(
     if emptied:
         raise DataError(f"path={str(root)!r}: class {emptied[0]!r} has bad files only\n{listed}")
     if labelled and len(classes) < 2:
-        raise DataError(f"path={str(root)!r} has one class only, {classes[0]!r}; two are needed")
+        only = f"path={str(root)!r} has one class only, {classes[0]!r}; two are needed"
+        raise DataError(f"{only}\n{listed}".rstrip())
     return PictureSet(root, classes, items, files, layout.kind, source)
 
 

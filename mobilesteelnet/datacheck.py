@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .data import PictureSet
+from .run_folder import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -184,7 +185,7 @@ def contrast_box_plot(pictures: PictureSet, path: str | os.PathLike[str]) -> Pat
     axes.set_ylabel("contrast (standard deviation of grey levels)")
     axes.set_title(f"{pictures.path.name}: {len(pictures)} pictures")
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=150, format="png")
+    write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"))
     return Path(path)
 
 

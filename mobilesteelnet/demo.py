@@ -24,7 +24,7 @@ from .evaluate import Evaluation, evaluate, pick_split
 from .predict import predict
 from .progress import bar
 from .report import write_report
-from .run_folder import RunFolder, RunFolderError, write_json
+from .run_folder import RunFolder, RunFolderError, refuse_inside, write_json
 from .run_lock import LOCK
 from .shipped import SHIPPED, WEIGHTS, load_shipped, shipped_folder, unseen_pictures
 from .synthetic import make_synthetic
@@ -123,6 +123,8 @@ def run_demo(
     source = str(Path(data).absolute()) if data is not None else None
     if source is not None and not Path(source).exists():
         raise DataError(f"data={str(data)!r} does not exist")
+    if source is not None:
+        refuse_inside("out=", folder, source)
     settings = {"data": source, "budget": budget, "seed": seed}
     if is_first_process():
         for path in (folder, folder / "run"):

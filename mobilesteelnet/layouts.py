@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from xml.parsers import expat
 
-from .pictures import PICTURE_EXTENSIONS, DataError, PictureError
+from .pictures import PICTURE_EXTENSIONS, DataError, PictureError, is_ignored
 
 NEU_CLASSES = (
     "crazing",
@@ -43,7 +43,6 @@ _NEU_ALIASES = {
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 _IMAGE_DIRECTORIES = frozenset({"images", "jpegimages"})
 _ANNOTATION_DIRECTORY = "annotations"
-_SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir"})
 _COMPANION_EXTENSIONS = frozenset(
     {".xml", ".txt", ".json", ".csv", ".md", ".yaml", ".yml", ".html", ".pdf", ".sha256", ".md5"}
 )
@@ -71,11 +70,6 @@ def extension(name: str) -> str:
     return f".{ending.lower()}" if dot and stem else ""
 
 
-def is_ignored(name: str) -> bool:
-    """Whether a file is none of the set's business: hidden or left by an operating system."""
-    return any(p.startswith(".") or p.lower() in _SYSTEM_FILES for p in name.split("/"))
-
-
 def is_picture(name: str) -> bool:
     """Whether a file name ends as a picture's does."""
     return extension(name) in PICTURE_EXTENSIONS
@@ -86,19 +80,23 @@ def is_companion(name: str) -> bool:
     return extension(name) in _COMPANION_EXTENSIONS
 
 
-def recognise(names: Iterable[str], read: Callable[[str], bytes]) -> Layout:
+def recognise(
+    names: Iterable[str], read: Callable[[str], bytes], empty: Iterable[str] = ()
+) -> Layout:
     """Finds the layout of a set and the class of every picture.
 
     Args:
         names: relative names of all files, `/` between the parts.
         read: gives the bytes of a file; called for VOC annotations only, may raise `PictureError`.
+        empty: names of the directories that hold nothing.
 
     Returns:
-        The layout. Files with an unknown ending inside a class directory are reported as bad;
-        notes and annotations (`.txt`, `.xml`, …) and files outside are passed over in silence.
+        The layout. Files with an unknown ending inside a class directory are reported as bad, and
+        so are directories beside those of classes that hold no picture; notes and annotations
+        (`.txt`, `.xml`, …) and files outside are passed over in silence.
 
     Raises:
-        DataError: the names show no classes.
+        DataError: the names show no classes, or parts of a split beside other directories.
     """
     files = [name for name in names if not is_ignored(name)]
     pictures = [name for name in files if is_picture(name)]
@@ -106,7 +104,7 @@ def recognise(names: Iterable[str], read: Callable[[str], bytes]) -> Layout:
     if any(_annotation_key(name) in annotations for name in pictures):
         layout = _voc(pictures, annotations, read)
     else:
-        layout = _class_directories(files, pictures) or _flat_neu(pictures)
+        layout = _class_directories(files, pictures, empty) or _flat_neu(pictures)
     layout.classes = _canonical(layout.classes)
     return layout
 
@@ -206,7 +204,9 @@ def object_names(annotation: bytes) -> list[str]:
     return sorted(found - {""})
 
 
-def _class_directories(files: list[str], pictures: list[str]) -> Layout | None:
+def _class_directories(
+    files: list[str], pictures: list[str], empty: Iterable[str]
+) -> Layout | None:
     parts = {name: name.split("/") for name in pictures}
     depth = _structural_depth(list(parts.values()))
     inside = {name: p[depth] for name, p in parts.items() if len(p) > depth + 1}
@@ -215,6 +215,7 @@ def _class_directories(files: list[str], pictures: list[str]) -> Layout | None:
         return None
     if len(heads) == 1 and len({_neu_class_by_name(name) for name in inside} - {None}) > 1:
         return None  # a wrapper around flat NEU-CLS
+    _check_no_split_among(heads, [p[depth:] for p in parts.values() if len(p) > depth + 1])
     layout = Layout("class directories", classes=inside)
     homes = {tuple(parts[name][: depth + 1]) for name in inside}
     for name in files:
@@ -223,7 +224,44 @@ def _class_directories(files: list[str], pictures: list[str]) -> Layout | None:
                 layout.bad[name] = "lies outside the class directories"
         elif not is_companion(name) and tuple(name.split("/")[: depth + 1]) in homes:
             layout.bad[name] = f"is no picture: its ending is none of {_ENDINGS}"
+    layout.bad.update(_without_pictures(files, empty, homes))
     return layout
+
+
+def _check_no_split_among(heads: set[str], parts: list[list[str]]) -> None:
+    """Refuses `train/` and `test/` as classes where another directory beside them hides them."""
+    split = sorted(head for head in heads if head.lower() in _SPLITS)
+    others = sorted(heads - set(split))
+    if split and others and all(len(p) > 2 for p in parts if p[0] in split):
+        raise DataError(
+            f"the folders {', '.join(map(repr, split))} hold folders, as the parts of a split do, "
+            f"but {', '.join(map(repr, others))} beside them is no part: move it away, or rename "
+            "those if they are classes"
+        )
+
+
+def _without_pictures(
+    files: list[str], empty: Iterable[str], homes: set[tuple[str, ...]]
+) -> dict[str, str]:
+    """Directories beside those of the classes, `homes`, in which nothing is read, and why."""
+    above, depth = {home[:-1] for home in homes}, len(next(iter(homes)))
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in files:
+        place = tuple(name.split("/")[:depth])
+        if name.count("/") >= depth and not is_companion(name):
+            found.setdefault(place, []).append(name)
+    bad = {}
+    for place, names in found.items():
+        if place not in homes and place[:-1] in above:
+            example = names[0].rpartition("/")[2]
+            bad["/".join(place) + "/"] = (
+                f"holds no picture that is read: {len(names)} other files, such as {example!r}"
+            )
+    for name in empty:
+        place = tuple(name.split("/"))
+        if len(place) == depth and place not in homes and place[:-1] in above:
+            bad[f"{name}/"] = "is an empty folder"
+    return bad
 
 
 def _structural_depth(parts: list[list[str]]) -> int:

@@ -27,10 +27,16 @@ PICTURE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"
 MAX_FILE_BYTES = 512 * 2**20
 """A file (or a zip entry, once unpacked) above this size is refused unread."""
 
+_SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir"})
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 _GREY_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _LEAST_16_BIT_MAXIMUM = 2**14
 _ZIP_ENCRYPTED = 0x1
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file is none of the set's business: hidden or left by an operating system."""
+    return any(p.startswith(".") or p.lower() in _SYSTEM_FILES for p in name.split("/"))
 
 
 class DataError(ValueError):
@@ -52,6 +58,9 @@ class Source(Protocol):
     def refused(self) -> Mapping[str, str]:
         """Files that must not be read: name to reason."""
 
+    def empty_folders(self) -> list[str]:
+        """Folders below the root that hold nothing."""
+
     def read(self, name: str) -> bytes:
         """The bytes of one file.
 
@@ -66,6 +75,7 @@ class Folder:
     def __init__(self, path: Path, only: str | None = None) -> None:
         self.path = path
         self._refused: dict[str, str] = {}
+        self._empty: list[str] = []
         self._names = [only] if only is not None else sorted(self._walk(path, "", ()))
 
     def _walk(self, directory: Path, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
@@ -75,11 +85,18 @@ class Folder:
         try:
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError as error:
+            if prefix:
+                self._refused[prefix] = f"cannot be listed: {error.strerror}"
+                return
             raise DataError(
                 f"path={str(directory)!r} cannot be listed: {error.strerror}"
             ) from error
+        if prefix and not entries:
+            self._empty.append(prefix.rstrip("/"))
         for entry in entries:
             name = prefix + entry.name
+            if is_ignored(entry.name):
+                continue
             if not _is_printable_unicode(name):
                 shown = name.encode("utf-8", "backslashreplace").decode()
                 ending = "/" * _is_directory(entry)  # a class, maybe: all that is in it is left out
@@ -90,8 +107,12 @@ class Folder:
                 yield name
 
     def names(self) -> list[str]:
-        """Every file below the root, sorted."""
+        """Every file below the root that is not ignored, sorted."""
         return self._names
+
+    def empty_folders(self) -> list[str]:
+        """Folders below the root that hold nothing."""
+        return self._empty
 
     def refused(self) -> Mapping[str, str]:
         """Files, and folders with an ending slash, whose names cannot be shown or stored."""
@@ -126,8 +147,10 @@ class ZipArchive:
         self._owner = -1
         self._stored: dict[str, str] = {}
         self._refused: dict[str, str] = {}
+        folders = []
         for entry in self._archive().infolist():
             if entry.is_dir():
+                folders.append("/".join(_parts(entry.filename)))
                 continue
             name = self._safe_name(entry.filename)
             if entry.flag_bits & _ZIP_ENCRYPTED:
@@ -138,9 +161,14 @@ class ZipArchive:
                 self._refused[repr(name)] = "the file name is not valid Unicode"
             else:
                 self._stored[name] = entry.filename
+        held = {name[:i] for name in self._stored for i in _slashes(name)}
+        held |= {name[:i] for name in folders for i in _slashes(name)}
+        self._empty = [
+            name for name in folders if name and name not in held and not is_ignored(name)
+        ]
 
     def _safe_name(self, stored: str) -> str:
-        parts = [part for part in stored.replace("\\", "/").split("/") if part not in ("", ".")]
+        parts = _parts(stored)
         outside = stored[:1] in ("/", "\\") or stored[1:2] == ":"
         if outside or not parts or ".." in parts:
             raise DataError(
@@ -170,6 +198,10 @@ class ZipArchive:
     def refused(self) -> Mapping[str, str]:
         """Files that are stored more than once."""
         return self._refused
+
+    def empty_folders(self) -> list[str]:
+        """Folders of the archive that hold nothing."""
+        return self._empty
 
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
@@ -209,6 +241,10 @@ class Several:
         """What the sources refuse."""
         return self._refused
 
+    def empty_folders(self) -> list[str]:
+        """None: nobody looks for classes in several sources."""
+        return []
+
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
         source, own = self._files[name]
@@ -219,6 +255,14 @@ def below(source: Source, name: str) -> str:
     """The name of a source's file with the path of the source before it."""
     root = source.path.as_posix().rstrip("/")
     return name if root == "." else f"{root}/{name}"
+
+
+def _parts(stored: str) -> list[str]:
+    return [part for part in stored.replace("\\", "/").split("/") if part not in ("", ".")]
+
+
+def _slashes(name: str) -> list[int]:
+    return [i for i, character in enumerate(name) if character == "/"]
 
 
 def _is_printable_unicode(name: str) -> bool:

@@ -6,6 +6,7 @@ import mimetypes
 import pickle
 import re
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def read_published(file: Path) -> dict[str, torch.Tensor]:
         CheckpointError: It holds no plain weights; of a picture the message says so.
     """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says enough
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         if _is_picture(file):
             raise CheckpointError(

@@ -61,6 +61,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         _give_default_permissions(temporary)
         _flush_to_disk(temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, name):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # no name of ours
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -84,6 +88,31 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     else:
         return
     raise OSError(number, f"{os.strerror(number)}: {folder}", str(target))
+
+
+def require_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that cannot be made or written to, before the work.
+
+    Raises:
+        OSError: ``path`` is a file, or it or what it would be made in is not writable.
+    """
+    place = target = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OSError(errno.ENOTDIR, f"{place} is a file, not a folder", str(target))
+    if not os.access(place, os.W_OK):
+        raise OSError(errno.EACCES, f"{os.strerror(errno.EACCES)}: {place}", str(target))
+
+
+def refuse_inside(name: str, target: str | os.PathLike[str], data: str | os.PathLike[str]) -> None:
+    """Refuse to write among the pictures: what lies there is taken for a part of the set.
+
+    Raises:
+        ValueError: ``target`` is in ``data`` or is it; the message begins with ``name``.
+    """
+    if Path(target).resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(f"{name}{str(target)!r}: lies in the pictures that are looked at")
 
 
 def _is_stream(path: Path) -> bool:
@@ -227,13 +256,13 @@ class RunFolder:
                 f"out={str(self.path)!r} is not empty: choose another folder, continue the run in "
                 "it with --resume, or start again with --overwrite"
             )
-        if not self._holds_run():
+        if not self.holds_run():
             raise RunFolderError(
                 f"out={str(self.path)!r} is not empty and holds no run (no config.json of one): "
                 "refusing to delete it"
             )
 
-    def _holds_run(self) -> bool:
+    def holds_run(self) -> bool:
         """Whether ``config.json`` is one of a training, not of some other program."""
         try:
             config = json.loads(self.config.read_text("utf-8"))

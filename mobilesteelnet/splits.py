@@ -41,6 +41,7 @@ class Split:
             "seed": self.seed,
             "fractions": list(self.fractions),
             **{side: [pictures.items[i].name for i in getattr(self, side)] for side in SIDES},
+            "pixels": {side: _pixels(pictures, getattr(self, side)) for side in SIDES},
         }
 
     @classmethod
@@ -48,7 +49,8 @@ class Split:
         """Finds the pictures of a recorded split again.
 
         Raises:
-            DataError: a picture of the record is missing from the set, or is in it twice.
+            DataError: a picture of the record is missing from the set, is in it twice, or has other
+                pixels now.
         """
         if not isinstance(record, Mapping):
             raise DataError(f"the recorded split is a {type(record).__name__}, no object")
@@ -69,7 +71,9 @@ class Split:
                 if name in seen:
                     raise DataError(f"the recorded split has {name!r} twice")
                 seen.add(name)
-            sides[side] = sorted(index[name] for name in names)
+            sides[side] = [index[name] for name in names]
+        _check_pixels(record.get("pixels"), sides, pictures)
+        sides = {side: sorted(indexes) for side, indexes in sides.items()}
         fractions = _checked_fractions(record.get("fractions", (0.05, 0.05, 0.90)))
         return cls(**sides, fractions=fractions, seed=_checked_seed(record.get("seed", 42)))
 
@@ -275,6 +279,27 @@ def _deal(pictures: PictureSet, pool: Sequence[int], folds: int, seed: int) -> d
 
 _DIGEST = 16  # hexadecimal digits: enough to tell pictures apart, and short in a checkpoint
 _SEEN = ("train", "val")
+
+
+def _pixels(pictures: PictureSet, indexes: Sequence[int]) -> str:
+    return "".join(pictures.items[i].digest[:_DIGEST] for i in indexes)
+
+
+def _check_pixels(recorded: Any, sides: Mapping[str, Sequence[int]], pictures: PictureSet) -> None:
+    """Refuses other pictures under the names of the recorded ones; older records cannot tell."""
+    if not isinstance(recorded, Mapping):
+        return
+    changed = []
+    for side, indexes in sides.items():
+        was, now = str(recorded.get(side)), _pixels(pictures, indexes)
+        places = [slice(k * _DIGEST, (k + 1) * _DIGEST) for k in range(len(indexes))]
+        changed += [i for i, at in zip(indexes, places, strict=True) if was[at] != now[at]]
+    if changed:
+        raise DataError(
+            f"{len(changed)} pictures of the recorded split have other pixels in "
+            f"{str(pictures.path)!r} than when it was drawn, the first is "
+            f"{pictures.items[changed[0]].name!r}: these are other pictures"
+        )
 
 
 def seen_pictures(split: Split, pictures: PictureSet, earlier: Any = None) -> dict[str, str]:

@@ -35,19 +35,19 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 
 def prediction_table(predictions: Predictions) -> Table:
-    """One line a picture with its most probable classes."""
-    places = max((len(item.top) for item in predictions.items), default=1)
+    """The most probable classes of each picture, one a line."""
     table = Table(title=f"{len(predictions.items)} pictures", title_justify="left")
     table.add_column("picture", overflow="fold")
-    for place in range(places):
-        table.add_column("class" if place == 0 else f"{place + 1}.", overflow="fold")
-        table.add_column("%", justify="right")
+    table.add_column("class", overflow="fold")
+    table.add_column("%", justify="right", no_wrap=True, min_width=5)
     for item in predictions.items:
-        cells: list[Text] = []
         for place, (label, value) in enumerate(item.top):
             unsure = item.rejected and place == 0
-            cells += [Text(f"uncertain ({label})" if unsure else label), Text(f"{100 * value:.1f}")]
-        table.add_row(Text(item.name), *cells)
+            table.add_row(
+                Text("" if place else item.name),
+                Text(f"uncertain ({label})" if unsure else label),
+                Text(f"{100 * value:.1f}"),
+            )
     return table
 
 

@@ -28,10 +28,10 @@ from .data import (
 )
 from .initialisation import build_model, first_weights
 from .lightning_modules import Classifier, PictureDataModule, TrainingError
-from .run_folder import RunFolder, RunFolderError, write_json
+from .run_folder import RunFolder, RunFolderError, refuse_inside, write_json
 from .shipped import is_shipped
 from .train_config import Machine, TrainConfig
-from .training_card import tell_of_known_pictures, training_card
+from .training_card import tell_of_contradictions, tell_of_known_pictures, training_card
 from .transforms import training_transform
 
 try:
@@ -117,6 +117,7 @@ def train(
     if config.init_from is not None and not is_shipped(config.init_from):
         config = replace(config, init_from=str(Path(config.init_from).absolute()))
     folder = RunFolder(out)
+    refuse_inside("out=", folder.path, config.data)
     if is_first_process():
         folder.check_unused()
         folder.check_free(overwrite=overwrite)
@@ -383,6 +384,7 @@ def _scan(config: TrainConfig, console: Console | None) -> PictureSet:
     if shown is not None:
         for file in pictures.bad:
             shown.print(f"skipped: {file.name}: {file.reason}", markup=False, highlight=False)
+    tell_of_contradictions(pictures, shown)
     if len(pictures.classes) < 2:
         raise DataError(f"data={config.data!r}: two classes at least are needed")
     return pictures

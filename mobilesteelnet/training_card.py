@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,20 @@ def tell_of_known_pictures(
             markup=False,
             highlight=False,
         )
+
+
+def tell_of_contradictions(pictures: PictureSet, console: Console | None) -> None:
+    """Say which classes have a picture in common: one of them is taught what is not true."""
+    if console is None:
+        return
+    counts: Counter[str] = Counter()
+    for group in pictures.duplicate_groups():
+        names = sorted({pictures.class_of(i) for i in group})
+        counts[", ".join(names)] += len(names) > 1
+    for shared, count in (+counts).items():
+        what = "1 picture is" if count == 1 else f"{count} pictures are"
+        text = f"{what} the same in {shared}: data check tells which"
+        console.print(text, markup=False, highlight=False)
 
 
 def training_card(

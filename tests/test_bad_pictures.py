@@ -308,3 +308,41 @@ def test_a_class_whose_name_cannot_be_shown_is_told(tmp_path):
     ]
     with pytest.raises(DataError, match="1 bad files"):
         scan(folder, on_bad_file="fatal")
+
+
+def test_folders_that_cannot_be_listed_are_named_and_hidden_ones_not_entered(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path, {**two_classes(), ".Trash-0/x/1.png": PNG, "k/1.png": PNG})
+    listed = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) in (".Trash-0", "k"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for labelled in (True, False):
+        found = scan(folder, labelled=labelled)
+        assert len(found) == 6
+        assert found.bad == [BadFile("k/", "cannot be listed: Permission denied")]
+    with pytest.raises(DataError, match="cannot be listed"):
+        scan(folder / "k")
+
+
+def test_empty_folders_are_named_in_folders_and_zips(tmp_path):
+    folder = write_folder(tmp_path, two_classes())
+    (folder / "burr").mkdir()
+    (folder / "dent" / "none").mkdir()
+    archive = tmp_path / "set.zip"
+    with zipfile.ZipFile(archive, "w") as written:
+        for name in ("./", "burr/", "dent/", "dent/none/", ".hidden/"):
+            written.writestr(name, "")
+        for name, content in two_classes().items():
+            written.writestr(name, content)
+    for path in (folder, archive):
+        assert scan(path).bad == [BadFile("burr/", "is an empty folder")]
+    for path in (folder / "rust").iterdir():
+        path.unlink()
+    with pytest.raises(
+        DataError, match=r"one class only, 'dent'; two are needed\n  burr/ is an .*\n  rust/ is an"
+    ):
+        scan(folder)

@@ -69,6 +69,14 @@ def test_calibration_by_hand() -> None:
     assert shares == sorted(shares, reverse=True)
 
 
+def test_the_error_is_that_of_the_bins_where_a_network_is_certain() -> None:
+    rows = [[1.0, 0.0]] * 2 + [[0.96, 0.04]] * 2
+    found = calibrate(torch.tensor(rows), torch.tensor([0, 1, 0, 0]))
+    filled = [item for item in found.bins if item.pictures]
+    assert [item.pictures for item in filled] == [4]
+    assert found.expected_error == pytest.approx(0.98 - 0.75, abs=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_the_temperature_that_made_the_truth_is_found(temperature: float) -> None:
     torch.manual_seed(0)

@@ -226,6 +226,7 @@ def test_huge_pictures_are_refused_without_a_warning(
         (["predict", "{checkpoint}", "{set}", "--json", "-", "--csv", "-"], 2, "both"),
         (["predict", "{checkpoint}", "{set}", "--csv", "{tmp}/no/where.csv"], 6, "where.csv"),
         (["info", "--size", "0"], 2, "--size 0"),
+        (["info", "{checkpoint}", "--size", "0"], 2, "--size 0"),
         (["demo", "--budget", "huge"], 2, "budget='huge'"),
         (["demo", "--data", "{tmp}/none", "--out", "{tmp}/d"], 3, "does not exist"),
         (["nonsense"], 2, "nonsense"),

@@ -187,3 +187,28 @@ def test_object_names_are_those_of_objects_only():
     assert object_names("<a><object><name>Größe &amp; x</name></object></a>".encode()) == [
         "Größe & x"
     ]
+
+
+# Folders beside those of classes ----------------------------------------------------------------
+
+
+def test_folders_in_which_nothing_is_read_are_named():
+    names = ["dent/1.png", "rust/2.png", "hole/1.webp", "hole/2.webp", "notes/a.txt", "w/x/3.gif"]
+    layout = recognise(names, no_file, empty=["burr", "dent/none", "other/deep"])
+    assert set(layout.classes.values()) == {"dent", "rust"}
+    assert layout.bad == {
+        "hole/": "holds no picture that is read: 2 other files, such as '1.webp'",
+        "w/": "holds no picture that is read: 1 other files, such as '3.gif'",
+        "burr/": "is an empty folder",
+    }
+    wrapped = recognise([f"w/{name}" for name in names] + ["tools/x.exe"], no_file, ["burr"])
+    assert set(wrapped.bad) == {"w/hole/", "w/w/"}
+
+
+def test_parts_of_a_split_beside_another_folder_are_no_classes():
+    parts = ["train/good/1.png", "test/good/2.png", "test/crack/3.png"]
+    with pytest.raises(DataError, match=r"'test', 'train' hold folders.*'ground_truth' beside"):
+        recognise([*parts, "ground_truth/crack/3_mask.png"], no_file)
+    assert set(classes(parts).values()) == {"good", "crack"}
+    vehicles = {"train/1.png": "train", "car/2.png": "car"}
+    assert classes(vehicles) == vehicles

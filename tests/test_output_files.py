@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -179,3 +180,16 @@ def test_no_command_shows_the_help_and_no_empty_error(capsys: pytest.CaptureFixt
 def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["crossval", "--data", "none", "--set", "bogus=1"]) == 2
     assert "there is no option 'bogus'" in error_line(capsys)
+
+
+def test_a_narrow_terminal_shows_every_figure(
+    checkpoint: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["predict", str(checkpoint), str(pictures), "--top-k", "9"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert len(re.findall(r"\d+\.\d │$", shown, re.MULTILINE)) == 18  # six pictures, three classes
