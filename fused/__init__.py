@@ -7,6 +7,7 @@ says which backend runs each stage and why, `set_backend` chooses one for all, a
 
 from __future__ import annotations
 
+from . import flops  # noqa: F401  # registers what torch's FLOP counter asks for
 from .backends import BackendError, explain, set_backend
 from .convert import fuse
 from .frozen import FrozenError

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..contract import memory_format
-from .cpu_products import FusionParameters, folded_norm, matrix_product, pack, packed_parts, rounds_weights
+from .cpu_products import (
+    FusionParameters,
+    folded_norm,
+    matrix_product,
+    pack,
+    packed_parts,
+    rounds_weights,
+)
 from .native import kernel
 from .reference import channel_interaction as reference_channel_interaction
 from .reference import msff as reference_msff
