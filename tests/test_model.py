@@ -61,6 +61,13 @@ def test_every_width_has_legal_groups(width: float) -> None:
     assert channels // attention_groups(channels) >= 4
 
 
+def test_the_cost_does_not_depend_on_the_backend() -> None:
+    found = [describe(MobileSteelNet(width=0.125, backend=b), 64) for b in (None, "reference")]
+    assert [one.pop("backends") for one in found][0]
+    assert found[0] == found[1]
+    assert found[0]["other_flop"] == 2 * 128 * 6  # the head alone
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
