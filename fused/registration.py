@@ -19,6 +19,7 @@ from .contract import CHECKS, OUTPUTS, check_map, memory_format
 LIBRARY = torch.library.Library("ciema", "DEF")
 # The devices that have these ops; on those without kernels of ours the reference runs.
 DEVICE_KEYS = ("CPU", "CUDA", "XPU", "MPS")
+_AUTOCAST_DEVICES = tuple(key.lower() for key in DEVICE_KEYS)  # not meta, which knows no autocast
 
 
 def _empty(x: torch.Tensor, spec: Any) -> torch.Tensor:
@@ -83,12 +84,9 @@ _NO_DERIVATIVE = (
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that autocast gives to maps on this type of device; None where it is off."""
-    available = torch.amp.autocast_mode.is_autocast_available(device)  # not on meta
-    return (
-        torch.get_autocast_dtype(device)
-        if available and torch.is_autocast_enabled(device)
-        else None
-    )
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class StageOp:
@@ -328,7 +326,9 @@ class StageOp:
         results = self.backward_op(*args, backend=ctx.backend)
         results = (results,) if isinstance(results, torch.Tensor) else results
         by_name = dict(zip(self.gradients, results, strict=True))
-        return tuple(by_name.get(key) for key in self.inputs)
+        # Defaults that the dispatcher left out have no place: torch 2.10 to 2.13 refuse one for them.
+        passed = self.inputs[: len(ctx.needs_input_grad)]
+        return tuple(by_name.get(key) for key in passed)
 
     def _double_backward(self, ctx: Any, *grads: Any) -> None:
         raise RuntimeError(_NO_DERIVATIVE.format(op=self.name, what="twice"))
