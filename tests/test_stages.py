@@ -37,7 +37,10 @@ from fused.contract import memory_format
 # large against it: over 40 draws of the smallest case the reference, with its operands rounded as
 # on a GPU, errs by up to 0.22 and Triton by up to 0.33. This bounds the draws below;
 # test_cancelling_gradients_err_no_more_than_the_librarys compares the two over many.
-FEW_CHANNELS = 0.2
+FEW_CHANNELS = {torch.bfloat16: 0.2, torch.float16: 0.025}
+# On a GPU the reference's products are the library's, which rounds z to half precision before the
+# ReLU as eager PyTorch does: where that turns a sign, a pixel's gradient is lost or made up.
+LIBRARY_SIGNS = {torch.bfloat16: 0.1, torch.float16: 0.05}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -191,8 +194,11 @@ def compare(
         for leaf, got, wanted in zip(leaves, gradients, want, strict=True):
             assert got.dtype == leaf.dtype
             shape = tuple(leaf.shape)
-            few = backend == "triton" and dtype == torch.bfloat16 and leaf.numel() < 8
-            limit = FEW_CHANNELS if few else grad_tolerance
+            limit = grad_tolerance
+            if backend == "reference" and device == "cuda":
+                limit = LIBRARY_SIGNS.get(dtype, limit)
+            if leaf.numel() < 8 and (backend != "reference" or device == "cuda"):
+                limit = max(limit, FEW_CHANNELS.get(dtype, limit))
             assert error(got, wanted) <= limit, f"{told}: grad {shape}"
             if leaf.dim() == 4 and leaf is leaves[0]:
                 assert memory_format(got) == memory_format(leaf), told

@@ -3,7 +3,9 @@
 Launches for n maps: n − 1 products at the other maps' own sizes, and one that multiplies the map of
 the target size, adds them resized, normalises and rectifies (csrc/cuda/msff.cuh). In training that
 one is preceded by itself for the moments of z and by their join. The channel statistics of out, if
-asked for, are left in parts by its tiles and joined by another. The backward is the library's.
+asked for, are left in parts by its tiles and joined by another. The backward multiplies for z
+with the kernel again, and with what rounding took from W: where rounding turns the sign of z, the
+gradient of the ReLU is lost or made up. The other products there are the library's.
 """
 
 from __future__ import annotations
@@ -14,15 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from ...contract import memory_format
-from ..maps import is_channels_last
+from ..maps import is_channels_last, readable
 from ..reference import msff as reference
 from . import channel_statistics, product
 from .launch import floats, geometry, launch
 
 # Products that a launch resizes, kMostProducts of csrc/cuda/msff.cuh; with more the reference runs.
 MOST_PRODUCTS = 6
-
-backward = reference.backward
 
 
 @dataclass(frozen=True)
@@ -169,3 +169,35 @@ def forward(
         return out, *of_batch, *product.join_extremes(tiles, batch, pixels)
     z.launch(tile, eps, {"out": out}, vectors)
     return out, *of_batch, *reference.unknown_statistics(like.new_empty(0, dtype=torch.float32))
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """W ∗ x (B, C_out, h, w) in float32; of a wider weight (C_out, C_in, 1, 1) nothing is lost."""
+    x = readable(x)
+    matrix = product.rows_of(weight)
+    rounded = matrix.to(x.dtype)
+    z = _native_product(x, rounded, x)
+    if matrix.dtype != x.dtype:
+        z += _native_product(x, (matrix - rounded).to(x.dtype), x)
+    return z
+
+
+def backward(
+    grad_out: torch.Tensor,
+    features: Sequence[torch.Tensor],
+    batch_mean: torch.Tensor,
+    batch_var: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor,
+    bn_bias: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for the maps, W, γ and β; the product is recomputed from the small maps."""
+    return reference.backward(
+        *(grad_out, features, batch_mean, batch_var, weight, bn_weight, bn_bias),
+        *(running_mean, running_var, training, eps),
+        multiply=_product,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -13,6 +13,8 @@ from .channel_interaction import Statistics, channel_statistics
 from .products import convolve, convolve_input_backward, convolve_weight_backward
 
 _DIMS = (0, 2, 3)
+# f (B, C_in, h, w) and W (C_out, C_in, 1, 1) → W ∗ f.
+Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def target_size(features: Sequence[torch.Tensor]) -> tuple[int, int]:
@@ -20,13 +22,15 @@ def target_size(features: Sequence[torch.Tensor]) -> tuple[int, int]:
     return max(f.shape[2] for f in features), max(f.shape[3] for f in features)
 
 
-def _fused_product(features: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+def _fused_product(
+    features: Sequence[torch.Tensor], weight: torch.Tensor, multiply: Multiply = convolve
+) -> torch.Tensor:
     """W ∗ cat(resized maps), (B, C_out, H, W), in float32 or better."""
     dtype = statistics_dtype(features[0].dtype)
     size = target_size(features)
     total: torch.Tensor | None = None
     for feature, part in zip(features, _split(features, weight), strict=True):
-        z = convolve(feature, part).to(dtype)
+        z = multiply(feature, part).to(dtype)
         if z.shape[2:] != torch.Size(size):
             z = F.interpolate(z, size, mode="bilinear", align_corners=False)
         total = z if total is None else total + z
@@ -115,10 +119,12 @@ def backward(
     running_var: torch.Tensor | None,
     training: bool,
     eps: float,
+    *,
+    multiply: Multiply = convolve,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients for the maps, W, γ and β; the product is recomputed from the small maps."""
+    """Gradients for the maps, W, γ and β; z is made again from the small maps, by `multiply`."""
     dtype = statistics_dtype(features[0].dtype)
-    z = _fused_product(features, weight)
+    z = _fused_product(features, weight, multiply)
     mean, var = (batch_mean, batch_var) if training else (running_mean, running_var)
     assert mean is not None
     assert var is not None
