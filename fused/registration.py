@@ -326,7 +326,7 @@ class StageOp:
         results = self.backward_op(*args, backend=ctx.backend)
         results = (results,) if isinstance(results, torch.Tensor) else results
         by_name = dict(zip(self.gradients, results, strict=True))
-        # Defaults that the dispatcher left out have no place: torch 2.10 to 2.13 refuse one for them.
+        # torch 2.10 to 2.13 refuse a place for the defaults that the dispatcher left out.
         passed = self.inputs[: len(ctx.needs_input_grad)]
         return tuple(by_name.get(key) for key in passed)
 

@@ -1,4 +1,4 @@
-"""cross_spatial in evaluation on CUDA, both forms, emulated: values, findings, traffic."""
+"""cross_spatial in evaluation on CUDA, emulated: values, findings, traffic."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of both forms, and w with the softmax vectors in float64."""
+    """Inputs, and w with the softmax vectors in float64."""
 
     e: torch.Tensor
     weight: torch.Tensor
@@ -58,17 +58,11 @@ class Case:
     expected: tuple[torch.Tensor, ...]
     eager: tuple[torch.Tensor, ...]
 
-    def split(self) -> tuple[torch.Tensor, ...]:
+    def run(self) -> tuple[torch.Tensor, ...]:
         """The op."""
         return cross_spatial.forward(
             *(self.e, *self.gates, *self.parameters.values()),
             *(self.groups, False, "sequential", *EPS[1:]),
-        )
-
-    def single(self) -> torch.Tensor:
-        """With coordinate attention in the same launch."""
-        return cross_spatial.coordinate_cross_spatial(
-            self.e, self.weight, self.bias, EPS[0], self.parameters, self.groups, *EPS[1:]
         )
 
 
@@ -131,18 +125,16 @@ def check(out: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, dtype: to
 
 
 @pytest.mark.parametrize(("shape", "dtype", "channels_last"), CASES)
-def test_both_forms(
+def test_values(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, channels_last: bool
 ) -> None:
     """Launches take the four orders in turn; a finding fails."""
     example = case(shape, dtype, channels_last)
     with emulated():
-        w, *softmaxes = example.split()[:3]
-        alone = example.single()
-    assert w.dtype == alone.dtype == dtype
+        w, *softmaxes = example.run()[:3]
+    assert w.dtype == dtype
     for out, exact, eager in zip((w, *softmaxes), example.expected, example.eager, strict=True):
         check(out, exact, eager, dtype)
-    check(alone, example.expected[0], example.eager[0], dtype)
 
 
 def test_the_same_bits_in_every_order() -> None:
@@ -150,7 +142,7 @@ def test_the_same_bits_in_every_order() -> None:
     results = []
     for order in ORDERS:
         with emulated(order=order):
-            results.append((*example.split()[:3], example.single()))
+            results.append(example.run()[:3])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -158,7 +150,7 @@ def test_the_same_bits_in_every_order() -> None:
 def test_statistics_of_evaluation_are_empty() -> None:
     example = case((1, 2, 6, 5, 7), torch.float32)
     with emulated():
-        statistics = example.split()[3:]
+        statistics = example.run()[3:]
     assert [tuple(s.shape) for s in statistics] == [(0, 18), (0, 18), (0, 6), (0, 6)]
 
 
@@ -167,15 +159,15 @@ def test_parameters_of_the_maps_dtype() -> None:
     halves = {name: t.half() for name, t in example.parameters.items()}
     rounded = Case(**{**vars(example), "parameters": halves})
     with emulated():
-        check(rounded.split()[0], example.expected[0], example.eager[0], torch.float16)
+        check(rounded.run()[0], example.expected[0], example.eager[0], torch.float16)
 
 
 def test_tf32_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_spatial, "takes_tf32", lambda: 1)
     example = case((1, 1, 32, 5, 9), torch.float32)
     with emulated():
-        errors = [error(w, example.expected[0]) for w in (example.split()[0], example.single())]
-    assert all(1e-6 < found < 2e-3 for found in errors)
+        found = error(example.run()[0], example.expected[0])
+    assert 1e-6 < found < 2e-3
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -183,9 +175,8 @@ def test_a_poisoned_sample_leaves_the_others_alone(value: float) -> None:
     example = case((2, 1, 6, 5, 7), torch.float32)
     example.e[1, 2, 3, 4] = value
     with emulated():
-        w, softmax1 = example.split()[:2]
-        alone = example.single()
-    assert all(poisoned.isnan().all() for poisoned in (w[1], softmax1[1], alone[1]))
+        w, softmax1 = example.run()[:2]
+    assert all(poisoned.isnan().all() for poisoned in (w[1], softmax1[1]))
     check(w[:1], example.expected[0][:1], example.eager[0][:1], torch.float32)
 
 
@@ -206,13 +197,12 @@ def test_launches_and_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     example = case((1, 2, 8, 11, 72), torch.float16)
     for multiprocessors, several in ((1, False), (16, True)):
         monkeypatch.setattr(cross_spatial, "_EMULATED_MULTIPROCESSORS", multiprocessors)
-        reports = reports_of(example.split)
+        reports = reports_of(example.run)
         assert list(reports) == ["cross_spatial_pack", "cross_spatial"]
         report = reports["cross_spatial"][1]
         assert report.findings == []
         # Only arrive_last, of several bands, is atomic.
         assert (report.totals.get("global_atomic_requests", 0) > 0) == several
-    assert list(reports_of(example.single)) == ["cross_spatial_pack", "coordinate_cross_spatial"]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +250,7 @@ def test_few_slabs_pack_weights_beside_coordinate_attention(
 def test_traffic(channels_last: bool) -> None:
     """Products load without bank conflicts, 16 bytes a lane; e is read as the head comment says."""
     example = case((1, 1, 32, 16, 56), torch.float16, channels_last)
-    _, report = reports_of(example.single)["coordinate_cross_spatial"]
+    _, report = reports_of(example.run)["cross_spatial"]
 
     def sites(file: str, space: str) -> list[dict[str, Any]]:
         return [
@@ -277,28 +267,15 @@ def test_traffic(channels_last: bool) -> None:
     assert weights["units"] == weights["ideal_units"]
     loads = [s for s in sites("cross_spatial_branches.cuh", "global") if s["bytes_per_lane"] == 16]
     pixels_read = sum(site["bytes"] for site in loads) // (32 * 2)
-    # Pools and moments in windows of 38 and 18 columns, four tiles of 8×32 and 8×24 with their halo
-    # of 3 inside the map; "rows" in whole packs of 8.
-    if channels_last:
-        assert pixels_read == 2 * 16 * 56 + (11 + 11) * (35 + 27)
-    else:
-        assert pixels_read == 2 * 16 * (40 + 24) + (11 + 11) * (40 + 32)
+    # Four tiles of 8×32 and 8×24 with their halo of 3 inside the map; "rows" in whole packs of 8.
+    assert pixels_read == (11 + 11) * ((35 + 27) if channels_last else (40 + 32))
 
 
-# Bug → kind of finding, and whether it is coordinate attention's.
-PLANTS = {
-    1: ("uninitialised", True),
-    2: ("race", False),
-    3: ("race", False),
-    4: ("unwaited", False),
-}
+PLANTS = {2: "race", 3: "race", 4: "unwaited"}  # bug → kind of finding
 
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_planted_bugs_are_found(plant: int) -> None:
-    kind, attends = PLANTS[plant]
     example = case((1, 1, 8, 5, 7), torch.float16, channels_last=True)
-    run = example.single if attends else example.split
-    reports = reports_of(run, plant=plant)
-    _, report = reports["coordinate_cross_spatial" if attends else "cross_spatial"]
-    assert kind in report.kinds, report.findings
+    _, report = reports_of(example.run, plant=plant)["cross_spatial"]
+    assert PLANTS[plant] in report.kinds, report.findings

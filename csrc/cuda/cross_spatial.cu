@@ -78,19 +78,13 @@ void choose_bands(Tiling& t, int64_t tiles, int64_t slabs, int64_t most, int64_t
 // ---- entries ---------------------------------------------------------------------------------
 
 template <class T>
-CrossSpatialParams params_of(const Arguments& a, bool attends) {
+CrossSpatialParams params_of(const Arguments& a) {
   CrossSpatialParams p{};
   p.e = a.pointer<const void>("e");
-  p.alpha_h = p.own_alpha_h = a.pointer<float>("alpha_h");
-  p.alpha_w = p.own_alpha_w = a.pointer<float>("alpha_w");
-  p.mean = p.own_mean = a.pointer<float>("mean");
-  p.rstd = p.own_rstd = a.pointer<float>("rstd");
-  if (attends) {
-    p.weight = a.pointer<const float>("weight");
-    p.bias = a.pointer<const float>("bias");
-    p.pooled = a.pointer<float>("pooled");
-    p.eps = a.real("eps");
-  }
+  p.alpha_h = a.pointer<const float>("alpha_h");
+  p.alpha_w = a.pointer<const float>("alpha_w");
+  p.mean = a.pointer<const float>("mean");
+  p.rstd = a.pointer<const float>("rstd");
   p.packed = a.pointer<const void>("packed");
   p.vectors = a.pointer<const float>("vectors");
   p.y = a.pointer<void>("y");
@@ -115,8 +109,8 @@ CrossSpatialParams params_of(const Arguments& a, bool attends) {
 }
 
 template <class N>
-void launch_forward(const Arguments& a, bool attends) {
-  CrossSpatialParams p = params_of<typename N::T>(a, attends);
+void launch_forward(const Arguments& a) {
+  CrossSpatialParams p = params_of<typename N::T>(a);
   const int64_t slabs = a.integer("slabs");
   constexpr int kSums = kWarps * 2 * N::kChannels * static_cast<int>(sizeof(float));
   constexpr int kReserved = 64;  // arrive_last, alignment
@@ -130,15 +124,8 @@ void launch_forward(const Arguments& a, bool attends) {
   p.x_pitch = t.x_pitch;
   p.bands = t.bands;
   p.tiles_of_band = t.tiles_of_band;
-  int shared = tile_bytes<N>(t);
-  if (attends) {  // moments of the warps, behind the tile of e
-    const int e_bytes = (t.rows + 2 * kHaloE) * t.e_pitch * static_cast<int>(sizeof(typename N::T));
-    constexpr int kMerged = kWarps * 3 * N::kChannels * static_cast<int>(sizeof(float));
-    if (e_bytes + kMerged > shared) shared = e_bytes + kMerged;
-  }
-  launch(a, attends ? "coordinate_cross_spatial" : "cross_spatial",
-         dim3(grid_size(slabs), grid_size(t.bands, kGridY)), dim3(kThreads), shared,
-         forward_kernel<N>, p);
+  launch(a, "cross_spatial", dim3(grid_size(slabs), grid_size(t.bands, kGridY)), dim3(kThreads),
+         tile_bytes<N>(t), forward_kernel<N>, p);
 }
 
 // Calls function(Network) for the width of a group, padded, and float32's precision. float32 has no
@@ -155,18 +142,15 @@ void with_network(const Arguments& a, Function function) {
   function(Network<T, Precision::kSplit, 64>{});
 }
 
-template <class T, bool kAttends>
+template <class T>
 void forward(const Arguments& a) {
-  with_network<T>(a, [&](auto network) { launch_forward<decltype(network)>(a, kAttends); });
+  with_network<T>(a, [&](auto network) { launch_forward<decltype(network)>(a); });
 }
 
 const Entry kEntries[] = {
-    {"cross_spatial_float32", forward<float, false>},
-    {"cross_spatial_bfloat16", forward<__nv_bfloat16, false>},
-    {"coordinate_cross_spatial_float32", forward<float, true>},
-    {"coordinate_cross_spatial_bfloat16", forward<__nv_bfloat16, true>},
-    {"cross_spatial_float16", forward<__half, false>},
-    {"coordinate_cross_spatial_float16", forward<__half, true>},
+    {"cross_spatial_float32", forward<float>},
+    {"cross_spatial_bfloat16", forward<__nv_bfloat16>},
+    {"cross_spatial_float16", forward<__half>},
 };
 
 }  // namespace

@@ -1,6 +1,5 @@
 // cross_spatial in evaluation (spec.md 2.3): e and its gates → w, one launch after the packing of
-// the weights (cross_spatial_pack.cuh); or, with coordinate attention (2.2) before it in the same
-// launch, e → w (cross_spatial_attend.cuh).
+// the weights (cross_spatial_pack.cuh).
 //
 //   x1 = (e·αw·αh − mean)·rstd·γ + β     x2 = K3∗e + b3     y = network(x1), network(x2)
 //   s = softmax_c(mean y)                w = σ(Σ_c s1·y2 + Σ_c s2·y1)
@@ -9,10 +8,9 @@
 // Grid        slabs × bands; a block walks the tiles of its band, rows × columns pixels of the map.
 //             Of a tile it holds e with a halo of 3, whose place x1 takes, and x2 with a halo of 2.
 //             Its eight warps share pieces of 32 (16) pixels of x2, then of both branches' y.
-//             The slab's last block to arrive draws softmax and w; with coordinate attention there
-//             is one band.
-// Bytes       e once from device memory (with coordinate attention twice more from the second-level
-//             cache), and the tiles' halos again from there: tiles of 8×32 of a 56×56 map read
+//             The slab's last block to arrive draws softmax and w.
+// Bytes       e once from device memory, and the tiles' halos again from the second-level cache:
+//             tiles of 8×32 of a 56×56 map read
 //             (8+6)(32+6)/(8·32) = 2.1 of it. y (2·c values a pixel) is written to scratch and read
 //             once, both in the second-level cache (a slab's 400 KB at c = 32 in 16 bits); w.
 // Registers   up to 255: one block of 8 warps a multiprocessor, two a scheduler. More warps would
@@ -24,10 +22,10 @@
 // Recomputed  x2 in the halo of 2: (8+4)(32+4)/(8·32) = 1.7 of it, a fifteenth of all products.
 #pragma once
 
-#include "cross_spatial_attend.cuh"
+#include "cross_spatial_branches.cuh"
 
 // Bugs for the tests; none in a build. 2: no barrier between x1 and y, 3: pixels past a tile are
-// stored. 1: cross_spatial_attend.cuh, 4: cross_spatial_branches.cuh.
+// stored. 4: cross_spatial_branches.cuh.
 #ifndef PLANT
 #define PLANT 0
 #endif
@@ -288,42 +286,20 @@ __device__ __forceinline__ void write_partial(const CrossSpatialParams& p, int64
 __device__ __forceinline__ int steps_of_block(const CrossSpatialParams& p) {
   const int first = static_cast<int>(blockIdx.y) * p.tiles_of_band;
   const int tiles = parts(p.height, p.rows) * parts(p.width, p.columns);
-  return min(p.tiles_of_band, tiles - first) + (p.weight != nullptr ? 2 * window_count(p) : 0);
+  return min(p.tiles_of_band, tiles - first);
 }
 
-// One step: a window for the pools (attending), one for the moments, or a tile.
+// One step: a tile.
 template <class N>
 __device__ __forceinline__ void run_step(const CrossSpatialParams& p, const Progress* progress,
                                          float* sums) {
   using T = typename N::T;
   CIEMA_DYNAMIC_SHARED(T, e_tile);
-  const int windows = p.weight != nullptr ? window_count(p) : 0;
-  const int first = static_cast<int>(blockIdx.y) * p.tiles_of_band - 2 * windows;
+  const int first = static_cast<int>(blockIdx.y) * p.tiles_of_band;
   T* x_tile = e_tile + (p.rows + 2 * kHaloE) * p.e_pitch;
-  float* merged = reinterpret_cast<float*>(x_tile);
-  {
-    const int64_t slab = progress->slab;
-    const int step = progress->step;
-    float* pooled = p.pooled + slab * (p.width + p.height) * N::kChannels;
-    if (step > 0 && step == windows) {
-      write_gates(p, slab, pooled, N::kChannels);
-    } else if (step > 0 && step == 2 * windows) {
-      write_moments(p, slab, merged, N::kChannels);
-    }
-    const bool whole = step >= 2 * windows;
-    const Window window =
-        whole ? TilePlace(p, first + step).with_halo() : window_of(p, step % windows);
-    load_window<N>(p, window, slab_of_e<T>(p, slab), e_tile);
-    __syncthreads();
-    if (!whole) {
-      if (step < windows) {
-        pool_window<N>(p, window, e_tile, pooled);
-      } else {
-        add_window_moments<N>(p, slab, window, e_tile, merged);
-      }
-      return;
-    }
-  }
+  load_window<N>(p, TilePlace(p, first + progress->step).with_halo(),
+                 slab_of_e<T>(p, progress->slab), e_tile);
+  __syncthreads();
   convolve_branch<N>(p, TilePlace(p, first + progress->step), e_tile, x_tile);
   __syncthreads();  // all have read e
   normalise_branch<N>(p, TilePlace(p, first + progress->step), progress->slab, e_tile);

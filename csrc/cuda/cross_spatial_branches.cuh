@@ -37,12 +37,6 @@ struct CrossSpatialParams {
   int e_pitch, x_pitch;                 // from row to row of a tile, in elements
   int bands, tiles_of_band;
   bool channels_last, vectors_fit;      // whether 16-byte accesses of e are aligned
-  // Coordinate attention before, if weight is not null: K and b, and where to write gates, mean
-  // and rstd, which are then what alpha_h … point to.
-  const float *weight, *bias;
-  float *own_alpha_h, *own_alpha_w, *own_mean, *own_rstd;
-  float* pooled;  // scratch (slabs, H + W, kChannels)
-  float eps;
 };
 
 namespace cross_spatial {

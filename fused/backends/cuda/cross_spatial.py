@@ -1,7 +1,6 @@
 """Cross-spatial learning (spec.md 2.3) on CUDA in evaluation: two launches, pack and forward.
 
-`coordinate_cross_spatial` does coordinate attention (2.2) in the second launch too, and returns
-nothing but w. Training is in cross_spatial_training.py.
+Training is in cross_spatial_training.py.
 """
 
 from __future__ import annotations
@@ -123,44 +122,6 @@ def pack(e: torch.Tensor, work: Packing) -> Packed:
     return work.packed
 
 
-def _launch(
-    entry: str,
-    e: torch.Tensor,
-    groups: int,
-    packed: Packed,
-    reads: dict[str, torch.Tensor],
-    writes: dict[str, torch.Tensor],
-    scratch: dict[str, torch.Tensor],
-    numbers: dict[str, int | float],
-) -> None:
-    """An entry of the forward kernel; the number `most_bands` is in `numbers`."""
-    batch, _, height, width = e.shape
-    slabs, padded = batch * groups, _width(e, groups)
-    bands = int(numbers["most_bands"])
-    launch(
-        *(entry, e.dtype),
-        reads={"e": e, **packed.reads, **reads},
-        writes=writes,
-        updates={"counters": packed.counters},
-        scratch={
-            "y": e.new_empty((slabs, 2, height * width, padded)),
-            "partial": e.new_empty((slabs, bands, 2, padded), dtype=torch.float32),
-            **scratch,
-        },
-        numbers={
-            **_network(e, groups),
-            **{"groups": groups, "height": height, "width": width},
-            **geometry("e", e),
-            **numbers,
-        },
-    )
-
-
-def slabs_that_fill(e: torch.Tensor) -> int:
-    """How many blocks it takes to fill the GPU, one a multiprocessor."""
-    return multiprocessors(e.device) or _EMULATED_MULTIPROCESSORS
-
-
 def forward(
     e: torch.Tensor,
     alpha_h: torch.Tensor,
@@ -237,53 +198,25 @@ def learn(
     softmax1 = e.new_empty((batch, groups, channels // groups), dtype=torch.float32)
     softmax2 = torch.empty_like(softmax1)
     names = ("alpha_h", "alpha_w", "mean", "rstd")
-    _launch(
-        *("cross_spatial", e, groups, packed),
-        {name: floats(t) for name, t in zip(names, vectors, strict=True)},
-        {"w": w, "softmax1": softmax1, "softmax2": softmax2},
-        {},
-        {"most_bands": MOST_BANDS, "multiprocessors": slabs_that_fill(e)},
+    slabs, padded = batch * groups, _width(e, groups)
+    launch(
+        *("cross_spatial", e.dtype),
+        reads={
+            **{"e": e, **packed.reads},
+            **{name: floats(t) for name, t in zip(names, vectors, strict=True)},
+        },
+        writes={"w": w, "softmax1": softmax1, "softmax2": softmax2},
+        updates={"counters": packed.counters},
+        scratch={
+            "y": e.new_empty((slabs, 2, height * width, padded)),
+            "partial": e.new_empty((slabs, MOST_BANDS, 2, padded), dtype=torch.float32),
+        },
+        numbers={
+            **_network(e, groups),
+            **{"groups": groups, "height": height, "width": width},
+            **geometry("e", e),
+            "most_bands": MOST_BANDS,
+            "multiprocessors": multiprocessors(e.device) or _EMULATED_MULTIPROCESSORS,
+        },
     )
     return w, softmax1, softmax2
-
-
-def coordinate_cross_spatial(
-    e: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    parameters: Mapping[str, torch.Tensor | None],
-    groups: int,
-    attention_eps: float,
-    reduce_eps: float,
-) -> torch.Tensor:
-    """w from e, for evaluation without gradients: coordinate attention and the op above at once.
-
-    Args:
-        e: map (B, C, H, W).
-        weight: K (c, c, 1, 1) of coordinate attention, with `bias` (c,).
-        bias: see weight.
-        eps: of the group norm.
-        parameters: the tensors that `forward` takes after rstd, by their names.
-        groups: of the channels.
-        attention_eps: of the attention's batch norm.
-        reduce_eps: of the reduction's batch norm.
-    """
-    e = readable(e)
-    packed = pack(e, packing(e, groups, parameters, attention_eps, reduce_eps))
-    batch, channels, height, width = e.shape
-    w = e.new_empty((batch, groups, height, width))
-    mean = e.new_empty((batch, channels), dtype=torch.float32)
-    positions = (batch * groups, height + width, _width(e, groups))
-    _launch(
-        *("coordinate_cross_spatial", e, groups, packed),
-        {"weight": floats(weight), "bias": floats(bias)},
-        {"w": w},
-        {
-            "alpha_h": mean.new_empty((batch, channels, height)),
-            "alpha_w": mean.new_empty((batch, channels, width)),
-            **{"mean": mean, "rstd": torch.empty_like(mean), "pooled": mean.new_empty(positions)},
-        },
-        {"most_bands": 1, "multiprocessors": 1, "eps": float(eps)},
-    )
-    return w
