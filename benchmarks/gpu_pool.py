@@ -100,6 +100,8 @@ class Worker:
         how = "still runs" if code is None else f"exit status {code}"
         if code is not None and code < 0:
             how = f"killed by {signal.Signals(-code).name}"
+        if self._errors.closed:  # stopped meanwhile
+            return how
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
         return f"{how}: {lines[-1][:300]}" if lines else how

@@ -139,12 +139,22 @@ def memory_table(rows: Sequence[Facts]) -> str:
     return table([*_HEAD, *names], [row for row in body if set(row[4:]) != {"–"}], left=3)
 
 
+def kernel_times(cells: Cells) -> dict[str, float]:
+    """Milliseconds of the candidates that are right; of replayed graphs, where all have one.
+
+    What the host adds is about the same for all, and at small batches hides the kernels' times.
+    """
+    right = {n: ms for n in CANDIDATES if (ms := timed(cells, n)) is not None}
+    replayed = {n: ms for n in right if (ms := timed(cells, n, graph=True)) is not None}
+    times = replayed if len(replayed) == len(right) else right
+    return {name.removeprefix("fused-"): ms for name, ms in times.items()}
+
+
 def auto_choices(rows: Iterable[Facts]) -> list[Facts]:
     """For each stage and case: which backends are right, which is quickest, what auto takes."""
     out = []
     for case, cells in cases(r for r in rows if r["subject"] in STAGES).items():
-        times = {n.removeprefix("fused-"): timed(cells, n) for n in CANDIDATES if n in cells}
-        right = {name: ms for name, ms in times.items() if ms is not None}
+        right = kernel_times(cells)
         if not right:
             continue
         first = next(iter(cells.values()))

@@ -67,8 +67,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # The interpreter's switches would keep the kernels off the GPU.
 unset FUSED_TRITON_INTERPRETER TRITON_INTERPRET FUSED_BACKEND
 
-CORES=$(nproc)
-WORKERS=${WORKERS:-$((CORES < 8 ? CORES : 8))}
+CORES=$(env -u OMP_NUM_THREADS nproc) # nproc heeds that variable
+WORKERS=${WORKERS:-$((CORES < 16 ? CORES : 16))}
 STEPS=$FOLDER/steps.jsonl
 LOG=$FOLDER/log.txt
 STEP_LOG=$(mktemp)

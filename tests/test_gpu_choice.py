@@ -25,7 +25,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> list[Measured]:
         *(ROW, replace(ROW, pixels=100352, quickest="cuda")),
         *(replace(ROW, capability="8.6", quickest="cuda"), replace(ROW, backward=True)),
     ]
-    monkeypatch.setattr(gpu_choice, "_shipped", lambda: tuple(rows))
+    monkeypatch.setattr(gpu_choice, "_shipped", lambda: rows)
     return rows
 
 
@@ -58,8 +58,13 @@ def test_the_closest_measurement_counts(known: list[Measured]) -> None:
     assert at(3136, "12.0") in ("cuda", "triton")  # not measured there: the others' count
     assert at(3136, op="msff_backward") == "triton"
     assert at(3136, op="gated_fusion") is None
-    x = torch.empty(1, 8, 1, 3136, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(1, 8, 1, 3136, device="meta")
     assert gpu_choice.quickest("msff", x, "9.0") is None
+    known.append(replace(ROW, stage="gated_fusion"))
+    half = gpu_choice.quickest("gated_fusion", x.bfloat16(), "9.0")
+    assert half is known[-1]  # float16's
+    known.append(replace(ROW, stage="gated_fusion", dtype="bfloat16", pixels=10**6))
+    assert gpu_choice.quickest("gated_fusion", x.bfloat16(), "9.0") is known[-1]
 
 
 def test_auto_passes_over_cuda_where_triton_was_quicker(

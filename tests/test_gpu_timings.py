@@ -254,6 +254,18 @@ def test_tables_compare_with_published_and_compiled_and_show_no_wrong_speed() ->
     assert gpu_timings.line_of(rows[1], 4.0).startswith("wrong: output 0")
 
 
+def test_backends_are_compared_by_their_kernels_where_all_were_replayed() -> None:
+    rows = [
+        result("fused-triton", 0.3, graph={"ms": 0.2, "equal": True}),
+        result("fused-cuda", 0.6, graph={"ms": 0.1, "equal": True}),
+    ]
+    (choice,) = gpu_report.auto_choices(rows)
+    assert choice["ms"] == {"cuda": 0.1, "triton": 0.2}
+    rows[1]["graph"] = {"reason": "out of memory"}
+    (choice,) = gpu_report.auto_choices(rows)
+    assert choice["ms"] == {"cuda": 0.6, "triton": 0.3}
+
+
 def test_an_empty_result_has_a_report_too() -> None:
     assert "No rows." in gpu_report.timings_text({"rows": []})
 

@@ -40,7 +40,7 @@ from fused.contract import memory_format
 FEW_CHANNELS = {torch.bfloat16: 0.2, torch.float16: 0.025}
 # On a GPU the reference's products are the library's, which rounds z to half precision before the
 # ReLU as eager PyTorch does: where that turns a sign, a pixel's gradient is lost or made up.
-LIBRARY_SIGNS = {torch.bfloat16: 0.1, torch.float16: 0.05}
+LIBRARY_SIGNS = {torch.bfloat16: 0.15, torch.float16: 0.05}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

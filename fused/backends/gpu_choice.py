@@ -1,7 +1,7 @@
 """Which of the GPU backends "auto" prefers for a stage: what was measured, in gpu_choice.json.
 
-`python -m benchmarks.gpu_choice` writes that file from the timings of `benchmarks/on_gpu.sh`. Until
-somebody has measured, it is empty, and the registry's order decides.
+`python -m benchmarks.gpu_choice` writes that file from the timings of `benchmarks/on_gpu.sh`. Where
+nobody has measured a stage and dtype, the registry's order decides.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 FILE = Path(__file__).with_suffix(".json")
 FORMAT = 1
+_HALVES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ def _shipped() -> tuple[Measured, ...]:
 def quickest(op: str, x: torch.Tensor, capability: str) -> Measured | None:
     """The measurement closest to `op` on x (B, C, H, W); None if there is none.
 
+    Half precision that was not measured takes the other one's row: the instructions cost the same.
     On a GPU whose compute capability was not measured the others' count.
     """
     stage, dtype = op.removesuffix("_backward"), str(x.dtype).removeprefix("torch.")
-    rows = [
-        row
-        for row in _shipped()
-        if (row.stage, row.dtype, row.backward) == (stage, dtype, op.endswith("_backward"))
-    ]
+    backward = op.endswith("_backward")
+    rows = [row for row in _shipped() if (row.stage, row.backward) == (stage, backward)]
+    wanted = _HALVES if dtype in _HALVES else (dtype,)
+    rows = [row for row in rows if row.dtype == dtype] or [r for r in rows if r.dtype in wanted]
     rows = [row for row in rows if row.capability == capability] or rows
     pixels = x.shape[0] * x.shape[-2] * x.shape[-1]
     return min(rows, key=lambda row: abs(math.log(row.pixels / pixels)), default=None)
