@@ -47,7 +47,7 @@ class _Norm(NamedTuple):
         mean, var = _column(mean, dtype), _column(var, dtype)
         return _Norm(mean, var, _column(weight, dtype), _column(bias, dtype), eps)
 
-    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+    def apply(self, z: torch.Tensor) -> torch.Tensor:
         """Normalise z in the statistics' dtype."""
         return normalisation.affine(z.to(self.mean.dtype), *self)
 
@@ -154,15 +154,15 @@ def forward(
     hidden = convolve(s, squeeze_weight)
     running = (running_mean1, running_var1)
     norm1 = _norm(hidden, bn1_weight, bn1_bias, running, eps1, training)
-    expanded = convolve(norm1(hidden).relu().to(product), expand_weight)
+    expanded = convolve(norm1.apply(hidden).relu().to(product), expand_weight)
     running = (running_mean2, running_var2)
     norm2 = _norm(expanded, bn2_weight, bn2_bias, running, eps2, training)
     of_s, of_m = fusion_weight.split(channels, 1)
-    logits = convolve(s, of_s) + convolve(norm2(expanded).to(product), of_m)
+    logits = convolve(s, of_s) + convolve(norm2.apply(expanded).to(product), of_m)
     running = (running_mean3, running_var3)
     norm3 = _norm(logits, bn3_weight, bn3_bias, running, eps3, training)
     # Identity 5.2: out = e ⊙ (w + φ (1 − w)).
-    out = (e * torch.addcmul(gate, norm3(logits).sigmoid(), 1 - gate)).to(e.dtype)
+    out = (e * torch.addcmul(gate, norm3.apply(logits).sigmoid(), 1 - gate)).to(e.dtype)
 
     empty = e.new_empty(0)
     kept = [empty, torch.empty_like(empty)]
@@ -227,10 +227,10 @@ def backward(
     norm3 = _Norm.of(statistics3, bn3_weight, bn3_bias, eps3, dtype)
     gate, values, grad = _spread(w, channels).to(dtype), e.to(dtype), grad_out.to(dtype)
     s = (values * gate).to(product)
-    r = norm1(hidden).relu().to(product)
+    r = norm1.apply(hidden).relu().to(product)
     expanded = convolve(r, expand_weight).to(dtype)
-    m = norm2(expanded).to(product)
-    phi = norm3(gate_logits).sigmoid()
+    m = norm2.apply(expanded).to(product)
+    phi = norm3.apply(gate_logits).sigmoid()
 
     through = grad * values
     grad_e = grad * torch.addcmul(gate, phi, 1 - gate)
