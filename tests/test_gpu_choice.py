@@ -73,10 +73,15 @@ def test_auto_passes_over_cuda_where_triton_was_quicker(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     x = torch.empty(1, 8, 56, 56, dtype=torch.float16, device="meta")
+    monkeypatch.setattr(cuda.triton, "can_run", lambda op, x: None)
     reason = cuda.passed_over("msff", x)
     assert reason == "triton was quicker for 3136 pixels of float16 on A GPU"
     assert cuda.passed_over("msff", x.expand(32, -1, -1, -1)) is None
     assert cuda.passed_over("gated_fusion", x) is None
+    known.append(replace(ROW, stage="gated_fusion"))
+    assert cuda.passed_over("gated_fusion_mean", x) is not None
+    monkeypatch.setattr(cuda.triton, "can_run", lambda op, x: "Triton is not installed")
+    assert cuda.passed_over("msff", x) is None  # or the reference would run
 
 
 def test_command_notes_the_quicker_gpu_backend(

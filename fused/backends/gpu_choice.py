@@ -69,8 +69,10 @@ def quickest(op: str, x: torch.Tensor, capability: str) -> Measured | None:
     Half precision that was not measured takes the other one's row: the instructions cost the same.
     On a GPU whose compute capability was not measured the others' count.
     """
-    stage, dtype = op.removesuffix("_backward"), str(x.dtype).removeprefix("torch.")
-    backward = op.endswith("_backward")
+    stage = op.removesuffix("_backward").removesuffix(
+        "_mean"
+    )  # the mean of a map takes its products
+    dtype, backward = str(x.dtype).removeprefix("torch."), op.endswith("_backward")
     rows = [row for row in _shipped() if (row.stage, row.backward) == (stage, backward)]
     wanted = _HALVES if dtype in _HALVES else (dtype,)
     rows = [row for row in rows if row.dtype == dtype] or [r for r in rows if r.dtype in wanted]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import gpu_choice, native
+from .. import gpu_choice, native, triton
 from ..backend import Backend
 
 LIBRARY = native.load("cuda")
@@ -130,7 +130,7 @@ def passed_over(op: str, x: torch.Tensor) -> str | None:
         return None
     capability = ".".join(map(str, torch.cuda.get_device_capability(x.device)))
     known = gpu_choice.quickest(op, x, capability)
-    if known is None or known.quickest != "triton":
+    if known is None or known.quickest != "triton" or triton.can_run(op, x) is not None:
         return None
     return f"triton was quicker for {known.pixels} pixels of {known.dtype} on {known.gpu}"
 
