@@ -30,7 +30,8 @@ from mobilesteelnet.run_lock import LOCK
 from mobilesteelnet.runs import delete_runs, finish_run
 from mobilesteelnet.train import resume, train
 
-# The fork is as a reading process, which lives a little longer than one that is killed.
+# The fork is as a reading process, which lives a little longer than one that is killed, and then
+# ends without a word: leaving the block would take the lock's file away.
 HOLDER = """
 import os, sys
 from mobilesteelnet.run_folder import RunFolder
@@ -38,6 +39,7 @@ with RunFolder(sys.argv[1]).alone():
     if os.fork():
         print("held", flush=True)
     sys.stdin.read()
+    os._exit(0)
 """
 
 
