@@ -229,11 +229,11 @@ tests tests-cuda 45 250 tests/test_stages.py -k gpu-cuda
 tests tests-triton 130 220 tests/test_stages.py -k "gpu-triton and not strided and not transposed"
 tests tests-modules 60 200 tests/test_golden.py tests/test_modules.py -k gpu
 warm_stop
-step timings correct 330 80 "$PYTHON" -m benchmarks.gpu_timings --json "$FOLDER/timings.json" \
+step timings correct 330 150 "$PYTHON" -m benchmarks.gpu_timings --json "$FOLDER/timings.json" \
   --seconds @SECONDS@
-step choice info 15 80 "$PYTHON" -m benchmarks.gpu_choice "$FOLDER/timings.json" "${CHOOSE[@]}"
-step memcheck tool 70 35 "$PYTHON" -m benchmarks.gpu_check --quick --tool memcheck
-step racecheck tool 70 0 "$PYTHON" -m benchmarks.gpu_check --quick --tool racecheck
+step choice info 15 150 "$PYTHON" -m benchmarks.gpu_choice "$FOLDER/timings.json" "${CHOOSE[@]}"
+step memcheck tool 70 80 "$PYTHON" -m benchmarks.gpu_check --quick --tool memcheck
+step racecheck tool 150 0 "$PYTHON" -m benchmarks.gpu_check --quick --tool racecheck
 tests tests-strides 600 0 tests/test_stages.py -k "gpu-triton and (strided or transposed)"
 tests tests-ops 600 0 tests/test_ops.py tests/test_backends.py
 

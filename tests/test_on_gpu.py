@@ -193,7 +193,7 @@ def test_a_step_that_hangs_ends_at_its_limit(tmp_path: Path) -> None:
         "gpu-reference": "sleep 100",
         "--tool racecheck": "echo '========= Error: Race reported between'; sleep 100",
     }
-    # A sixth of the 540 seconds: 10 for the reference's tests, 11 for racecheck.
+    # A sixth of the 540 seconds: 10 for the reference's tests, 25 for racecheck.
     done, steps = run_stubbed(tmp_path, scenario, "--seconds", "90")
     assert steps["tests-reference"]["status"] == "ran out of time"
     assert steps["tests-reference"]["seconds"] <= 15
