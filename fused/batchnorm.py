@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 
-@contextlib.contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Let calls of `module` inside change copies of its buffers.
 
-    The buffers themselves are not written to: autograd may have saved them in another call.
+def with_own_buffers(module: M) -> M:
+    """A stand-in for `module` whose calls change no buffer of it: the stand-in's are copies.
+
+    Parameters, hooks and all else are the module's. Neither the buffers themselves nor where they
+    are held is written to: autograd may have saved them, and other threads may call the module.
     """
-    kept = [(part, dict(part._buffers)) for part in module.modules() if part._buffers]
-    for part, buffers in kept:
-        part._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for part, buffers in kept:
-            part._buffers.update(buffers)
+    made: dict[nn.Module, nn.Module] = {}  # a part may stand in several places
+
+    def stand_in(part: nn.Module) -> nn.Module:
+        if part not in made:
+            twin = made[part] = type(part).__new__(type(part))
+            twin.__dict__.update(part.__dict__)
+            buffers = part._buffers.items()
+            children = part._modules.items()
+            twin._buffers = {k: None if b is None else b.clone() for k, b in buffers}
+            twin._modules = {k: None if c is None else stand_in(c) for k, c in children}
+        return made[part]
+
+    twin: M = stand_in(module)  # type: ignore[assignment]
+    return twin
 
 
 def update_running_statistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backends import check_name
 from .backends.reference.published import PublishedCIEMA, PublishedMSFF
-from .fused_block import has_hooks
+from .fused_block import has_hooks, own_call
 from .modules import FusedCIEMA, FusedMSFF
 
 _OLDER_VARIANT = "cross_spatial_conv"
@@ -79,12 +80,9 @@ def _refuse_losses(module: nn.Module, kept: Sequence[str]) -> None:
         if any(name == one or name.startswith(f"{one}.") for one in kept):
             continue
         where = name or "the block itself"
-        if has_hooks(part):
-            raise ValueError(f"from_module: {where} has hooks, which the new block would lose")
-        if "forward" in vars(part):
-            raise ValueError(
-                f"from_module: {where} has a forward of its own, which the new block would lose"
-            )
+        call = own_call(part)
+        if call is not None:
+            raise ValueError(f"from_module: {where} {call}, which the new block would lose")
         for key, _ in part.named_buffers(recurse=False):
             raise ValueError(
                 f"from_module: {where} has the buffer {key}, which the new block would lose"
@@ -101,6 +99,12 @@ def _refuse_losses(module: nn.Module, kept: Sequence[str]) -> None:
                 f"from_module: {where} is a {type(part).__name__}, which the published block does "
                 "not have and the new block would lose"
             )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module` is what `torch.compile` made of another, which it goes on calling."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 @contextmanager
@@ -267,7 +271,7 @@ def fuse(model: nn.Module, backend: str | None = None) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
         ValueError: nothing to replace, or a block that has the keys but is of the older variant,
-            has more than the published one, or computes something else.
+            has more than the published one, computes something else, or is compiled.
         BackendError: `backend` is unknown.
     """
     if not isinstance(model, nn.Module):
@@ -289,6 +293,12 @@ def fuse(model: nn.Module, backend: str | None = None) -> nn.Module:
             continue
         if not name:
             return replaced[module]
+    for name, module in model.named_modules():
+        if is_compiled(module) and module._modules["_orig_mod"] in replaced:
+            raise ValueError(
+                f"fuse: {name or 'the model'} is a compiled block, which would go on calling the "
+                "old one: fuse the block it was made from, then call torch.compile"
+            )
     if not replaced and not any(isinstance(m, (FusedCIEMA, FusedMSFF)) for m in model.modules()):
         raise ValueError(f"fuse: {type(model).__name__} holds no CIEMA or MSFF block")
     for parent in list(model.modules()):

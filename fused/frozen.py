@@ -76,14 +76,15 @@ class _Watched(NamedTuple):
         ]
 
     def key(self, module: nn.Module, weights: list[torch.Tensor]) -> tuple[Any, ...]:
-        """What changes with a weight's value, place or identity, a child's, an eps, hooks."""
+        """What changes with a weight's value, place or identity, a child's, an eps, a call's."""
         values = tuple(
             (id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in weights
         )
         parents = (module, *self.parents)
         children = tuple(id(child) for m in parents for child in m._modules.values())
         numbers = (getattr(module, "groups", None), *(m.eps for m in self.eps))
-        return values, children, numbers, any(self.hooks)
+        watched = any(self.hooks) or any("forward" in vars(m) for m in self.descendants)
+        return values, children, numbers, watched
 
 
 class _Made(NamedTuple):

@@ -25,12 +25,20 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks_of(module))
 
 
+def own_call(module: nn.Module) -> str | None:
+    """What makes a call of `module` more than its class's forward; None if nothing does."""
+    if has_hooks(module):
+        return "has hooks"
+    return "has a forward of its own" if "forward" in vars(module) else None
+
+
 # What decides a child's function beside its parameters and buffers; eps and momentum are asked for.
 _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
     nn.GroupNorm: ("affine",),
     nn.BatchNorm2d: ("affine", "track_running_stats"),
 }
+_NORMS = (nn.GroupNorm, nn.BatchNorm2d)
 
 
 class Part(NamedTuple):
@@ -63,32 +71,36 @@ def parts_of(template: nn.Module) -> tuple[Part, ...]:
     for name, module in list(modules.items())[1:]:
         parent, _, key = name.rpartition(".")
         settings = tuple((what, getattr(module, what)) for what in _SETTINGS.get(type(module), ()))
-        bias = _has_bias(module) if isinstance(module, (nn.Conv2d, nn.Linear)) else None
+        bias = _has(module, "bias") if isinstance(module, (nn.Conv2d, nn.Linear)) else None
         children = tuple(child for child, _ in module.named_children())
         parts.append(Part(name, index[parent], key, type(module), settings, bias, children))
     return tuple(parts)
 
 
-def _has_bias(module: nn.Module) -> bool:
+def _has(module: nn.Module, parameter: str) -> bool:
     # A plain tensor may stand in a parameter's place.
-    return module._parameters.get("bias") is not None or module.__dict__.get("bias") is not None
+    held = module._parameters.get(parameter)
+    return held is not None or module.__dict__.get(parameter) is not None
 
 
 def _difference(module: nn.Module, part: Part) -> str | None:
     """What makes `module` compute something else than `part`, or be seen computing it."""
     if type(module) is not part.kind:
         return f"is a {type(module).__name__}"
-    if has_hooks(module):
-        return "has hooks"
-    if "forward" in vars(module):
-        return "has a forward of its own"
+    own = own_call(module)
+    if own is not None:
+        return own
     for what, value in part.settings:
         found = getattr(module, what)
         if found != value:
             return f"has {what}={found!r}"
     kind = part.kind
-    if part.bias is not None and _has_bias(module) != part.bias:
+    if part.bias is not None and _has(module, "bias") != part.bias:
         return "has no bias" if part.bias else "has a bias"
+    if kind in _NORMS:
+        for name in ("weight", "bias"):
+            if not _has(module, name):
+                return f"has no {name}"
     if kind is nn.Sequential and tuple(module._modules) != part.children:
         return f"has the children {list(module._modules)}, not {list(part.children)}"
     if kind is nn.BatchNorm2d and module.running_mean is None:
@@ -149,10 +161,9 @@ class FusedBlock(nn.Module):
 
     def _frozen_as(self, kind: Any, dtype: torch.dtype | None) -> nn.Module | str:
         """`frozen_for_inference` of both blocks."""
-        if has_hooks(self):
-            return "it has hooks"
-        if "forward" in vars(self):
-            return "it has a forward of its own"
+        own = own_call(self)
+        if own is not None:
+            return f"it {own}"
         if type(self) not in kind.__mro__:
             return f"{type(self).__name__} is a subclass, whose own methods would be lost"
         return self.modular_reason() or kind.of(self, dtype)

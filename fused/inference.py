@@ -18,7 +18,14 @@ import torch
 from torch import nn
 
 from .contract import check_dtype
-from .convert import ciema_from_module, is_ciema, is_msff, is_older_variant, msff_from_module
+from .convert import (
+    ciema_from_module,
+    is_ciema,
+    is_compiled,
+    is_msff,
+    is_older_variant,
+    msff_from_module,
+)
 from .frozen import Frozen, refuse_training
 
 _logger = logging.getLogger("fused")
@@ -49,8 +56,8 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
 
     Raises:
         TypeError: `model` is not a module, or `dtype` no floating dtype.
-        ValueError: `model` is in training mode, or nothing in it can be frozen; the message says
-            why.
+        ValueError: `model` is in training mode or compiled, or nothing in it can be frozen; the
+            message says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize_for_inference: model is a {type(model).__name__}, not a module")
@@ -145,12 +152,20 @@ class _Freezer:
             if child is not None:
                 new = self.freeze(child, f"{name}.{key}" if name else key)
                 if new is not child:
+                    if is_compiled(module):
+                        raise ValueError(
+                            f"optimize_for_inference: {name or 'model'} is compiled and would go "
+                            "on calling what is not frozen: freeze the module it was made from, "
+                            "then call torch.compile"
+                        )
                     module._modules[key] = new
         return module
 
     def _own_form(self, module: nn.Module) -> nn.Module | str | None:
-        own: Any = getattr(module, "frozen_for_inference", None)
-        if own is None:
+        own: Any = None
+        if hasattr(type(module), "frozen_for_inference"):  # not what a compiled one passes on
+            own = module.frozen_for_inference
+        else:
             try:
                 if is_ciema(module) or is_older_variant(module):
                     own = ciema_from_module(module).frozen_for_inference

@@ -11,14 +11,15 @@ from torch import nn
 from . import backends, ops
 from .backends.reference.published import (
     CHANNEL_INTERACTION_REDUCTION,
+    FUSION_REDUCTION,
     PublishedCIEMA,
     PublishedMSFF,
 )
-from .batchnorm import buffers_kept, update_running_statistics
+from .batchnorm import update_running_statistics, with_own_buffers
 from .contract import check_map
 from .evaluation_ops import gated_fusion_mean, spatial_gate
-from .fused_block import FusedBlock, has_hooks, in_autocast_dtype, is_cast, parts_of
-from .registration import needs_gradient
+from .fused_block import FusedBlock, in_autocast_dtype, is_cast, own_call, parts_of
+from .registration import may_record, needs_gradient
 
 DEFAULT_FACTOR = 32
 # Mean, maximum and the maximum's first position of every channel of a map, (B, C) each.
@@ -93,6 +94,17 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
 
         return ciema_from_module(module, backend)
 
+    def modular_reason(self) -> str | None:
+        """Why this block must call its children one by one; None if their parameters suffice."""
+        reason = super().modular_reason()
+        chain: Any = self._modules.get("multi_scale_fusion")
+        if reason is not None or chain is None:
+            return reason
+        hidden, published = chain[0].weight.shape[0], self.channels // FUSION_REDUCTION
+        if hidden == published:
+            return None
+        return f"multi_scale_fusion.0 has {hidden} filters, the published form has {published}"
+
     def probe(self) -> torch.Tensor:
         """A map of one pixel with the block's channels, dtype and device, for `explain`."""
         weight: Any = self.final_fusion[0].weight  # a Parameter, or a plain tensor in its place
@@ -138,9 +150,9 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
 
     def gives_means(self, x: torch.Tensor) -> bool:
         """Whether `interact` and `mean_after` may stand for a call whose result is averaged."""
-        if type(self) is not FusedCIEMA or has_hooks(self) or self.final_fusion[1].training:
+        if type(self) is not FusedCIEMA or own_call(self) or self.final_fusion[1].training:
             return False
-        if torch.is_grad_enabled():
+        if may_record():
             parameters = (
                 *(*self._interaction_weights(), *self._gate_weights()),
                 *(
@@ -156,8 +168,9 @@ class FusedCIEMA(FusedBlock, PublishedCIEMA):
         """The gate w (B, G, H, W) in (0, 1) that this block draws over x; no buffer changes."""
         self._check_channels(x)
         if self._goes_modular():
-            with buffers_kept(self):
-                return in_autocast_dtype(self._spatial_gate(self.channel_interaction(x)), x)
+            training = any(part.training for part in self.modules())
+            block = with_own_buffers(self) if training else self
+            return in_autocast_dtype(block._spatial_gate(block.channel_interaction(x)), x)
         return self._cross(self._interact(x), update=False)
 
     def frozen_for_inference(self, dtype: torch.dtype | None) -> nn.Module | str:

@@ -43,9 +43,14 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def may_record() -> bool:
+    """Whether autograd records; a `torch.jit.trace`, which checks itself without, serves both."""
+    return torch.is_grad_enabled() or torch.jit.is_tracing()
+
+
 def needs_gradient(*values: Any) -> bool:
     """Whether autograd would record a call with these arguments, tensors or not."""
-    if not torch.is_grad_enabled():
+    if not may_record():
         return False
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return any(t.requires_grad for t in _tensors(values))
@@ -68,10 +73,10 @@ def has_tangent(*values: Any) -> bool:
 
 def refuse_derivatives(op: str, values: Sequence[Any]) -> None:
     """Refuse the derivatives that an op does not have: forward mode, which would give zero."""
-    if torch.compiler.is_compiling():
-        return
     if has_tangent(*values):
         raise RuntimeError(_NO_DERIVATIVE.format(op=op, what="in forward mode"))
+    if torch.compiler.is_compiling():
+        return  # the op's node in autograd refuses the rest
     if torch._C._are_functorch_transforms_active() and needs_gradient(*values):
         raise RuntimeError(_NO_DERIVATIVE.format(op=op, what="by torch.func"))
 

@@ -13,7 +13,7 @@ from fused.backends import requested
 from fused.contract import statistics_dtype
 from fused.folding import Product, fold
 from fused.frozen import Frozen, FrozenCIEMA, guarded
-from fused.fused_block import Part, has_hooks, parts_of, why_called
+from fused.fused_block import Part, own_call, parts_of, why_called
 from fused.separable import Layer, separable, stem, why_not_native
 
 from .model import MobileSteelNet
@@ -67,8 +67,9 @@ class FrozenMobileSteelNet(Frozen, MobileSteelNet):
 
     def _why_not_followed(self) -> str | None:
         for name, block in (("msff", self.msff), ("ciema", self.ciema)):
-            if block is not None and has_hooks(block):
-                return f"{name} has hooks"
+            own = None if block is None else own_call(block)
+            if own is not None:
+                return f"{name} {own}"
         return why_called(self, _parts(self.config, blocks=False))
 
     def _requested(self) -> str | None:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused
 from fused.contract import Cost, Problem, check_count, check_map, cost
-from fused.fused_block import has_hooks
+from fused.fused_block import own_call
 
 from .blocks import CIEMA_FORMS, OTHER_ATTENTIONS
 
@@ -234,7 +234,7 @@ class MobileSteelNet(nn.Module):
         """Whether MSFF may hand its output's channel statistics to CIEMA past its `__call__`."""
         if type(self.msff) is not fused.FusedMSFF or type(self.ciema) is not fused.FusedCIEMA:
             return False
-        return not has_hooks(self.msff)
+        return own_call(self.msff) is None and own_call(self.ciema) is None
 
     def spatial_gate(self, images: torch.Tensor) -> torch.Tensor | None:
         """The gate w (B, G, h, w) of CIEMA over the images; None without CIEMA."""

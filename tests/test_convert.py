@@ -126,6 +126,21 @@ def _group_norm(block: nn.Module) -> None:
     block.multi_scale_fusion[4] = nn.GroupNorm(2, 24)
 
 
+def _no_gn_bias(block: nn.Module) -> None:
+    block.gn = nn.GroupNorm(6, 6, bias=False)
+
+
+def _no_bn_weight(block: nn.Module) -> None:
+    block.final_fusion[1].weight = None
+
+
+def _wide(block: nn.Module) -> None:
+    """16 filters inside the fusion, where the published form has 24 // 4."""
+    squeeze, expand = nn.Conv2d(24, 16, 1, bias=False), nn.Conv2d(16, 24, 1, bias=False)
+    norms = nn.BatchNorm2d(16), nn.BatchNorm2d(24)
+    block.multi_scale_fusion = nn.Sequential(squeeze, norms[0], nn.ReLU(), expand, norms[1])
+
+
 def _patched(block: nn.Module) -> None:
     conv = block.final_fusion[0]
     conv.forward = lambda x: nn.Conv2d.forward(conv, x) + 1
@@ -141,6 +156,7 @@ NEARLY: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "activation": (_leaky, "multi_scale_fusion.2 is a LeakyReLU"),
     "gate": (_tanh, "final_fusion.2 is a Tanh"),
     "forward of its own": (_patched, "final_fusion.0 has a forward of its own"),
+    "filters": (_wide, "multi_scale_fusion.0 has 16 filters, the published form has 6"),
     "GroupNorm for BatchNorm": (_group_norm, "multi_scale_fusion.4 is a GroupNorm"),
 }
 
@@ -164,12 +180,18 @@ def test_a_nearly_published_block_keeps_its_function(
     assert model.blocks[0].modular_reason() == reason
 
 
-@pytest.mark.parametrize("change", [_bias, _one_group, _reflected, _leaky, _no_bias, _patched])
-def test_a_fused_block_follows_such_a_change(change: Callable[[nn.Module], None]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [_bias, _one_group, _reflected, _leaky, _no_bias, _no_gn_bias, _no_bn_weight, _wide, _patched],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fused_block_follows_such_a_change(
+    change: Callable[[nn.Module], None], training: bool
+) -> None:
     published, block = PublishedCIEMA(24, 4, 4), FusedCIEMA(24, 4, 4)
     change(published), change(block)
     block.load_state_dict(published.state_dict())
-    published, block = published.double().eval(), block.double().eval()
+    published, block = published.double().train(training), block.double().train(training)
     x = torch.randn(2, 24, 5, 4).double()
     assert block.modular_reason()
     torch.testing.assert_close(block(x), published(x))
@@ -361,3 +383,27 @@ def test_fuse_gives_its_backend_to_blocks_that_were_fused_before() -> None:
     assert [block.backend for block in fused.fuse(model, "reference")] == ["reference"] * 2
     with pytest.raises(fused.BackendError, match="backend='abacus' is unknown"):
         fused.fuse(model, "abacus")
+
+
+def test_a_compiled_block_is_fused_before_it_is_compiled() -> None:
+    published = PublishedCIEMA(16, 4).eval()
+    keys = list(published.state_dict())
+    with pytest.raises(ValueError, match=r"fuse: 0 is a compiled block.*fuse the block it was"):
+        fused.fuse(nn.Sequential(torch.compile(published, backend="eager")))
+    whole = fused.fuse(torch.compile(nn.Sequential(published), backend="eager"))
+    calls: list[int] = []
+    next(m for m in whole.modules() if isinstance(m, FusedCIEMA)).register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    x = torch.randn(2, 16, 5, 4)
+    torch.testing.assert_close(whole(x), published(x))
+    assert calls == [1]
+
+    block = torch.compile(fused.fuse(published), backend="eager")
+    stages = [line.stage for line in fused.explain(block).lines if line.chosen]
+    assert stages == list(FusedCIEMA.fused_stages)
+    with pytest.raises(ValueError, match=r"model is compiled.*freeze the module it was made from"):
+        fused.optimize_for_inference(block)
+    frozen = torch.compile(fused.optimize_for_inference(block._orig_mod), backend="eager")
+    assert list(frozen._orig_mod.state_dict()) == keys
+    torch.testing.assert_close(frozen(x), published(x))

@@ -103,3 +103,29 @@ def test_batch_and_single_agree_in_evaluation() -> None:
         together = model(images)
         alone = torch.cat([model(image[None]) for image in images])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["msff", "ciema"])
+def test_a_blocks_own_call_is_made_in_every_mode(name: str) -> None:
+    model, images = MobileSteelNet(width=0.1), torch.randn(2, 3, 32, 32)
+    block, calls = model.get_submodule(name), []
+
+    def forward(maps):
+        calls.append(1)
+        return type(block).forward(block, maps)
+
+    block.forward = forward
+    model(images)
+    want = model.eval()(images)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), want)
+    assert calls == [1, 1, 1]
+
+
+def test_a_hook_on_ciema_sees_the_published_call() -> None:
+    model, images = MobileSteelNet(width=0.1).eval(), torch.randn(2, 3, 32, 32)
+    want = model(images)
+    seen: list[int] = []
+    model.ciema.register_forward_pre_hook(lambda module, args: seen.append(len(args)))
+    torch.testing.assert_close(model(images), want)
+    assert seen == [1]

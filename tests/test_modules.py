@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -321,6 +323,44 @@ def test_spatial_gate_of_called_children_leaves_buffers_alone(form: str) -> None
     torch.testing.assert_close(gate, twin.spatial_gate(x))
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
     (out.sum() + gate.sum()).backward()  # what autograd saved is as it was
+
+
+def test_spatial_gate_in_a_thread_takes_nothing_from_training() -> None:
+    block, x = FusedCIEMA(16, 4), torch.randn(2, 16, 4, 3)
+    block.conv3x3.register_forward_hook(lambda *_: None)
+    buffers, stopped = list(block.buffers()), threading.Event()
+
+    def watch() -> None:
+        while not stopped.is_set():
+            block.spatial_gate(x)
+
+    watchers = [threading.Thread(target=watch) for _ in range(2)]
+    for watcher in watchers:
+        watcher.start()
+    try:
+        for _ in range(30):
+            block(x)
+    finally:
+        stopped.set()
+        for watcher in watchers:
+            watcher.join()
+    norm: Any = block.cross_spatial_learning.ms_reduce[1]
+    assert norm.num_batches_tracked == 30 * 2 * 4
+    assert all(a is b for a, b in zip(block.buffers(), buffers, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("kind", ["ciema", "msff"])
+def test_a_trace_passes_its_own_check(kind: str, backend: str | None) -> None:
+    block: nn.Module = FusedCIEMA(16, 4, backend=backend)
+    x: Any = torch.randn(2, 16, 4, 3)
+    if kind == "msff":
+        block, x = FusedMSFF([4, 8], backend=backend), [torch.randn(2, c, 4, 3) for c in (4, 8)]
+    block.eval()
+    traced = torch.jit.trace(block, (x,))  # with gradients, and checked without
+    torch.testing.assert_close(traced(x), block(x))
+    assert traced(x).requires_grad
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)

@@ -285,6 +285,19 @@ def test_nan_and_infinity_propagate_as_in_eager(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
+def test_a_samples_infinity_stays_with_it_in_evaluation(place: Place) -> None:
+    backend = block_backend(place, torch.float32)
+    block = FusedCIEMA(16, 4, backend=backend, device=place.device).eval()
+    x = torch.randn(3, 16, 4, 5, device=place.device, requires_grad=True)
+    grad = torch.ones(3, 16, 4, 5, device=place.device)
+    grad[1, 3, 2, 2] = float("inf")
+    block(x).backward(grad)
+    assert x.grad is not None
+    assert x.grad[[0, 2]].isfinite().all()
+    assert not x.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
 def test_infinity_passes_channel_interaction_as_published(place: Place) -> None:
     """a·x + (1 − a)·W x with a = 0 here: whatever adds a difference instead makes it NaN."""
     op, dtype = "channel_interaction", torch.float32

@@ -9,7 +9,7 @@ import torch
 from frozen_cases import calibrated
 from stage_cases import error
 from torch import nn
-from torch.func import functional_call, grad, jacfwd, jacrev, stack_module_state, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
 
 from fused import FusedCIEMA, FusedMSFF
 from fused.backends.reference.published import PublishedCIEMA, PublishedMSFF
@@ -75,3 +75,19 @@ def test_stacked_models_are_sent_to_the_reference_by_name(training: bool) -> Non
     models = [FusedCIEMA(16, 4, backend="reference").eval() for _ in range(2)]
     got = vmap(call)(*stack_module_state(models))
     torch.testing.assert_close(got, torch.stack([m(x) for m in models]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_forward_mode_is_refused_in_a_compiled_call_too(backend: str) -> None:
+    """Not answered with zeros: in evaluation no node of autograd would see the tangent."""
+    block, x = FusedCIEMA(16, 4).eval(), torch.randn(2, 16, 4, 3)
+    msff, maps = FusedMSFF([4, 8]).eval(), (torch.randn(2, 4, 4, 4), torch.randn(2, 8, 2, 2))
+    calls = {
+        "channel_interaction": lambda: jvp(block, (x,), (x,)),
+        "msff": lambda: jvp(lambda *m: msff(m), maps, maps),
+    }
+    for name, call in calls.items():
+        for parameter in (*block.parameters(), *msff.parameters()):
+            parameter.requires_grad = False
+        with pytest.raises(Exception, match=rf"ciema::{name} cannot be differentiated in forward"):
+            torch.compile(call, backend=backend)()

@@ -175,7 +175,8 @@ def explain(subject: torch.Tensor | nn.Module) -> Explanation:
         raise TypeError(f"explain: expected a tensor or a module, got {type(subject).__name__}")
     lines: list[Line] = []
     for block, module in subject.named_modules():
-        stages: tuple[str, ...] = getattr(module, "fused_stages", ())
+        # Of the class: a compiled module passes on what the module inside has.
+        stages: tuple[str, ...] = getattr(type(module), "fused_stages", ())
         if not stages:
             continue
         reason, name = module.modular_reason(), requested(module.backend)

@@ -241,9 +241,11 @@ inline void reduce_norm_gradient(const BackwardTask& task, int k) {
     task.grads.reduce_bias[o] += static_cast<float>(own.sum);
     const double* totals = task.io.reduce_totals;
     const double scale = task.weights.reduce_weight[o] * inverse;
-    const double share = task.io.constants ? 0.0 : 1.0 / task.io.count;
-    const double middle = share * (totals != nullptr ? totals[o] : own.sum);
-    const double away = share * (totals != nullptr ? totals[c + o] : own.dotted);
+    double middle = 0.0, away = 0.0;
+    if (!task.io.constants) {  // a product with 0 would pass one sample's NaN to all
+      middle = (totals != nullptr ? totals[o] : own.sum) / task.io.count;
+      away = (totals != nullptr ? totals[c + o] : own.dotted) / task.io.count;
+    }
     work.t[k * cp + o] = static_cast<float>(-scale * inverse * away);
     for (int64_t b = 0; b < work.batch; ++b) {
       const double s = softmax[b * task.group.groups * c + o], m = work.q[work.of(b, k) + o];
