@@ -50,7 +50,12 @@ def _run(arguments: list[str]) -> int:
     from .allocator import keep_freed_memory
     from .cli import app
 
+    _refuse_empty(arguments)
     keep_freed_memory()
+    encoding = getattr(sys.stdout, "encoding", None)  # no stream where the output is closed
+    if encoding and encoding.lower() not in ("utf-8", "utf8"):
+        # Names of files may hold what it does not have.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Pillow warns of pictures that are refused by name (`pictures.decode`).
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     try:
@@ -59,11 +64,34 @@ def _run(arguments: list[str]) -> int:
         )
     except typer.Exit as done:
         code = done.exit_code
+    except SystemExit as done:
+        if done.code != 1:
+            raise
+        raise BrokenPipeError from None  # what typer makes of it: 1 would mean bad pictures
     except typer.Abort:
         return _fail("interrupted", INTERRUPTED)
     if code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuse an empty argument, as of a shell's unset variable: as a path it is this folder.
+
+    Raises:
+        ValueError: There is one.
+    """
+    before = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        empty = ""
+        if not argument:
+            empty = before if before.startswith("-") else "an argument"
+        elif name.startswith("--") and equals and not value:
+            empty = name
+        if empty and empty != "--note":
+            raise ValueError(f"{empty} is empty: a variable that is not set?")
+        before = argument
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -30,6 +30,7 @@ from .cli_common import (
     read_pictures,
     require_name,
     tell_bad_files,
+    to_json,
     write,
 )
 from .cli_reproduce import reproduce_command
@@ -216,7 +217,7 @@ def predict_command(
             progress=progress,
         )
     if json_file is not None:
-        write(json_file, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write(json_file, to_json(json_file, result.to_dict()))
     if csv_file is not None:
         write(csv_file, rows_to_csv(result.to_rows()))
     if "-" not in (json_file, csv_file) and result.items:

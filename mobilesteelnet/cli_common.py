@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -128,7 +131,7 @@ def read_pictures(
     if data is None:
         if run is None:
             raise ValueError(f"--data is needed: {str(source)!r} is no run folder")
-        data = Path(run.read_json(run.config).get("data", ""))
+        data = run.read_data()
     rule: Any = on_bad_file
     with bar("reading pictures", console) as progress:
         return scan(data, on_bad_file=rule, progress=progress)
@@ -201,9 +204,19 @@ def write(target: str, text: str) -> None:
     from .run_folder import write_text
 
     if target == "-":
+        if sys.stdout is None:  # closed by whoever started us
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), "the output")
         sys.stdout.write(text)
+        sys.stdout.flush()  # here a reader that has gone can be told of
     else:
         write_text(target, text)
+
+
+def to_json(target: str, value: Any) -> str:
+    """Indented JSON; escaped where the output's encoding may lack a name's letters."""
+    encoding = "utf-8" if target != "-" or sys.stdout is None else sys.stdout.encoding
+    plain = str(encoding).lower().replace("-", "") == "utf8"
+    return json.dumps(value, indent=2, ensure_ascii=not plain) + "\n"
 
 
 def tell_bad_files(bad: list[Any], *, all_failed: bool = False) -> int:

@@ -97,6 +97,7 @@ def reproduce_command(
     Example: [bold]mobilesteelnet reproduce page[/bold]
     """
     from .recipes import parse_settings
+    from .run_folder import require_folder
 
     if what not in WHAT:
         raise ValueError(f"{what!r}: must be one of {', '.join(WHAT)}")
@@ -107,6 +108,8 @@ def reproduce_command(
         for path in write_page(results, page, figures):
             typer.echo(path)
         return OK
+    for folder in (runs, results):
+        require_folder(folder)
     changes = parse_settings(settings or [])
     if epochs is not None:
         changes["epochs"] = epochs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -68,11 +69,13 @@ def crossval_command(
     """
     from .crossval import cross_validate
     from .recipes import parse_settings, recipe_options
-    from .train import TrainConfig
+    from .train_config import TrainConfig, refuse_idle
 
-    options = {**recipe_options(recipe), **parse_settings(settings or [])}
+    changes = parse_settings(settings or [])
+    config = TrainConfig(**{"data": str(data), **recipe_options(recipe), **changes})
+    refuse_idle(config, changes)
     found = cross_validate(
-        TrainConfig(**{"data": str(data), **options}),
+        config,
         out,
         folds=folds,
         repeats=repeats,
@@ -165,19 +168,39 @@ def calibrate_command(
 
     Example: [bold]mobilesteelnet calibrate shipped --data my-line/ --out my-line.safetensors[/bold]
     """
-    from .checkpoint import save_checkpoint
-    from .evaluate import find_temperature, pick_split
-    from .run_folder import require_writable
-    from .shipped import unlearnt_pictures
+    from .run_folder import RunFolder
 
     require_name("--out", out, ".safetensors")
+    if out is None and not source.is_dir():
+        raise ValueError(f"--out is needed: {str(source)!r} is no run folder")
+    folder = RunFolder(source if out is None else out.parent)
+    # A training that works there would have its best weights replaced.
+    with folder.alone() if folder.holds_run() else contextlib.nullcontext():
+        return _calibrate(source, data, split, out, batch_size, device, backend, on_bad_file)
+
+
+def _calibrate(
+    source: Path,
+    data: Path | None,
+    split: str | None,
+    out: Path | None,
+    batch_size: int,
+    device: str,
+    backend: str | None,
+    on_bad_file: str,
+) -> int:
+    """``calibrate_command``, in a folder that nobody else writes to."""
+    from .checkpoint import save_checkpoint
+    from .evaluate import find_temperature, pick_split
+    from .run_folder import RunFolder, refuse_inside, require_writable
+    from .shipped import unlearnt_pictures
+
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, backend, None)
-    target = out or (None if run is None else run.best)
-    if target is None:
-        raise ValueError(f"--out is needed: {str(source)!r} is no run folder")
+    target = out or RunFolder(source).best
     require_writable(target)
     pictures = read_pictures(source, data, run, on_bad_file, console)
+    refuse_inside("--out ", target, pictures.path)
     if split is None and (run is None or data is not None):
         split, indexes = unlearnt_pictures(checkpoint, pictures)
     else:
@@ -245,11 +268,13 @@ def package_weights_command(
 
     Example: [bold]mobilesteelnet package-weights runs/ours --max-bytes 8200000[/bold]
     """
+    from .run_folder import refuse_inside
     from .shipped import package_weights
 
     console = Console(stderr=True)
     checkpoint, run = open_checkpoint(source, device, None, None)
     pictures = read_pictures(source, data, run, "skip", console)
+    refuse_inside("--out ", out, pictures.path)
     split, indexes = choose_part(split, checkpoint, pictures, run, console)
     with bar("classifying twice", console) as progress:
         made = package_weights(

@@ -204,6 +204,7 @@ def train_command(  # one parameter an option
     from .recipes import recipe_options
     from .train import Machine, TrainConfig, train
     from .train import resume as resume_run
+    from .train_config import refuse_idle
 
     console = Console(stderr=True)
     machine = Machine(
@@ -235,6 +236,7 @@ def train_command(  # one parameter an option
     if init_from is not None:
         chosen["init_from"] = str(init_from)
     config = TrainConfig(**{**recipe_options(recipe), **chosen})
+    refuse_idle(config, chosen)
     return _tell(train(config, out, machine=machine, overwrite=overwrite, console=console))
 
 

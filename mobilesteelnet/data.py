@@ -203,7 +203,10 @@ def scan(
     root = Path(path)
     source = _open_source(root, labelled)
     if labelled:
-        layout = recognise(source.names(), source.read, source.empty_folders())
+        try:
+            layout = recognise(source.names(), source.read, source.empty_folders())
+        except DataError as error:
+            raise DataError(f"path={str(root)!r}: {error}") from None
     else:
         layout = _unlabelled(source, root)
     return _read(root, source, layout, on_bad_file, labelled, progress)
@@ -259,7 +262,7 @@ def _read(
     files = [BadFile(name, bad[name]) for name in sorted(bad, key=natural_key)]
     listed = "\n".join(f"  {file}" for file in files)
     if files and on_bad_file == "fatal":
-        raise DataError(f"path={str(root)!r} has {len(files)} bad files:\n{listed}")
+        raise DataError(f"path={str(root)!r} has {len(files)} bad files\n{listed}")
     if not items and (labelled or not files):
         raise DataError(f"path={str(root)!r} has no usable pictures\n{listed}".rstrip())
     emptied = sorted(set(layout.classes.values()) - set(classes)) if labelled else []

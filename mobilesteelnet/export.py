@@ -209,6 +209,9 @@ def _trace(
 ) -> Any:
     """The exporter's program; its model is of the wanted opset and has standard operators only."""
     batch = {0: torch.export.Dim("batch", min=1)}
+    logger = logging.getLogger("onnxscript")  # its notes on constants are for its developers
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     dims: Any = batch if isinstance(argument, torch.Tensor) else [batch] * len(argument)
     try:
         with torch.no_grad():
@@ -224,6 +227,8 @@ def _trace(
             )
     except Exception as error:
         raise ExportError(f"the model cannot be exported: {_first_line(error)}") from error
+    finally:
+        logger.setLevel(level)
     assert program is not None
     model = program.model
     if opset is not None and model.opset_imports[""] != opset:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from .networks import MOBILESTEELNET, build_network
+from .networks import MOBILESTEELNET, build_network, check_network
 from .shipped import is_shipped, load_shipped
 from .train_config import TrainConfig
 
@@ -54,6 +54,7 @@ def build_model(
     torch.manual_seed(config.seed)
     options = {name: getattr(config, name) for name in MOBILESTEELNET_OPTIONS}
     if config.network != MOBILESTEELNET:
+        check_network(config.network)
         given = [name for name, value in options.items() if value != getattr(TrainConfig, name)]
         if given:
             raise ValueError(f"network={config.network!r} does not take the option {given[0]}")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused
-from fused.contract import Cost, Problem, check_count, check_map, cost
+from fused.contract import BN_STATISTICS, Cost, Problem, check_count, check_map, cost
 from fused.fused_block import own_call
 
 from .blocks import CIEMA_FORMS, OTHER_ATTENTIONS
@@ -113,10 +113,12 @@ class MobileSteelNet(nn.Module):
             "attention": (attention, ATTENTIONS),
             "fusion": (fusion, FUSIONS),
             "activation": (activation, ACTIVATIONS),
+            "bn_statistics": (bn_statistics, BN_STATISTICS),
         }
         for name, (choice, allowed) in choices.items():
             if choice not in allowed:
-                raise ValueError(f"{name}={choice!r}, expected one of {allowed}")
+                names = ", ".join("none (None)" if one is None else one for one in allowed)
+                raise ValueError(f"{name}={choice!r}, expected one of {names}")
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "in_channels": in_channels,

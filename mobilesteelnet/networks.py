@@ -75,6 +75,13 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
+def check_network(name: str) -> None:
+    """Raise ValueError if there is no such network."""
+    known = (MOBILESTEELNET, *BASELINES)
+    if name not in known:
+        raise ValueError(f"network={name!r}: must be one of {', '.join(known)}")
+
+
 class BaselineNetwork(nn.Module):
     """A network of :data:`BASELINES` with what training and checkpoints need to know of it.
 
@@ -89,9 +96,7 @@ class BaselineNetwork(nn.Module):
 
     def __init__(self, network: str, num_classes: int = 6) -> None:
         super().__init__()
-        if network not in BASELINES:
-            names = ", ".join((MOBILESTEELNET, *BASELINES))
-            raise ValueError(f"network={network!r}: must be one of {names}")
+        check_network(network)
         self.config: dict[str, Any] = {"network": network, "num_classes": num_classes}
         self.network = BASELINES[network].build(num_classes)
 

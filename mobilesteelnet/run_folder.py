@@ -330,6 +330,21 @@ class RunFolder:
                 f"run={str(self.path)!r}: cannot read {path.name}: {error}"
             ) from None
 
+    def read_data(self) -> Path:
+        """Where the run's pictures lay, of ``config.json``.
+
+        Raises:
+            RunFolderError: The file is damaged.
+        """
+        config = self.read_json(self.config)
+        data = config.get("data") if isinstance(config, dict) else None
+        if not isinstance(data, str) or not data:
+            raise RunFolderError(
+                f"run={str(self.path)!r}: config.json names no pictures (data={data!r}): say with "
+                "--data where they lie"
+            )
+        return Path(data)
+
     def write_state(self, state: str, reason: str, epochs: int, best_epoch: int) -> None:
         """Write ``run.json``."""
         facts = {"state": state, "reason": reason, "epochs": epochs, "best_epoch": best_epoch}

@@ -238,10 +238,11 @@ def fold_splits(
         `folds`·`repeats` splits.
 
     Raises:
-        DataError: too few pictures of a class, or an argument out of range.
+        DataError: too few pictures of a class.
+        ValueError: an argument is out of range.
     """
     if folds < 2 or repeats < 1:
-        raise DataError(f"folds={folds}, repeats={repeats}: at least 2 and 1 are needed")
+        raise ValueError(f"folds={folds}, repeats={repeats}: at least 2 and 1 are needed")
     pool = sorted([*split.train, *split.val])
     labels = pictures.labels
     share = 1 / folds

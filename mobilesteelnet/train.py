@@ -306,8 +306,8 @@ class _Session:
             self._record("failed", reason)
             kept = "the last whole epoch is kept" if self.writer.done else "no epoch was finished"
             raise TrainingError(f"{reason}; {kept}; {how}") from error
-        except TrainingError as error:
-            self._record("failed", str(error))
+        except Exception as error:
+            self._record("failed", str(error) or type(error).__name__)
             raise
         finally:
             with contextlib.suppress(ValueError):  # not in the main thread: nothing was changed

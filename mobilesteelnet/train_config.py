@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -50,6 +51,35 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mix": MIXES,
     "averaging": AVERAGINGS,
 }
+
+
+# What changes nothing unless another option has one of these values.
+_NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "crop_scale": ("augmentation", ("texture",)),
+    "light": ("augmentation", ("texture",)),
+    "quarter_turns": ("augmentation", ("texture",)),
+    "mix_alpha": ("mix", MIXES[1:]),
+    "momentum": ("optimizer", ("sgd",)),
+    "average_decay": ("averaging", ("ema",)),
+    "average_from": ("averaging", ("swa",)),
+}
+
+
+def refuse_idle(config: TrainConfig, given: Iterable[str]) -> None:
+    """Refuse options that someone gave and that change nothing beside the others.
+
+    Raises:
+        ValueError: One does; the message names it and what it needs.
+    """
+    for name in given:
+        needs, values = _NEEDED.get(name, ("", ()))
+        if needs and getattr(config, needs) not in values:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} changes nothing without "
+                f"{needs}={' or '.join(values)}"
+            )
+        if name == "small_share" and config.small_size is None:
+            raise ValueError(f"small_share={config.small_share} changes nothing without small_size")
 
 
 @dataclass(frozen=True)

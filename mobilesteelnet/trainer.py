@@ -73,7 +73,9 @@ def make_trainer(
                 enable_model_summary=False,
             )
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise ValueError(f"the machine's options are not possible: {error}") from None
+        wanted = f"accelerator={machine.accelerator!r}, devices={machine.devices!r}, "
+        wanted += f"strategy={machine.strategy!r}, precision={machine.precision!r}"
+        raise ValueError(f"{wanted} are not possible: {error}") from None
 
 
 def _next_step(folder: RunFolder) -> int:

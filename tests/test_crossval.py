@@ -65,7 +65,7 @@ def test_too_few_pictures_for_the_folds(pictures: Path) -> None:
     split = stratified_split(found, (0.125, 0.125, 0.75), 42)
     with pytest.raises(DataError, match=r"too few pictures for folds=3"):
         fold_splits(found, split, folds=3, repeats=1)
-    with pytest.raises(DataError, match="folds=1"):
+    with pytest.raises(ValueError, match="folds=1"):
         fold_splits(found, split, folds=1, repeats=1)
 
 
@@ -93,7 +93,7 @@ def test_cross_validation_judges_on_the_folds(pictures: Path, tmp_path: Path) ->
     with pytest.raises(RunFolderError, match="trained on other pictures than this fold's"):
         cross_validate(config, tmp_path / "cv", folds=4, repeats=1, machine=CPU)
     for wrong in ({"folds": 1}, {"folds": 40}):
-        with pytest.raises(DataError, match="folds="):
+        with pytest.raises(ValueError, match="folds="):
             cross_validate(config, tmp_path / "cv", machine=CPU, overwrite=True, **wrong)
     assert (tmp_path / "cv" / "crossval.json").is_file()
     stale = tmp_path / "cv" / "fold2" / "best.safetensors"
