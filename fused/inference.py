@@ -31,6 +31,10 @@ from .frozen import Frozen, refuse_training
 _logger = logging.getLogger("fused")
 
 
+class NothingToFreezeError(ValueError):
+    """A model holds nothing that has a frozen form."""
+
+
 def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A frozen copy of `model` for inference; `model` itself is not changed.
 
@@ -56,8 +60,8 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
 
     Raises:
         TypeError: `model` is not a module, or `dtype` no floating dtype.
-        ValueError: `model` is in training mode or compiled, or nothing in it can be frozen; the
-            message says why.
+        ValueError: `model` is in training mode or compiled.
+        NothingToFreezeError: a ValueError too, nothing in it can be frozen; the message says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize_for_inference: model is a {type(model).__name__}, not a module")
@@ -78,7 +82,9 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     kind = type(model).__name__
     if not any(isinstance(module, Frozen) for module in frozen.modules()):
         why = "; ".join(freezer.reasons) or "it holds no CIEMA or MSFF block (see fused.fuse)"
-        raise ValueError(f"optimize_for_inference: nothing in {kind} can be frozen: {why}")
+        raise NothingToFreezeError(
+            f"optimize_for_inference: nothing in {kind} can be frozen: {why}"
+        )
     for reason in freezer.reasons:
         _logger.warning("optimize_for_inference: %s stays as it is", reason)
     for parameter in frozen.parameters():

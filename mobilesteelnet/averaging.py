@@ -86,7 +86,10 @@ class KeptNetwork(L.Callback):
         if not swa and self.config.averaging != "ema":
             self._network.module.load_state_dict(pl_module.model.state_dict())
         if swa or self.config.recalibrate_bn:
-            update_bn(self.loader, self._network.module, device=pl_module.device)
+            dtype = next(self._network.module.parameters()).dtype
+            # Of a network that is whole in another precision; one in the loader's has no copies.
+            images = (batch[0].to(pl_module.device, dtype) for batch in self.loader)
+            update_bn(images, self._network.module)
         self._network.eval()
 
     def state_dict(self) -> dict[str, Any]:

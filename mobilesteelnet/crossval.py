@@ -124,6 +124,9 @@ def cross_validate(
 ) -> CrossValidation:
     """Train on parts of the training and validation pictures and judge on the others.
 
+    A training that chooses its epoch by its validation (`select` other than "last", `patience`)
+    chooses by the pictures that it is judged on: its figures are then some points too high.
+
     The split of ``config`` says which pictures those are; its test pictures are never read. Run
     again after an interruption, it goes on; what is finished stays.
 

@@ -136,7 +136,7 @@ def _voc(
     annotations: Mapping[tuple[str, str], str],
     read: Callable[[str], bytes],
 ) -> Layout:
-    layout = Layout("VOC (pictures and XML annotations)")
+    layout = Layout("VOC (pictures and XML annotations)" + _together(pictures))
     objects: dict[str, list[str]] = {}
     for name in pictures:
         key = _annotation_key(name)
@@ -216,7 +216,8 @@ def _class_directories(
     if len(heads) == 1 and len({_neu_class_by_name(name) for name in inside} - {None}) > 1:
         return None  # a wrapper around flat NEU-CLS
     _check_no_split_among(heads, [p[depth:] for p in parts.values() if len(p) > depth + 1])
-    layout = Layout("class directories", classes=inside)
+    merged = _together("/".join(part[: depth + 1]) for part in parts.values())
+    layout = Layout("class directories" + merged, classes=inside)
     homes = {tuple(parts[name][: depth + 1]) for name in inside}
     for name in files:
         if name in parts:
@@ -226,6 +227,13 @@ def _class_directories(
             layout.bad[name] = f"is no picture: its ending is none of {_ENDINGS}"
     layout.bad.update(_without_pictures(files, empty, homes))
     return layout
+
+
+def _together(names: Iterable[str]) -> str:
+    """Says which parts of somebody's split are merged; nothing of one part, as a zip may hold."""
+    folders = {part for name in names for part in name.split("/")[:-1]}
+    parts = sorted(part for part in folders if part.lower() in _SPLITS)
+    return f", {', '.join(parts)} taken together" if len(parts) > 1 else ""
 
 
 def _check_no_split_among(heads: set[str], parts: list[list[str]]) -> None:

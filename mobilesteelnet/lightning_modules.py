@@ -209,10 +209,11 @@ class Classifier(L.LightningModule):
         forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if compile else model
         object.__setattr__(self, "_forward", forward)
         object.__setattr__(self, "_kept", None)
-        self.train_loss = MeanMetric(nan_strategy="disable")
-        self.train_accuracy = MeanMetric(nan_strategy="disable")
-        self.val_loss = MeanMetric(nan_strategy="disable")
-        self.val_accuracy = MeanMetric(nan_strategy="disable")
+        # Not "disable", with which torchmetrics passes over weights.
+        self.train_loss = MeanMetric(nan_strategy="error")
+        self.train_accuracy = MeanMetric(nan_strategy="error")
+        self.val_loss = MeanMetric(nan_strategy="error")
+        self.val_accuracy = MeanMetric(nan_strategy="error")
         self.temperature = 1.0
         self._validated: list[Batch] = []
 

@@ -283,6 +283,9 @@ def _check_size(size: int) -> None:
         raise PictureError(f"has {size} bytes, more than the {MAX_FILE_BYTES} that are read")
 
 
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
+
+
 def decode(content: bytes) -> Image.Image:
     """Decodes a JPEG, PNG, BMP or TIFF file wholly into 8-bit RGB.
 
@@ -332,12 +335,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         PictureError: 32-bit or floating-point pixels, whose range is unknown, or unscaled ones.
     """
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode == "F":
         raise PictureError("has floating-point pixels; convert it to 8 or 16 bits")
     if image.mode == "I" or image.mode in _GREY_16_BIT:
-        return _grey_16_bit_to_rgb(np.asarray(image))
+        values = np.asarray(image)
+        tags: Any = getattr(image, "tag_v2", {})
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts such pixels of 8 bits only
+            values = 65535 - values.astype(np.int64)
+        return _grey_16_bit_to_rgb(values)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))

@@ -382,6 +382,9 @@ def _scan(config: TrainConfig, console: Console | None) -> PictureSet:
         rule: Any = config.on_bad_file
         pictures = scan(config.data, on_bad_file=rule, progress=progress)
     if shown is not None:
+        classes = ", ".join(pictures.classes)
+        told = f"{len(pictures)} pictures of {len(pictures.classes)} classes ({classes}): "
+        shown.print(told + pictures.layout, markup=False, highlight=False, soft_wrap=True)
         for file in pictures.bad:
             shown.print(f"skipped: {file.name}: {file.reason}", markup=False, highlight=False)
     tell_of_contradictions(pictures, shown)

@@ -206,6 +206,12 @@ class TrainConfig:
                 f"validate_every={self.validate_every}: patience={self.patience} counts validated "
                 "epochs, so that each has to be"
             )
+        first = int(self.average_from * self.epochs) + 1
+        if self.averaging == "swa" and 0 < self.patience < first:
+            raise ValueError(
+                f"averaging='swa' begins at epoch {first}, and patience={self.patience} may stop "
+                "the training before: give patience=0"
+            )
         _check_fractions(self.fractions)
 
     @property

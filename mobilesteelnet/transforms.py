@@ -126,7 +126,8 @@ def texture_transform(
 ) -> Transform:
     """An augmenting transform for grey textures, which have no up, no colour and no one scale.
 
-    A random crop of `crop_scale` to 1 of the area (sides 3:4 to 4:3) resized to size x size, flips
+    A random crop of `crop_scale` to 1 of the area, 3:4 to 4:3 times as wide as the picture, resized
+    to size x size, flips
     along both axes and a turn by a multiple of 90 degrees (no empty corners, no blurred lines),
     brightness and contrast times 1 - `light` to 1 + `light`, and with p 0.2 each a slight blur
     (sigma 0.1 to 1.5) and noise (standard deviation 0.03 of the white level); no hue or saturation,
@@ -159,7 +160,7 @@ def texture_transform(
     return v2.Compose(
         [
             v2.ToImage(),
-            v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), antialias=True),
+            _Crop(size, crop_scale),
             v2.RandomHorizontalFlip(0.5),
             v2.RandomVerticalFlip(0.5),
             v2.RandomChoice([v2.Identity(), *turns]),
@@ -171,6 +172,27 @@ def texture_transform(
             v2.ToPureTensor(),
         ]
     )
+
+
+class _Crop:
+    """A random crop of at least `scale` of the area, 3:4 to 4:3 times as wide as the picture is.
+
+    torchvision's own takes 3:4 to 4:3 as such: of a long picture only the middle, ever.
+    """
+
+    def __init__(self, size: int, scale: float) -> None:
+        self.size, self.scale = size, scale
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        v2 = _torchvision_transforms()
+        height, width = image.shape[-2:]
+        ratio = (3 / 4 * width / height, 4 / 3 * width / height)
+        crop = v2.RandomResizedCrop(self.size, (self.scale, 1.0), ratio, antialias=True)
+        cropped: torch.Tensor = crop(image)
+        return cropped
+
+    def __repr__(self) -> str:
+        return f"Crop(size={self.size}, scale=({self.scale}, 1.0))"
 
 
 def training_transform(config: TrainConfig, size: int) -> Transform:

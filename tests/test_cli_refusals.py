@@ -23,6 +23,7 @@ from run_cases import (
     small,
 )
 from training_cases import (
+    CLASSES,
     ROOT,
     error_line,
     make_pictures,
@@ -159,6 +160,20 @@ def test_a_reader_that_has_gone_has_its_code(options: str) -> None:
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     assert told.stdout.strip() == "6"
+
+
+@pytest.mark.parametrize("options", ["--network shufflenetv2", "--attention se --fusion none"])
+def test_a_network_without_a_frozen_form_is_judged_as_it_is(
+    options: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(part) for part in program_options(pictures, tmp_path / "run", 1)]
+    if "network" in options:
+        place = command.index("--width")
+        del command[place : place + 2]
+    assert main([*command, *options.split()]) == 0
+    told = capsys.readouterr()
+    assert f"pictures of 3 classes ({', '.join(CLASSES)}): class directories" in told.err
+    assert main(["eval", str(tmp_path / "run"), "--no-report", "--device", "cpu"]) == 0
 
 
 def test_names_that_the_outputs_encoding_lacks(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -159,6 +160,22 @@ def test_palette_transparency_and_cmyk_become_rgb():
     assert cyan[1] > 150
     grey = decode(encode(Image.new("L", (4, 4), 77), "BMP"))
     assert (grey.mode, grey.getpixel((0, 0))) == ("RGB", (77, 77, 77))
+
+
+def test_a_transparent_colour_is_laid_over_white():
+    clear = Image.new("RGB", (4, 4), (200, 20, 20))
+    stream = io.BytesIO()
+    clear.save(stream, "PNG", transparency=(200, 20, 20))
+    assert decode(stream.getvalue()).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_a_tiff_of_16_bits_whose_zero_is_white():
+    content = encode(Image.fromarray(np.array([[0, 65535, 16448]], dtype=np.uint16)), "TIFF")
+    black = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+    assert content.count(black) == 1
+    inverted = decode(content.replace(black, struct.pack("<HHIHH", 262, 3, 1, 0, 0)))
+    assert [inverted.getpixel((x, 0))[0] for x in range(3)] == [255, 0, 191]
+    assert [decode(content).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 64]
 
 
 def test_ending_may_differ_from_the_format(write):

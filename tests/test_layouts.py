@@ -212,3 +212,14 @@ def test_parts_of_a_split_beside_another_folder_are_no_classes():
     assert set(classes(parts).values()) == {"good", "crack"}
     vehicles = {"train/1.png": "train", "car/2.png": "car"}
     assert classes(vehicles) == vehicles
+
+
+def test_parts_of_a_split_that_are_merged_are_told_of():
+    names = [f"{part}/{c}/{c}_1.jpg" for part in ("train", "test") for c in ("a", "b")]
+    assert recognise(names, no_file).kind == "class directories, test, train taken together"
+    assert recognise(names[:2], no_file).kind == "class directories"
+    voc = [f"{part}/IMAGES/{c}_1.jpg" for part in ("train", "val") for c in ("a", "b")]
+    notes = [name.replace("IMAGES", "ANNOTATIONS").replace(".jpg", ".xml") for name in voc]
+    read = {note: annotation(note.rpartition("/")[2][0]) for note in notes}
+    kind = recognise([*voc, *notes], read.__getitem__).kind
+    assert kind == "VOC (pictures and XML annotations), train, val taken together"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,15 @@ def test_recalibrated_norms_fit_the_training_pictures(
     images = torch.stack([data[i][0] for i in range(len(data))])
     maps = [stem[0](batch).mean((0, 2, 3)) for batch in images.split(config.batch_size)]
     torch.testing.assert_close(found["initial_conv.1.running_mean"], torch.stack(maps).mean(0))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_norms_of_a_network_in_another_precision_are_recalibrated(
+    precision: str, pictures: Path, tmp_path: Path
+) -> None:
+    config = small(pictures, recalibrate_bn=True, select="last", epochs=1)
+    result = train(config, tmp_path / "run", machine=replace(CPU, precision=precision))
+    assert len(result.rows) == 1
 
 
 @pytest.mark.parametrize("statistics", ["sequential", "pooled"])

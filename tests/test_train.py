@@ -34,7 +34,7 @@ from training_cases import (
 from mobilesteelnet.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from mobilesteelnet.data import scan, stratified_split
 from mobilesteelnet.initialisation import build_model
-from mobilesteelnet.lightning_modules import EpochSampler, SeededDataset
+from mobilesteelnet.lightning_modules import Classifier, EpochSampler, SeededDataset
 from mobilesteelnet.run_folder import RunFolder
 from mobilesteelnet.train import TrainConfig, train
 
@@ -97,6 +97,7 @@ def test_learning_rate_warms_up_linearly_then_stays_or_falls() -> None:
         ("quarter_turns", 1),
         ("validate_every", 0),
         ("validate_every", 2),  # with patience
+        ("averaging", "swa"),  # with patience
         ("fractions", (0.5, 0.5)),
         ("fractions", (0.5, 0.0, 0.5)),
         ("fractions", (0.5, 0.6, 0.1)),
@@ -270,3 +271,14 @@ def test_fine_tuning_needs_the_same_network(run: Path, pictures: Path, tmp_path:
     with pytest.raises(CheckpointError, match="another network"):
         train(config, tmp_path / "run", machine=CPU)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_taken_twice_weighs_nothing_and_a_short_batch_less() -> None:
+    classifier = Classifier(torch.nn.Identity(), TrainConfig(data="none"))
+    classifier.val_loss.update(torch.tensor([1.0, 0.0, 1.0, 9.0]), torch.tensor([1.0, 1, 1, 0]))
+    classifier.val_accuracy.update(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
+    for loss, count in ((2.0, 71), (1.0, 1)):
+        classifier.train_loss.update(torch.tensor(loss), count)
+    assert float(classifier.val_loss.compute()) == pytest.approx(2 / 3)
+    assert float(classifier.val_accuracy.compute()) == 1.0
+    assert float(classifier.train_loss.compute()) == pytest.approx(143 / 72)

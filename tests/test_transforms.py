@@ -19,6 +19,7 @@ from mobilesteelnet.transforms import (
     IMAGENET_STD,
     EvalTransform,
     eval_transform,
+    texture_transform,
     train_transform,
 )
 
@@ -97,6 +98,22 @@ def test_train_transform_is_the_published_recipe():
     assert isinstance(steps[-1], v2.Normalize)
     assert list(train_transform(224).transforms[0].size) == [256, 256]
     assert train_transform(1)(noise(3, 3)).shape == (3, 1, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 320), (320, 40)])
+def test_texture_shows_all_of_a_long_picture(height, width):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    ramp = np.linspace(0, 255, max(height, width))
+    rows = np.tile(ramp, (height, 1)) if width >= height else np.tile(ramp[:, None], (1, width))
+    image = Image.fromarray(rows.astype(np.uint8)).convert("RGB")
+    plain = {"light": 0.0, "quarter_turns": False, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    crop = texture_transform(32, crop_scale=0.8, **plain)
+    torch.manual_seed(0)
+    seen = [crop(image).clamp(0, 1) for _ in range(60)]
+    assert min(float(one.min()) for one in seen) < 0.04
+    assert max(float(one.max()) for one in seen) > 0.96
+    spans = [float(one[0].amax() - one[0].amin()) for one in seen]
+    assert min(spans) > 0.5  # 0.8 of the area at 4:3 is three quarters of a side
 
 
 def test_transforms_are_picklable_and_readable():
