@@ -311,6 +311,10 @@ def commands(plan: Plan) -> dict[str, type]:
             if not self.editable_mode:  # libraries and modules of an earlier plan must not stay
                 for package in ("fused", "mobilesteelnet"):
                     shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+            else:  # a library beside the sources would be loaded, whatever the plan says
+                for name in ("cpu", "cuda"):
+                    for left in () if getattr(plan, name) else ROOT.glob(f"fused/_{name}*"):
+                        left.unlink()
             super().run()
             folder = ROOT / "fused" if self.editable_mode else Path(self.build_lib, "fused")
             (folder / PLAN_FILE).write_text(text)

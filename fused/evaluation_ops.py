@@ -107,6 +107,8 @@ def _named(e: torch.Tensor, rest: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _check_spatial_gate(first: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
+    if _named(first[0], rest)["training"]:
+        raise ValueError("spatial_gate: training=True, it is for evaluation")
     _check(ops.coordinate_attention, first)
     check_cross_spatial_parameters(_named(first[0], rest))
 

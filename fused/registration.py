@@ -184,9 +184,21 @@ class StageOp:
 
     def _check(self, args: Sequence[Any]) -> None:
         CHECKS[self.name](dict(zip(self.inputs, args, strict=True)))
+        self._check_devices(self.inputs, args, self._main(args))
+
+    def _check_devices(self, names: Sequence[str], args: Sequence[Any], x: torch.Tensor) -> None:
+        """Refuse a tensor elsewhere: of one on meta the dispatcher would make all a fake's."""
+        for name, value in zip(names, args, strict=True):
+            for tensor in _tensors((value,)):
+                if tensor.device != x.device:
+                    where = f"{name} is on {tensor.device}, the map on {x.device}"
+                    raise ValueError(f"{self.name}: {where}")
 
     def _main(self, args: Sequence[Any]) -> torch.Tensor:
-        value = args[self.inputs.index(self.maps[0])]
+        return self._main_of(dict(zip(self.inputs, args, strict=False)))
+
+    def _main_of(self, named: dict[str, Any]) -> torch.Tensor:
+        value = named[self.maps[0]]
         return value[0] if isinstance(value, (list, tuple)) else value
 
     def _groups(self, named: dict[str, Any]) -> int | None:
@@ -232,8 +244,8 @@ class StageOp:
 
     def _run_backward(self, *args: Any, backend: str = "auto") -> Any:
         named = dict(zip(self.backward_inputs, args, strict=True))
-        main = named[self.maps[0]]
-        x = main[0] if isinstance(main, (list, tuple)) else main
+        x = self._main_of(named)
+        self._check_devices(self.backward_inputs, args, x)
         name = f"{self.name}_backward"
         chosen = backends.choose(name, x, backend, self._groups(named))
         kernel: Callable[..., Any] = chosen.kernels[name]
@@ -264,6 +276,7 @@ class StageOp:
 
     def _fake_backward(self, *args: Any, backend: str = "auto") -> Any:
         named = dict(zip(self.backward_inputs, args, strict=True))
+        self._check_devices(self.backward_inputs, args, self._main_of(named))
 
         def like(value: Any, is_map: bool) -> Any:
             if isinstance(value, (list, tuple)):

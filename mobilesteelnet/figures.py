@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,21 +79,23 @@ def class_bars(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
     number = len(evaluation.classes)
     figure, axes = _figure((6.2, float(np.clip(0.5 * number + 1.0, 2.4, 30))), theme)
     place = np.arange(number)
-    accuracy = [100 * (item.accuracy or 0.0) for item in evaluation.per_class]
+    # A class without pictures has no accuracy: no bar.
+    accuracy = [math.nan if r.accuracy is None else 100 * r.accuracy for r in evaluation.per_class]
     precision = [100 * item.precision for item in evaluation.per_class]
     axes.barh(place - 0.19, accuracy, 0.36, color=theme.first, label="accuracy (recall)")
     axes.barh(place + 0.19, precision, 0.36, color=theme.second, label="precision")
     for row, values in ((-0.19, accuracy), (0.19, precision)):
         for index, value in enumerate(values):
             place_of: dict[str, Any] = {"va": "center", "fontsize": 8, "color": theme.ink}
-            axes.text(value + 0.8, index + row, f"{value:.1f}", **place_of)
+            shown = (0.0, "–") if math.isnan(value) else (value, f"{value:.1f}")
+            axes.text(shown[0] + 0.8, index + row, shown[1], **place_of)
     axes.set_yticks(place, [shorten(name) for name in evaluation.classes])
     axes.invert_yaxis()
     axes.set_xlim(0, 109)
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.grid(axis="x", color=theme.faint, linewidth=0.8)
     axes.legend(
-        loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2, frameon=False, labelcolor=theme.ink
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, labelcolor=theme.ink
     )
     return figure_png(figure)
 

@@ -111,6 +111,27 @@ def test_a_wheel_without_native_code_works_and_says_why(pure_wheel, tmp_path):
         assert f"{name} | fused._{name} is not built: FUSED_BUILD=none" in told
 
 
+def test_an_editable_build_leaves_no_library_that_it_did_not_make(tree, tmp_path):
+    copy = shutil.copytree(tree, tmp_path / "tree")
+    (copy / "fused" / "_cpu.abi3.so").write_bytes(b"stale")
+    code = f"from setuptools import build_meta as b; b.build_editable({str(tmp_path)!r})"
+    run([sys.executable, "-c", code], copy, FUSED_BUILD="none")
+    assert not list(copy.glob("fused/_c*.so"))
+    told = use(copy).stdout
+    assert "cpu | fused._cpu is not built: FUSED_BUILD=none" in told
+
+
+@pytest.mark.parametrize("plan", ["{}", "[]", '{"mode": "cpu"}', "{", None])
+def test_a_damaged_plan_is_no_plan(pure_wheel, tmp_path, plan):
+    folder = unpack(pure_wheel, tmp_path)
+    if plan is None:  # whole, but the library that it promises is gone
+        plan = '{"mode": "cpu", "cpu": true, "cuda": false, "skipped": {"cuda": "no nvcc"}}'
+    (folder / "fused" / "build_plan.json").write_text(plan)
+    told = use(folder).stdout
+    why = "its file is gone" if "skipped" in plan else "no build plan"
+    assert f"cpu | fused._cpu is not built: {why}" in told
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x7fELF" + bytes(60)])
 def test_a_broken_library_is_a_reason(pure_wheel, tmp_path, content):
     folder = unpack(pure_wheel, tmp_path)
@@ -163,6 +184,7 @@ def test_the_source_distribution_holds_the_sources_and_no_build(tree):
     (archive,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = [name.split("/", 1)[1] for name in tar.getnames() if "/" in name]
+    assert not [name for name in names if name.startswith("tests/")]  # their helpers would lack
     for needed in ("csrc/register_cpu.cpp", "csrc/cuda/channel_statistics.cuh", "setup.py"):
         assert needed in names
     assert "csrc/cpu/simd/channel_statistics_body.h" in names

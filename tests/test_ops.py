@@ -259,3 +259,39 @@ def test_devices_without_our_kernels_run_the_reference(name: str, device: str) -
     assert backends.choose(name, x, groups=2).name == "reference"
     with pytest.raises(backends.BackendError, match=f"is on {device.lower()}"):
         backends.choose(name, x, "cpu", groups=2)
+
+
+def _backward_arguments(name: str, training: bool = False) -> list:
+    op = OPS[name]
+    args = convert(name, arguments(name, SIZES, training), torch.float32, "contiguous")
+    named = dict(zip(op.inputs, args, strict=True)) | dict(zip(op.outputs, op(*args), strict=True))
+    named |= {f"grad_{key}": torch.randn_like(named[key]) for key in op.differentiable}
+    return [named[key] for key in op.backward_inputs]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", OPS)
+def test_a_tensor_on_another_device_makes_no_result(name: str, training: bool) -> None:
+    """One on meta would have the dispatcher take the fake, whose results are never written."""
+    op, refused = OPS[name], 0
+    args = convert(name, arguments(name, SIZES, training), torch.float32, "contiguous")
+    calls = [(op.op, op.inputs, args)]
+    calls.append((op.backward_op, op.backward_inputs, _backward_arguments(name, training)))
+    for call, names, values in calls:
+        for place, (key, value) in enumerate(zip(names, values, strict=True)):
+            if key == op.maps[0] or not isinstance(value, torch.Tensor):
+                continue
+            moved = [*values[:place], value.to("meta"), *values[place + 1 :]]
+            with pytest.raises(ValueError, match=f"{key} is on meta, the map on cpu"):
+                call(*moved, backend="auto")
+            refused += 1
+    assert refused >= (0 if name == "channel_statistics" else 2)
+
+
+def test_a_gate_of_no_groups_is_refused_by_the_backward() -> None:
+    op = OPS["gated_fusion"]
+    args = _backward_arguments("gated_fusion", training=True)
+    place = op.backward_inputs.index("w")
+    args[place] = args[place][:, :0]
+    with pytest.raises(RuntimeError, match="divisor of"):
+        op.backward_op(*args, backend="auto")

@@ -112,7 +112,8 @@ Tensor product_gradient(Tensor grad, Tensor x, std::optional<Tensor> gate,
   std::optional<Map> gates;
   if (gate) {
     check_x(*gate);
-    STD_TORCH_CHECK(columns % gate->size(1) == 0, "gate must have a divisor of x's channels");
+    STD_TORCH_CHECK(gate->size(1) > 0 && columns % gate->size(1) == 0,
+                    "gate must have a divisor of x's channels");
     gates.emplace(*gate);
   }
   const Map back(grad), map(x);

@@ -72,7 +72,8 @@ Product::Product(const Tensor& x, const Tensor& packed, const std::optional<Tens
   }
   if (gate) {
     check_same_pixels(x, *gate, "gate");
-    STD_TORCH_CHECK(x.size(1) % gate->size(1) == 0, "gate must have a divisor of x's channels");
+    STD_TORCH_CHECK(gate->size(1) > 0 && x.size(1) % gate->size(1) == 0,
+                    "gate must have a divisor of x's channels");
     gates.emplace(*gate);
   }
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift come together");
@@ -245,7 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_gate_backward(Tensor grad, Tensor e, Ten
   check_alike(e, z, "e");
   STD_TORCH_CHECK(e.scalar_type() == grad.scalar_type(), "e must have the dtype of grad");
   check_same_pixels(z, w, "w");
-  STD_TORCH_CHECK(z.size(1) % w.size(1) == 0, "w must have a divisor of z's channels");
+  STD_TORCH_CHECK(w.size(1) > 0 && z.size(1) % w.size(1) == 0,
+                  "w must have a divisor of z's channels");
   const Map back(grad), map(z), values(e), gate(w);
   const Norm norm(mean, var, weight, bias, eps, z.size(1));
   return norm_backward(

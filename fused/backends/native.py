@@ -136,10 +136,11 @@ class NativeLibrary:
 def read_plan() -> dict[str, Any] | None:
     """What the build did (see setup.py), or None when run from a tree that was never built."""
     try:
-        plan: dict[str, Any] = json.loads(PLAN_FILE.read_text())
+        plan = json.loads(PLAN_FILE.read_text())
     except (OSError, ValueError):
         return None
-    return plan
+    whole = isinstance(plan, dict) and isinstance(plan.get("skipped"), dict)
+    return plan if whole else None
 
 
 def is_truncated(path: Path) -> bool:
@@ -161,8 +162,8 @@ def load(name: str) -> NativeLibrary:
     files = sorted(p for end in ("so", "pyd", "dll") for p in PACKAGE.glob(f"_{name}*.{end}"))
     if not files:
         plan = read_plan()
-        why = plan["skipped"].get(name) if plan else None
-        return NativeLibrary(name, None, f"fused._{name} is not built: {why or 'no build plan'}")
+        why = plan["skipped"].get(name, "its file is gone") if plan else "no build plan"
+        return NativeLibrary(name, None, f"fused._{name} is not built: {why}")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
         needed = ".".join(map(str, OLDEST_TORCH))
