@@ -146,9 +146,12 @@ def markdown(result: dict[str, Any]) -> str:
             "## Saved for the backward\n\nMB that autograd keeps, inputs counted, parameters not.",
             _table(trained, _megabytes("saved_bytes")),
         ]
-    chosen = {op: backend for record in found for op, backend in record.get("backends", {}).items()}
+    chosen: dict[str, dict[str, None]] = {}  # sets that keep their order
+    for record in found:
+        for op, backend in record.get("backends", {}).items():
+            chosen.setdefault(op, {})[backend] = None
     if chosen:
-        told = ", ".join(f"{op} {backend}" for op, backend in chosen.items())
+        told = ", ".join(f"{op} {' and '.join(ran)}" for op, ran in chosen.items())
         sections.append(f"`fused-auto` ran: {told}.")
     return "\n\n".join(sections) + "\n"
 
@@ -160,6 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = parser.parse_args(arguments).result
     try:
         text = markdown(json.loads(file.read_text()))
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        print(f"error: {file}: not of these benchmarks: {error!r}", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         print(f"error: {file}: {error}", file=sys.stderr)
         return 1

@@ -371,9 +371,18 @@ def test_table_compares_within_a_dtype() -> None:
     assert "Saved for the backward" not in text
 
 
+def test_table_tells_every_backend_that_ran() -> None:
+    entries = [entry("fused-auto", 0.1, backends={"a": "cpu"})]
+    entries += [entry("fused-auto", 0.2, size="2x8x4x4", backends={"a": "reference", "b": "cpu"})]
+    assert "ran: a cpu and reference, b cpu." in table.markdown({"benchmarks": entries})
+
+
 def test_table_refuses_foreign_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "other.json"
-    for content in ("", "{}", '{"benchmarks": [{"name": "other", "stats": {"median": 1}}]}'):
+    stopped = json.dumps({"benchmarks": [entry("published", 0.0)]})
+    torn = json.dumps({"benchmarks": [{"extra_info": {"subject": "x"}, "stats": {"median": 1}}]})
+    other = '{"benchmarks": [{"name": "other", "stats": {"median": 1}}]}'
+    for content in ("", "{}", "[]", other, stopped, torn):
         file.write_text(content)
         assert table.main([str(file)]) == 1
         assert "error:" in capsys.readouterr().err
