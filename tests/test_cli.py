@@ -254,8 +254,9 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert errors.count("error: --data or --resume is needed") == 2
 
 
-def test_a_reader_that_has_gone_is_no_bad_picture() -> None:
-    command = f"{sys.executable} -m mobilesteelnet info"
+@pytest.mark.parametrize("options", ["info", "info --json -", "--help"])
+def test_a_reader_that_has_gone_is_no_bad_picture(options: str) -> None:
+    command = f"{sys.executable} -m mobilesteelnet {options}"
     told = subprocess.run(
         ["bash", "-c", f"{command} 2>/dev/null | true; echo ${{PIPESTATUS[0]}}"],
         capture_output=True,

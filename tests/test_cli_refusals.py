@@ -147,21 +147,6 @@ def test_a_backend_that_cannot_run_leaves_a_failed_run(pictures: Path, tmp_path:
     assert "backend='triton' cannot run" in state["reason"]
 
 
-@pytest.mark.parametrize("options", ["info --json -", "--help"])
-def test_a_reader_that_has_gone_has_its_code(options: str) -> None:
-    command = f"{sys.executable} -m mobilesteelnet {options}"
-    told = subprocess.run(
-        ["bash", "-c", f"{command} 2>/dev/null | true; echo ${{PIPESTATUS[0]}}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    assert told.stdout.strip() == "6"
-
-
 @pytest.mark.parametrize("options", ["--network shufflenetv2", "--attention se --fusion none"])
 def test_a_network_without_a_frozen_form_is_judged_as_it_is(
     options: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
