@@ -35,7 +35,6 @@ class KeptNetwork(L.Callback):
 
     def __init__(self, config: TrainConfig, pictures: Dataset[tuple[torch.Tensor, int]]) -> None:
         self.config = config
-        self.first_averaged_epoch = int(config.average_from * config.epochs)
         self.loader = DataLoader(pictures, batch_size=config.batch_size)
         self._network: AveragedModel | None = None
         self._saved: dict[str, Any] | None = None
@@ -75,7 +74,7 @@ class KeptNetwork(L.Callback):
             self._network.update_parameters(pl_module.model)
 
     def _averages_epochs(self, trainer: L.Trainer) -> bool:
-        begun = trainer.current_epoch >= self.first_averaged_epoch
+        begun = trainer.current_epoch >= self.config.epochs_before_swa
         return self.config.averaging == "swa" and begun
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -206,11 +206,11 @@ class TrainConfig:
                 f"validate_every={self.validate_every}: patience={self.patience} counts validated "
                 "epochs, so that each has to be"
             )
-        first = int(self.average_from * self.epochs) + 1
-        if self.averaging == "swa" and 0 < self.patience < first:
+        before = self.epochs_before_swa
+        if self.averaging == "swa" and 0 < self.patience <= before:
             raise ValueError(
-                f"averaging='swa' begins at epoch {first}, and patience={self.patience} may stop "
-                "the training before: give patience=0"
+                f"averaging='swa' begins at epoch {before + 1}, and patience={self.patience} may "
+                "stop the training before: give patience=0"
             )
         _check_fractions(self.fractions)
 
@@ -243,6 +243,11 @@ class TrainConfig:
     def validates(self, epoch: int) -> bool:
         """Whether an epoch, counted from 1, ends with a validation."""
         return epoch % self.validate_every == 0 or epoch == self.epochs
+
+    @property
+    def epochs_before_swa(self) -> int:
+        """How many epochs from the first ``averaging="swa"`` leaves out."""
+        return int(self.average_from * self.epochs)
 
     @property
     def small_epochs(self) -> int:

@@ -127,11 +127,10 @@ def texture_transform(
     """An augmenting transform for grey textures, which have no up, no colour and no one scale.
 
     A random crop of `crop_scale` to 1 of the area, 3:4 to 4:3 times as wide as the picture, resized
-    to size x size, flips
-    along both axes and a turn by a multiple of 90 degrees (no empty corners, no blurred lines),
-    brightness and contrast times 1 - `light` to 1 + `light`, and with p 0.2 each a slight blur
-    (sigma 0.1 to 1.5) and noise (standard deviation 0.03 of the white level); no hue or saturation,
-    which grey does not have.
+    to size x size, flips along both axes and a turn by a multiple of 90 degrees (no empty corners,
+    no blurred lines), brightness and contrast times 1 - `light` to 1 + `light`, and with p 0.2 each
+    a slight blur (sigma 0.1 to 1.5) and noise (standard deviation 0.03 of the white level); no hue
+    or saturation, which grey does not have.
 
     Args:
         size: side of the square result in pixels.
