@@ -52,6 +52,8 @@ def _run(arguments: list[str]) -> int:
 
     _refuse_empty(arguments)
     keep_freed_memory()
+    if os.environ.get("COLUMNS") == "0":  # a terminal that has not been told its size
+        del os.environ["COLUMNS"]
     encoding = getattr(sys.stdout, "encoding", None)  # no stream where the output is closed
     if encoding and encoding.lower() not in ("utf-8", "utf8"):
         # Names of files may hold what it does not have.

@@ -126,8 +126,13 @@ def _write_to_stream(target: Path, write: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, target.name)
         write(whole)
-        with target.open("ab") as stream, whole.open("rb") as source:
-            shutil.copyfileobj(source, stream)
+        try:
+            with target.open("ab") as stream, whole.open("rb") as source:
+                shutil.copyfileobj(source, stream)
+        except OSError as error:
+            if error.filename or isinstance(error, BrokenPipeError):  # a reader that has gone
+                raise
+            raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def _give_default_permissions(path: Path) -> None:

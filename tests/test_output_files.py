@@ -29,6 +29,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full here")
+def test_a_full_device_is_named() -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        write_text("/dev/full", "all of it")
+
+
 def test_a_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     link, real = tmp_path / "link.csv", tmp_path / "elsewhere" / "real.csv"
@@ -182,13 +188,15 @@ def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no option 'bogus'" in error_line(capsys)
 
 
+@pytest.mark.parametrize("columns", ["40", "0"])  # 0: it has not been told its size
 def test_a_narrow_terminal_shows_every_figure(
     checkpoint: Path,
     pictures: Path,
+    columns: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", columns)
     assert main(["predict", str(checkpoint), str(pictures), "--top-k", "9"]) == 0
     shown = capsys.readouterr().out
     assert "…" not in shown
