@@ -7,7 +7,7 @@ says which backend runs each stage and why, `set_backend` chooses one for all, a
 
 from __future__ import annotations
 
-from . import flops  # noqa: F401  # registers what torch's FLOP counter asks for
+from . import flops
 from .backends import BackendError, explain, set_backend
 from .convert import fuse
 from .frozen import FrozenError
@@ -24,3 +24,7 @@ __all__ = [
     "optimize_for_inference",
     "set_backend",
 ]
+
+# After the backends, which read how Triton is to run before anything imports it: torch's counter
+# imports it where it is installed.
+flops.register()

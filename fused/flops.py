@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from . import evaluation_ops, ops
 from .contract import STAGES, Problem, cost
@@ -29,6 +28,8 @@ def problem_of(stage: str, named: dict[str, Any]) -> Problem:
 
 def _count(op: Any, stages: tuple[str, ...], direction: str = "forward") -> None:
     """Let calls of an op count as those stages."""
+    from torch.utils.flop_counter import register_flop_formula
+
     names = [argument.name for argument in op._schema.arguments]
 
     @register_flop_formula(op.overloadpacket, get_raw=True)
@@ -38,9 +39,11 @@ def _count(op: Any, stages: tuple[str, ...], direction: str = "forward") -> None
         return sum(one.flop for one in costs)
 
 
-for _op in ops.STAGE_OPS:
-    if _op.name in STAGES:
-        _count(_op.op, (_op.name,))
-        _count(_op.backward_op, (_op.name,), "backward")
-_count(evaluation_ops.gated_fusion_mean.op, ("gated_fusion",))
-_count(evaluation_ops.spatial_gate.op, ("coordinate_attention", "cross_spatial"))
+def register() -> None:
+    """Tell torch's counter of all ops; once, for it refuses a second time."""
+    for stage in ops.STAGE_OPS:
+        if stage.name in STAGES:
+            _count(stage.op, (stage.name,))
+            _count(stage.backward_op, (stage.name,), "backward")
+    _count(evaluation_ops.gated_fusion_mean.op, ("gated_fusion",))
+    _count(evaluation_ops.spatial_gate.op, ("coordinate_attention", "cross_spatial"))

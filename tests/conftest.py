@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,13 @@ from fused.backends.triton import INTERPRETER
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_configure() -> None:
+    """No silent fallback: what asks for the interpreter must not test something else instead."""
+    asked = os.environ.get("FUSED_TRITON_INTERPRETER") == "1"
+    if asked and importlib.util.find_spec("triton") and not INTERPRETER:
+        raise pytest.UsageError("FUSED_TRITON_INTERPRETER=1: Triton was imported before fused")
 
 
 @pytest.fixture(autouse=True)

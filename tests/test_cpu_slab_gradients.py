@@ -58,16 +58,16 @@ def test_gradients_for_every_number_of_channels_and_size_of_map(op, channels):
         want_outputs, want = forward_and_backward(
             reference.KERNELS, op, exact, [g.double() for g in grads]
         )
-        for mine, its in zip(outputs, want_outputs, strict=True):
-            assert error(mine, its) <= 1e-5, (sizes, training, whose)
         # Batch norm makes ±1 of two values: what is left of a gradient is eps's and rounding's.
         lost = training and height * width == 1
+        for mine, its in zip(outputs, want_outputs, strict=True):
+            assert error(mine, its) <= (4e-5 if lost else 1e-5), (sizes, training, whose)
         # With one channel a parameter's gradient is one number, in which the pixels' may cancel:
         # eager's float32 is no better.
         plain = forward_and_backward(reference.KERNELS, op, args, grads)[1]
         for name, mine, eager, its in zip(OPS[op].gradients, got, plain, want, strict=True):
             assert mine.shape == its.shape
-            limit = max(4e-4 if lost else tolerance(torch.float32)[1], 2 * error(eager, its))
+            limit = max(1e-3 if lost else tolerance(torch.float32)[1], 2 * error(eager, its))
             assert error(mine, its) <= limit, (name, sizes, training, whose)
 
 

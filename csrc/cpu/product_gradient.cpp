@@ -114,6 +114,9 @@ Tensor product_gradient(Tensor grad, Tensor x, std::optional<Tensor> gate,
     check_x(*gate);
     STD_TORCH_CHECK(gate->size(1) > 0 && columns % gate->size(1) == 0,
                     "gate must have a divisor of x's channels");
+    STD_TORCH_CHECK(gate->size(0) == x.size(0) && gate->size(2) == x.size(2) &&
+                        gate->size(3) == x.size(3),
+                    "gate and x must have the same samples and pixels");
     gates.emplace(*gate);
   }
   const Map back(grad), map(x);
@@ -142,8 +145,9 @@ Tensor product_gradient(Tensor grad, Tensor x, std::optional<Tensor> gate,
   const Scratch sums = make_scratch(sum_floats);
   const Scratch panels = make_scratch(what.padded_rows * what.chunk);
   const Scratch gate_rows = make_scratch(gates ? gates->channels() * what.chunk : 0);
+  std::fill_n(sums.get(), sum_floats, 0.0f);  // also what there is of no samples
   for (int64_t b = 0; b < map.batch(); ++b) {
-    if (b == 0 || per_sample) std::fill_n(sums.get(), sum_floats, 0.0f);
+    if (b > 0 && per_sample) std::fill_n(sums.get(), sum_floats, 0.0f);
     for (int64_t p = 0; p < plane; p += what.chunk) {
       const int64_t pixels = std::min(what.chunk, plane - p);
       if (gates) unpack_gate(what, b, p, pixels, gate_rows.get());

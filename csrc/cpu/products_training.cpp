@@ -5,6 +5,8 @@
 //   grad_z = weight / sqrt(var + eps) (g - mean(g) - n mean(g n)), without the means in evaluation
 //
 // Layouts, threads, sums of products  as in products.cpp.
+// Statistics of a map that is stored  are those of its rounded values: a norm divides what is read
+//          back by their spread, which may be smaller than the rounding.
 // Statistics and gradients of vectors  float32 inside a tile, float64 over tiles (moments.h).
 // Bytes    the gradients read their maps twice, once for the sums and once for grad_z.
 #include "products_training.h"
@@ -183,12 +185,17 @@ std::tuple<Tensor, Tensor, Tensor> product_moments(
   if (store) out.emplace(empty_map(x, rows, x.size(2), x.size(3)));
   std::optional<Moments> statistics;
   if (moments) statistics.emplace(map.batch(), map.plane(), rows);
-  const auto finish = [&](const Tile& tile, int64_t row, int count, const float* acc) {
-    if (statistics) statistics->take(tile, row, count, acc);
+  const bool rounded = out && out->element() != static_cast<int>(Element::kFloat);
+  const auto finish = [&](const Tile& tile, int64_t row, int count, float* acc) {
+    if (statistics && !rounded) statistics->take(tile, row, count, acc);
     if (!out) return;
     const Affine affine{nullptr, biases.from(row), nullptr, 0, false};
     products().affine[out->element()](acc, count, tile.count, affine,
                                       out->mutable_at(tile.sample, row, tile.pixel));
+    if (!statistics || !rounded) return;
+    products().pack[static_cast<int>(Words::kFloats)][out->element()](
+        out->at(tile.sample, row, tile.pixel), count, tile.count, Transform{}, acc);
+    statistics->take(tile, row, count, acc);
   };
   for_each_block(
       {map.batch(), map.plane(), rows, product.work, product.wide}, product.floats,
@@ -198,7 +205,9 @@ std::tuple<Tensor, Tensor, Tensor> product_moments(
         for_each_part(span, which, acc, finish);
       });
   Tensor mean = empty_vector(x, moments ? rows : 0), var = empty_vector(x, moments ? rows : 0);
-  if (statistics) statistics->finish(biases.data(), floats_of(mean), floats_of(var));
+  if (statistics) {
+    statistics->finish(rounded ? nullptr : biases.data(), floats_of(mean), floats_of(var));
+  }
   const Tensor nothing = torch::stable::empty({0}, x.scalar_type(), std::nullopt, x.device());
   return {out ? out->tensor() : nothing, mean, var};
 }

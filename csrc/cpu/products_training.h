@@ -11,7 +11,7 @@ namespace ciema::cpu {
 using torch::stable::Tensor;
 
 // weight x + second_weight second + bias: the map (only with `store`), and (only with `moments`)
-// its rows' means and biased variances over samples and pixels. x is multiplied by gate (B, G, H,
+// its rows' means and biased variances over samples and pixels, of a stored map as stored. x is multiplied by gate (B, G, H,
 // W); relu(scale v + shift) is done to second, or to x if there is none.
 std::tuple<Tensor, Tensor, Tensor> product_moments(
     Tensor x, Tensor packed, std::optional<Tensor> gate, std::optional<Tensor> second,

@@ -144,7 +144,12 @@ struct Epilogue {
         }
       }
     }
-    if (out.data != nullptr) store_run<T>(out, run, value);
+    if (out.data == nullptr) return;
+    // Statistics too are then of what is kept: a norm divides that by their spread, which may be
+    // smaller than the rounding.
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) value[i] = to_float(from_float<T>(value[i]));
+    store_run<T>(out, run, value);
   }
 };
 

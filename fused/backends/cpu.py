@@ -41,4 +41,12 @@ def can_run(op: str, x: torch.Tensor) -> str | None:
     return native.why_not(LIBRARY, "cpu", KERNELS, op, x)
 
 
-BACKEND = Backend("cpu", KERNELS, can_run)
+def passed_over(op: str, x: torch.Tensor) -> str | None:
+    """Why "auto" does not take this backend although it can run; None if it may."""
+    hidden = x.shape[1] // 4 if op.startswith("gated_fusion") and x.dim() == 4 else 2
+    if hidden < 2 and x.element_size() < 4:
+        return "gradients of one hidden channel, behind two norms, are left to 16 bits' rounding"
+    return None
+
+
+BACKEND = Backend("cpu", KERNELS, can_run, passed_over=passed_over)

@@ -113,11 +113,12 @@ def cross_spatial(*args: Any) -> tuple[torch.Tensor, ...]:
 def cross_spatial_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     """Arguments and results of the op `cross_spatial_backward`."""
     grad_w, e, w, parameters = args[0], args[1], args[6], args[13:32]
-    vectors = [_floats(vector) for vector in args[2:6]]
-    softmaxes, statistics = args[7:9], args[9:13]
+    vectors, softmaxes, statistics = (
+        [_floats(value) for value in args[i:j]] for i, j in ((2, 6), (7, 9), (9, 13))
+    )
     groups, training, bn_statistics, *eps = args[32:]
     if not training:
-        statistics = tuple(_floats(parameters[i]) for i in _RUNNING)
+        statistics = [_floats(parameters[i]) for i in _RUNNING]
     trained = _trained(parameters)
     *grads, flat = _backward(
         *(_floats(grad_w), e, *vectors, _floats(w), *softmaxes, *statistics),

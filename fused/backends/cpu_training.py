@@ -281,8 +281,12 @@ def msff_backward(
     eps: float,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for the maps, W, γ and β; the sum before the norm is recomputed."""
-    z, *_ = kernel("msff_sum")(list(features), packed_parts(features, weight, exact=True), False)
+    # Where weights are rounded, this z is more exact than the forward's: it has its own statistics.
+    anew = training and rounds_weights(features[0])
+    z, *of_z = kernel("msff_sum")(list(features), packed_parts(features, weight, exact=True), anew)
     mean, var = (batch_mean, batch_var) if training else (running_mean, running_var)
+    if anew:
+        mean, var = of_z
     assert mean is not None
     assert var is not None
     norm = (v.float() for v in (mean, var, bn_weight, bn_bias))

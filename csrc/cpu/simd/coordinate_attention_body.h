@@ -4,8 +4,9 @@
 //   mean, rstd of u over H*W, of every channel
 //
 // The slab is copied once, pixel-major (slab_frame_body.h), and stays in the core's cache for the
-// three passes: pools, mean of u, variance of u about that mean. Sums are float32, a row's sum
-// first and then the sum of the rows' (the pools: of pixels).
+// three passes: pools, a first mean of u, and what is left of mean and variance about that one: a
+// float32 sum's error would be a shift, up to 316 times in a plane without spread. Sums are
+// float32, a row's sum first and then the sum of the rows' (the pools: of pixels).
 // Included inside the namespace of an instruction-set file, after slab_frame_body.h.
 
 // Gates and statistics, pixel-major: what normalise_map takes.
@@ -81,32 +82,48 @@ CIEMA_INLINE Floats gated(Floats e, Floats row, Floats column) {
   return Simd::mul(Simd::mul(e, row), column);
 }
 
-// Sum over the map of u, or of (u - mean)^2; one vector of channels.
-template <bool kCentred>
-inline Floats sum_of_u(const Frame& f, const float* map, const Gates& gates, int64_t c,
-                       Floats mean) {
-  Floats total = Simd::zero();
+CIEMA_INLINE Floats sum_of(const Floats (&parts)[4]) {
+  return Simd::add(Simd::add(parts[0], parts[1]), Simd::add(parts[2], parts[3]));
+}
+
+template <bool kSquares>
+CIEMA_INLINE void add_off(Floats u, Floats start, Floats& sum, Floats& square) {
+  const Floats off = Simd::sub(u, start);
+  sum = Simd::add(sum, off);
+  if (kSquares) square = Simd::fma(off, off, square);
+}
+
+struct Sums {
+  Floats first, second;
+};
+
+// Sums over the map of u - start and, if asked for, of its square; one vector of channels.
+template <bool kSquares>
+inline Sums sums_of_u(const Frame& f, const float* map, const Gates& gates, int64_t c,
+                      Floats start) {
+  Sums total{Simd::zero(), Simd::zero()};
   for (int64_t y = 0; y < f.height; ++y) {
     const Floats row = Simd::load(gates.rows + y * f.cp + c);
     const float* pixel = map + f.at(y, 0) + c;
     const float* column = gates.columns + c;
     Floats sums[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
+    Floats squares[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
+    const int64_t end = f.width * f.cp, stride = 4 * f.cp;
     int64_t x = 0;
-    for (; x + 4 <= f.width; x += 4) {
+    for (; x + stride <= end; x += stride) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Floats u = gated(Simd::load(pixel + (x + i) * f.cp), row,
-                               Simd::load(column + (x + i) * f.cp));
-        const Floats off = Simd::sub(u, mean);
-        sums[i] = kCentred ? Simd::fma(off, off, sums[i]) : Simd::add(sums[i], u);
+        const int64_t at = x + i * f.cp;
+        add_off<kSquares>(gated(Simd::load(pixel + at), row, Simd::load(column + at)), start,
+                          sums[i], squares[i]);
       }
     }
-    for (; x < f.width; ++x) {
-      const Floats u = gated(Simd::load(pixel + x * f.cp), row, Simd::load(column + x * f.cp));
-      const Floats off = Simd::sub(u, mean);
-      sums[0] = kCentred ? Simd::fma(off, off, sums[0]) : Simd::add(sums[0], u);
+    for (; x < end; x += f.cp) {
+      add_off<kSquares>(gated(Simd::load(pixel + x), row, Simd::load(column + x)), start, sums[0],
+                        squares[0]);
     }
-    total = Simd::add(total, Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
+    total.first = Simd::add(total.first, sum_of(sums));
+    if (kSquares) total.second = Simd::add(total.second, sum_of(squares));
   }
   return total;
 }
@@ -119,10 +136,13 @@ inline void coordinate_gates(const Frame& f, const float* map, const float* pack
           StoreSigmoid{gates.rows, f.cp, packed + f.c * f.cp});
   const Floats share = Simd::set(1.0f / static_cast<float>(f.height * f.width));
   for (int64_t c = 0; c < f.cp; c += kLanes) {
-    const Floats sum = sum_of_u<false>(f, map, gates, c, Simd::zero());
-    const Floats mean = Simd::mul(sum, share);
-    const Floats variance = Simd::mul(sum_of_u<true>(f, map, gates, c, mean), share);
-    Simd::store(gates.mean + c, mean);
+    const Floats start = Simd::mul(sums_of_u<false>(f, map, gates, c, Simd::zero()).first, share);
+    const Sums left = sums_of_u<true>(f, map, gates, c, start);
+    const Floats shift = Simd::mul(left.first, share);
+    const Floats square = Simd::mul(left.second, share);
+    // The operand order keeps NaN, as in `exponential`.
+    const Floats variance = Simd::max(Simd::zero(), Simd::sub(square, Simd::mul(shift, shift)));
+    Simd::store(gates.mean + c, Simd::add(start, shift));
     Simd::store(gates.rstd + c, variance);
   }
   for (int64_t c = 0; c < f.cp; ++c) {
@@ -154,16 +174,16 @@ inline void normalise_map(const Gates& gates, const float* gn_weight, const floa
                           const Frame& f, const float* e, float* x1) {
   for (int64_t c = 0; c < f.cp; c += kLanes) {
     const Floats slope = Simd::mul(Simd::load(gates.rstd + c), Simd::load(gn_weight + c));
-    const Floats start = Simd::sub(Simd::load(gn_bias + c),
-                                   Simd::mul(Simd::load(gates.mean + c), slope));
+    const Floats mean = Simd::load(gates.mean + c), bias = Simd::load(gn_bias + c);
     for (int64_t y = 0; y < f.height; ++y) {
-      const Floats row = Simd::mul(Simd::load(gates.rows + y * f.cp + c), slope);
+      const Floats row = Simd::load(gates.rows + y * f.cp + c);
       const float* column = gates.columns + c;
       const int64_t first = f.at(y, 0) + c;
       for (int64_t x = 0; x < f.width; ++x, column += f.cp) {
         const int64_t pixel = first + x * f.cp;
-        const Floats gate = Simd::mul(row, Simd::load(column));
-        Simd::store(x1 + pixel, Simd::fma(Simd::load(e + pixel), gate, start));
+        // u - mean first: a plane without spread must not be left with what rounding makes of it.
+        const Floats u = gated(Simd::load(e + pixel), row, Simd::load(column));
+        Simd::store(x1 + pixel, Simd::fma(Simd::sub(u, mean), slope, bias));
       }
     }
   }

@@ -159,7 +159,7 @@ inline void backward_norm(const BackwardTask& task, int64_t sample) {
         const Floats column = Simd::load(gates.columns + x * f.cp + c);
         const Floats gate = Simd::mul(row, column), grad_u = Simd::mul(grad, slope);
         row_total = Simd::add(row_total, grad);
-        row_centred = Simd::fma(grad, Simd::sub(Simd::mul(e, gate), mean), row_centred);
+        row_centred = Simd::fma(grad, Simd::sub(gated(e, row, column), mean), row_centred);
         Simd::store(work.grad_e + at, Simd::fma(grad_u, gate, Simd::load(work.grad_e + at)));
         const Floats through = Simd::mul(grad_u, e);
         row_sum = Simd::fma(through, column, row_sum);

@@ -16,6 +16,7 @@ LIBRARY = native.load("cuda")
 OLDEST_CAPABILITY = (8, 0)
 # A group's 3c features of a tile stay in registers, which ends at this width.
 LARGEST_GROUP = 64
+LARGEST_SLAB = 2**31 - 1  # values of a group of one sample, which coordinate attention counts
 LARGEST_BATCH = 65535  # of the second axis of a grid, kGridY of csrc/cuda/launch.h
 GROUPED_STAGES = ("coordinate_attention", "cross_spatial")
 
@@ -119,6 +120,9 @@ def takes_groups(op: str, x: torch.Tensor, groups: int) -> str | None:
         width = x.shape[1] // groups
         if width > LARGEST_GROUP:
             return f"a group has {width} channels, the cuda kernels take at most {LARGEST_GROUP}"
+        values = width * x.shape[2] * x.shape[3]
+        if op.startswith("coordinate_attention") and values > LARGEST_SLAB:
+            return f"a group of {values} values is over {LARGEST_SLAB}"
     return None
 
 

@@ -10,9 +10,9 @@ gradient of the ReLU is lost or made up. The other products there are the librar
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -183,5 +183,18 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return z
 
 
-# The reference's, with z as exact as its sign needs.
-backward = functools.partial(reference.backward, multiply=_product)
+def backward(
+    grad_out: torch.Tensor,
+    features: Sequence[torch.Tensor],
+    batch_mean: torch.Tensor,
+    batch_var: torch.Tensor,
+    weight: torch.Tensor,
+    *rest: Any,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The reference's, with z as exact as its sign needs, and then with statistics of this z."""
+    training: bool = rest[4]
+    return reference.backward(
+        *(grad_out, features, batch_mean, batch_var, weight, *rest),
+        multiply=_product,
+        statistics_anew=training and weight.dtype != features[0].dtype,
+    )

@@ -163,7 +163,8 @@ class BlockInput(NamedTuple):
         dtype = product_dtype(self.e)
         u = self.e.to(self.rstd.dtype) * self.alpha_h * self.alpha_w
         scale = self.rstd * self.gn_weight
-        x1 = torch.addcmul(self.gn_bias - self.mean * scale, u, scale).to(dtype)
+        # u − mean first: rounding would leave something of a map without spread.
+        x1 = torch.addcmul(self.gn_bias, u - self.mean, scale).to(dtype)
         lead, size = self.e.shape[0] * self.groups, conv3x3_weight.shape[0]
         slabs = library_layout(self.e.reshape(lead, size, *self.e.shape[2:]).to(dtype))
         x2 = convolve(slabs, conv3x3_weight, conv3x3_bias).to(dtype)

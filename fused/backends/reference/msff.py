@@ -121,14 +121,20 @@ def backward(
     eps: float,
     *,
     multiply: Multiply = convolve,
+    statistics_anew: bool = False,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients for the maps, W, γ and β; z is made again from the small maps, by `multiply`."""
+    """Gradients for the maps, W, γ and β; z is made again from the small maps, by `multiply`.
+
+    `statistics_anew`: of this z, because it is more exact than that of the forward.
+    """
     dtype = statistics_dtype(features[0].dtype)
     z = _fused_product(features, weight, multiply)
     mean, var = (batch_mean, batch_var) if training else (running_mean, running_var)
     assert mean is not None
     assert var is not None
     mean, var = _column(mean, dtype), _column(var, dtype)
+    if statistics_anew:
+        mean, var = normalisation.batch_statistics(z, _DIMS)
     gamma = _column(bn_weight, dtype)
     n = normalisation.normalised(z, mean, var, eps)
     grad = grad_out.to(dtype) * (torch.addcmul(_column(bn_bias, dtype), n, gamma) > 0)

@@ -1,8 +1,9 @@
 """Backend "triton": kernels for any GPU that Triton knows, compiled when first used.
 
-NVIDIA compute capability 8.0 and later, AMD CDNA and RDNA 3. Triton is imported by the first kernel
-that runs, not by `import fused`. Without a GPU the kernels run through Triton's interpreter, far
-slower than anything else, and only where FUSED_TRITON_INTERPRETER=1 asks for that: it is for tests.
+NVIDIA compute capability 8.0 and later, AMD CDNA and RDNA 3. This package imports Triton with the
+first kernel that runs; how that is to run must be settled before. Without a GPU the kernels run
+through Triton's interpreter, far slower than anything else, and only where
+FUSED_TRITON_INTERPRETER=1 asks for that: it is for tests.
 """
 
 from __future__ import annotations

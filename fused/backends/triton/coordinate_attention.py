@@ -110,6 +110,10 @@ def coordinate_attention_forward_kernel(
     average = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
+    # About the first pixel's u: the mean of equal values, as a rounded sum, would not be theirs.
+    origin = tl.load(source + channel * stride_c, mask=ok, other=0.0).to(tl.float32)
+    origin *= tl.load(of_columns + channel * W, mask=ok, other=0.0)
+    origin *= tl.load(of_rows + channel * H, mask=ok, other=0.0)
     for start in range(0, W, BLOCK_W):
         column = start + tl.arange(0, BLOCK_W)
         inside = column < W
@@ -119,9 +123,9 @@ def coordinate_attention_forward_kernel(
             x = _load(source, row * W + column, inside, c, stride_c, stride_p, BLOCK_C)
             gate_h = tl.load(of_rows + channel * H + row, mask=ok, other=0.0)
             u = x * gate_w * gate_h[None, :]
-            mean_b, m2_b = tile_moments(u, inside, part)
+            mean_b, m2_b = tile_moments(u - origin[None, :], inside, part)
             average, m2, count = merge_two(average, m2, count, mean_b, m2_b, part)
-    tl.store(mean + slab * c + channel, average, mask=ok)
+    tl.store(mean + slab * c + channel, average + origin, mask=ok)
     tl.store(rstd + slab * c + channel, 1.0 / tl.sqrt_rn(m2 / count + eps), mask=ok)
 
 

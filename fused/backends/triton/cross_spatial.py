@@ -123,18 +123,18 @@ def cross_spatial_forward_kernel(
     P = H * W
     source = e + (slab // G) * stride_b + (slab % G) * c * stride_c
     top, end = band * rows, tl.minimum(band * rows + rows, H)
-    size = (rows + 6) * W * BLOCK_C
+    size = tl.cast(rows + 6, tl.int64) * W * BLOCK_C
     copy = scratch + (slab * BANDS + band) * 3 * size - (top - 3) * W * BLOCK_C
     x1, x2 = copy + size, copy + 2 * size
 
     at = slab * c
     scale = vector(rstd + at, c, BLOCK_C, 0.0) * vector(gn_weight, c, BLOCK_C, 0.0)
-    shift = vector(gn_bias, c, BLOCK_C, 0.0) - vector(mean + at, c, BLOCK_C, 0.0) * scale
+    centre, shift = vector(mean + at, c, BLOCK_C, 0.0), vector(gn_bias, c, BLOCK_C, 0.0)
     first_row, end_row = tl.maximum(top - 3, 0), tl.minimum(end + 3, H)
     for start in range(first_row * W, end_row * W, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         copy_and_normalise(
-            source, copy, x1, alpha_h + at * H, alpha_w + at * W, scale, shift,
+            source, copy, x1, alpha_h + at * H, alpha_w + at * W, centre, scale, shift,
             pixel, pixel < end_row * W, H, W, c, stride_c, stride_p, BLOCK_C,
         )  # fmt: skip
     tl.debug_barrier()  # other threads of this program read the copy

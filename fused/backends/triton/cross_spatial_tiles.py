@@ -133,20 +133,24 @@ def outer_tap(i):
 
 @triton.jit
 def copy_and_normalise(
-    e, copy, x1, alpha_h, alpha_w, scale, shift, pixel, inside, H, W, c, stride_c, stride_p,
+    e, copy, x1, alpha_h, alpha_w, centre, scale, shift, pixel, inside, H, W, c, stride_c, stride_p,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of e and of x1 = e·αh·αw·scale + shift into their sheets."""
+    """Write a tile of e and of x1 = (e·αw·αh − centre)·scale + shift into their sheets.
+
+    u as coordinate attention rounds it, and − centre first: what rounding leaves of a map without
+    spread would be multiplied by 1/√ε.
+    """
     channel = tl.arange(0, BLOCK_C)[None, :]
     ok = inside[:, None] & (channel < c)
     at = channel.to(tl.int64) * stride_c + pixel[:, None].to(tl.int64) * stride_p
     value = tl.load(e + at, mask=ok, other=0.0)
     row, column = (pixel // W)[:, None], (pixel % W)[:, None]
-    gate = tl.load(alpha_h + channel * H + row, mask=ok, other=0.0)
-    gate *= tl.load(alpha_w + channel * W + column, mask=ok, other=0.0)
+    gate_h = tl.load(alpha_h + channel * H + row, mask=ok, other=0.0)
+    gate_w = tl.load(alpha_w + channel * W + column, mask=ok, other=0.0)
     store_tile(copy, pixel, inside, value, BLOCK_C)
-    u = value.to(tl.float32) * gate
-    store_tile(x1, pixel, inside, u * scale[None, :] + shift[None, :], BLOCK_C)
+    n = value.to(tl.float32) * gate_w * gate_h - centre[None, :]
+    store_tile(x1, pixel, inside, n * scale[None, :] + shift[None, :], BLOCK_C)
 
 
 @triton.jit

@@ -51,11 +51,11 @@ def cross_spatial_branches_kernel(
     copy = sheets + (2 * slabs + slab) * size
     at = slab * c
     scale = vector(rstd + at, c, BLOCK_C, 0.0) * vector(gn_weight, c, BLOCK_C, 0.0)
-    shift = vector(gn_bias, c, BLOCK_C, 0.0) - vector(mean + at, c, BLOCK_C, 0.0) * scale
+    centre, shift = vector(mean + at, c, BLOCK_C, 0.0), vector(gn_bias, c, BLOCK_C, 0.0)
     for start in range(0, P, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         copy_and_normalise(
-            source, copy, x1, alpha_h + at * H, alpha_w + at * W, scale, shift,
+            source, copy, x1, alpha_h + at * H, alpha_w + at * W, centre, scale, shift,
             pixel, pixel < P, H, W, c, stride_c, stride_p, BLOCK_C,
         )  # fmt: skip
     tl.debug_barrier()  # other threads of this program read the copy

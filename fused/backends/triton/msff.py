@@ -46,15 +46,18 @@ from .msff_statistics import empty_parts, join_parts
 
 
 @triton.jit
-def bilinear(position, size, target):
+def bilinear(position, size, target, WIDE: tl.constexpr):
     """The two neighbours along an axis of `size` for positions of an axis of `target`.
 
     Returns:
         The first neighbour, the second, and the second's weight.
     """
+    if WIDE:
+        position = tl.cast(position, tl.int64)
     numerator = tl.maximum((2 * position + 1) * size - target, 0)
     first = numerator // (2 * target)
     weight = (numerator - first * 2 * target).to(tl.float32) / (2 * target)
+    first = first.to(tl.int32)
     return first, tl.minimum(first + 1, size - 1), weight
 
 
@@ -81,7 +84,7 @@ def fused_product(
         rows: C_out.
         pixels: H·W.
         width: W.
-        WIDE: offsets need 64 bits.
+        WIDE: offsets need 64 bits, or positions while they are resized.
         PRECISION: of the product, as `tl.dot` calls it.
         BLOCK_M: length of `row`.
         BLOCK_N: length of `pixel`.
@@ -99,8 +102,8 @@ def fused_product(
     for k in tl.static_range(len(sizes)):
         h, w = sizes[k]
         product = products[k] + batch * (h * w) * rows
-        y0, y1, down = bilinear(pixel // width, h, pixels // width)
-        x0, x1, right = bilinear(pixel % width, w, width)
+        y0, y1, down = bilinear(pixel // width, h, pixels // width, WIDE)
+        x0, x1, right = bilinear(pixel % width, w, width, WIDE)
         for corner in tl.static_range(4):
             line = y0 if corner < 2 else y1
             column = x0 if corner % 2 == 0 else x1
@@ -226,6 +229,11 @@ def msff_moments_kernel(
 # -------------------------------------------------------------------------------------- launchers
 
 
+def is_far(size: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether positions pass 32 bits between maps of (h, w) and (H, W), as `bilinear` counts."""
+    return any(2 * t * (s + 2) >= 2**31 for s, t in zip(size, target, strict=True))
+
+
 class Inputs(NamedTuple):
     """What both directions read: the maps, and the products at their own sizes.
 
@@ -248,6 +256,11 @@ class Inputs(NamedTuple):
     def product_names(self) -> Iterator[str]:
         """What `launch` calls the products, which are scratch."""
         return (f"products[{index}]" for index in range(len(self.products)))
+
+    def is_wide(self, *others: torch.Tensor) -> bool:
+        """Whether what a launch reads needs 64 bits, or one of `others`."""
+        far = any(is_far(size, self.shape[2:]) for size in self.sizes)
+        return far or is_wide(*self.maps, *self.products, *others)
 
     def native_arguments(self) -> tuple[object, object, int, object, tuple[int, int]]:
         """The map of target size, its strides and channels, its weights and their strides."""
@@ -334,7 +347,7 @@ def _fused(
         None if out is None else strides(out),
         config=config,
         scratch=("moments", "extremes", "positions", *inputs.product_names()),
-        WIDE=is_wide(*inputs.maps, *inputs.products, *(() if out is None else (out,))),
+        WIDE=inputs.is_wide(*(() if out is None else (out,))),
         PRECISION=dot_precision(like),
     )
 

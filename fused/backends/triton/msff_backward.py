@@ -38,7 +38,7 @@ from .channel_interaction_backward import pixel_product
 from .channel_statistics import tile_offsets
 from .device import offset
 from .launch import cdiv, dot_precision, flat, is_wide, launch, strides
-from .msff import Inputs, bilinear, fused_product, load_row, place, prepare, product
+from .msff import Inputs, bilinear, fused_product, is_far, load_row, place, prepare, product
 from .reduction import sum_partials
 
 # Shares of the pixels that weight gradients are summed in: tiles alone do not fill a GPU.
@@ -109,17 +109,20 @@ def msff_sums_kernel(
 
 
 @triton.jit
-def _touching(position, size, target):
+def _touching(position, size, target, WIDE: tl.constexpr):
     """First position of the target axis that native `position` gives to, and last + 1."""
+    if WIDE:
+        position = tl.cast(position, tl.int64)
     first = (target * (2 * position - 1) - size) // (2 * size) + 1
     last = (target * (2 * position + 3) + size - 1) // (2 * size)
-    return tl.where(position > 0, first, 0), tl.minimum(last, target)
+    first, last = tl.where(position > 0, first, 0), tl.minimum(last, target)
+    return first.to(tl.int32), last.to(tl.int32)
 
 
 @triton.jit
-def _share(position, native, size, target):
+def _share(position, native, size, target, WIDE: tl.constexpr):
     """Weight of the native position in the bilinear value at a target position."""
-    first, second, weight = bilinear(position, size, target)
+    first, second, weight = bilinear(position, size, target, WIDE)
     return tl.where(first == native, 1.0 - weight, 0.0) + tl.where(second == native, weight, 0.0)
 
 
@@ -145,10 +148,10 @@ def msff_resize_backward_kernel(
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < rows
 
-    top, bottom = _touching(y, native_height, height)
-    left, _ = _touching(column_tile * BLOCK_N, native_width, width)
+    top, bottom = _touching(y, native_height, height, WIDE)
+    left, _ = _touching(column_tile * BLOCK_N, native_width, width, WIDE)
     last = tl.minimum(column_tile * BLOCK_N + BLOCK_N, native_width) - 1
-    _, right = _touching(last, native_width, width)
+    _, right = _touching(last, native_width, width, WIDE)
     grad_z += batch * rows * (height * width) + offset(row, height * width, WIDE)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(left // BLOCK_K * BLOCK_K, right, BLOCK_K):
@@ -157,8 +160,8 @@ def msff_resize_backward_kernel(
         gathered = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for line in range(top, bottom):
             value = tl.load(grad_z + (line * width + target)[None, :], mask=mask, other=0.0)
-            gathered += value.to(tl.float32) * _share(line, y, native_height, height)
-        share = _share(target[:, None], column[None, :], native_width, width)
+            gathered += value.to(tl.float32) * _share(line, y, native_height, height, WIDE)
+        share = _share(target[:, None], column[None, :], native_width, width, WIDE)
         total = tl.dot(gathered, share, total, input_precision=PRECISION)
     native += (batch * rows * native_height + y) * native_width
     native += offset(row, native_height * native_width, WIDE)[:, None] + column[None, :]
@@ -222,7 +225,7 @@ def _recompute(
         None if grad_z is None else strides(grad_z),
         config=config,
         scratch=("sums", "totals", "grad_z", *inputs.product_names()),
-        WIDE=is_wide(*inputs.maps, *inputs.products, grad_out),
+        WIDE=inputs.is_wide(grad_out, *(() if grad_z is None else (grad_z,))),
         PRECISION=dot_precision(like),
     )
 
@@ -274,7 +277,7 @@ def _resize_backward(grad_z: torch.Tensor, size: tuple[int, int]) -> torch.Tenso
         config=config,
         scratch=("grad_z", "native"),
         ALIGNED=aligned,
-        WIDE=is_wide(grad_z),
+        WIDE=is_far(size, (height, width)) or is_wide(grad_z),
         PRECISION="tf32" if half_on_nvidia else dot_precision(grad_z),
     )
     return native
