@@ -9,8 +9,8 @@ DATA ?= $(wildcard ../shared/data/neu-det.zip)
 BUDGET ?= $(if $(DATA),shipped,small)
 WORKERS ?= 2
 BIN := $(VENV)/bin
-INTERPRETED := $(addprefix tests/test_,stages.py stage_arguments.py) \
-  $(addprefix tests/test_triton_,network.py traffic.py sanitizer.py gated_fusion.py)
+INTERPRETED := $(addprefix tests/test_,stages.py stage_arguments.py spreadless_maps.py) \
+  $(addprefix tests/test_triton_,network.py traffic.py sanitizer.py gated_fusion.py msff.py)
 SOURCES := $(shell find csrc fused -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test lint check bench clean

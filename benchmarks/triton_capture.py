@@ -162,7 +162,7 @@ def module_tensors(of_msff: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]
 
 
 @contextlib.contextmanager
-def _device(target: Target) -> Iterator[None]:
+def device(target: Target) -> Iterator[None]:
     """Let the launchers' host code see a GPU of `target`."""
     properties = SimpleNamespace(
         name=target.name,
@@ -199,6 +199,6 @@ def capture(
     found: list[Launch] = []
     kernel = KERNELS[call.op]
     forced = contextlib.nullcontext() if candidate is None else configs.forced(candidate)
-    with FAKE, _device(target), forced, intercept(found.append), torch.no_grad():
+    with FAKE, device(target), forced, intercept(found.append), torch.no_grad():
         kernel(*arguments(call, dtype))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from torch import nn
 
 import fused
 from fused import BackendError, FusedCIEMA, backends
-from fused.backends import BACKENDS, Backend, choose, cuda, requested, triton
+from fused.backends import BACKENDS, Backend, choose, cpu, cuda, requested, triton
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -124,6 +125,36 @@ def test_what_a_gpu_cannot_launch_is_a_reason(
     assert told is not None
     assert re.fullmatch(reason, told)
     assert BACKENDS[name].why_not(op, x[:100, :, :100]) is None
+
+
+def test_a_group_that_cuda_cannot_count_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "emulated", True)
+    x = torch.zeros(1).expand(1, 64, 5793, 5793)
+    told = BACKENDS["cuda"].why_not("coordinate_attention", x, 1)
+    assert told == "a group of 2147766336 values is over 2147483647"
+    assert BACKENDS["cuda"].why_not("coordinate_attention", x, 2) is None
+    assert BACKENDS["cuda"].why_not("coordinate_attention", x[..., :-1], 1) is None
+
+
+@pytest.mark.skipif(cpu.LIBRARY.error is not None, reason="no native CPU code")
+def test_auto_leaves_one_hidden_channel_in_half_precision_to_the_library() -> None:
+    for channels, dtype, name in (
+        *((4, torch.bfloat16, "reference"), (7, torch.float16, "reference")),
+        *((8, torch.bfloat16, "cpu"), (4, torch.float32, "cpu")),
+    ):
+        x = torch.zeros(1, channels, 2, 2, dtype=dtype)
+        assert choose("gated_fusion", x).name == name
+        assert choose("gated_fusion", x, "cpu").name == "cpu"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+def test_the_interpreter_is_what_the_switch_gives() -> None:
+    program = (
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "import fused.backends.triton as t, triton; print(t.INTERPRETER)"
+    )
+    done = run_python(program, FUSED_TRITON_INTERPRETER="1")
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_auto_takes_the_next_and_says_so_once(

@@ -13,6 +13,7 @@ from stage_cases import OPS, Sizes, arguments, convert, differentiable, error, r
 from test_cpu_products import DTYPES, LARGE, guarded, op, weight_of
 from test_native import LAYOUTS, ROOT, laid_out
 
+from fused import FusedCIEMA
 from fused.backends import cpu, cpu_stages, reference
 from fused.backends.reference import normalisation
 from fused.contract import EPS, memory_format
@@ -89,6 +90,30 @@ def test_product_with_moments_equals_float64(layout, dtype):
     assert nothing.numel() == 0
     plain = torch.einsum("mk,bkhw->bmhw", weights[0].double(), x.double())
     assert error(mean, plain.mean(_DIMS)) <= 1e-5
+
+
+def test_what_does_not_fit_a_weight_gradient():
+    run, x, grad = op("product_gradient"), torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8, 8)
+    for gate in (torch.ones(2, 2, 1, 1), torch.ones(1, 2, 8, 8), torch.ones(2, 2, 8, 9)):
+        with pytest.raises(RuntimeError, match="gate and x must have the same samples and pixels"):
+            run(grad, x, gate, None, None, False)
+    assert torch.equal(run(grad[:0], x[:0], None, None, None, False), torch.zeros(1, 3, 4))
+
+
+def test_saved_tensors_may_come_back_in_another_layout():
+    block = FusedCIEMA(16, groups=4, backend="cpu")
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    want = torch.autograd.grad(block(x).sum(), x)[0]
+
+    def turned(t: torch.Tensor) -> torch.Tensor:
+        return t.transpose(0, -1).contiguous() if t.dim() > 1 else t
+
+    def back(t: torch.Tensor) -> torch.Tensor:
+        return t.transpose(0, -1) if t.dim() > 1 else t
+
+    with torch.autograd.graph.saved_tensors_hooks(turned, back):
+        out = block(x)
+    assert error(torch.autograd.grad(out.sum(), x)[0], want) <= 1e-5
 
 
 def test_a_large_mean_does_not_cancel_the_variance():
