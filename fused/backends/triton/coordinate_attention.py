@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ...contract import memory_format
 from . import configs
-from .cross_spatial_tiles import merge_two, tile_moments, vector
+from .cross_spatial_tiles import tile_moments, vector
 from .launch import flat, launch, power_of_two, strides
 from .reduction import sum_partials
 
@@ -107,13 +107,12 @@ def coordinate_attention_forward_kernel(
     tl.debug_barrier()
     channel = tl.arange(0, BLOCK_C)
     ok = channel < c
-    average = tl.zeros((BLOCK_C,), tl.float32)
+    # From the first pixel's u on: the mean of equal values, as a rounded sum, would not be theirs.
+    average = tl.load(source + channel * stride_c, mask=ok, other=0.0).to(tl.float32)
+    average *= tl.load(of_columns + channel * W, mask=ok, other=0.0)
+    average *= tl.load(of_rows + channel * H, mask=ok, other=0.0)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
-    # About the first pixel's u: the mean of equal values, as a rounded sum, would not be theirs.
-    origin = tl.load(source + channel * stride_c, mask=ok, other=0.0).to(tl.float32)
-    origin *= tl.load(of_columns + channel * W, mask=ok, other=0.0)
-    origin *= tl.load(of_rows + channel * H, mask=ok, other=0.0)
     for start in range(0, W, BLOCK_W):
         column = start + tl.arange(0, BLOCK_W)
         inside = column < W
@@ -123,9 +122,11 @@ def coordinate_attention_forward_kernel(
             x = _load(source, row * W + column, inside, c, stride_c, stride_p, BLOCK_C)
             gate_h = tl.load(of_rows + channel * H + row, mask=ok, other=0.0)
             u = x * gate_w * gate_h[None, :]
-            mean_b, m2_b = tile_moments(u - origin[None, :], inside, part)
-            average, m2, count = merge_two(average, m2, count, mean_b, m2_b, part)
-    tl.store(mean + slab * c + channel, average + origin, mask=ok)
+            delta, m2_b = tile_moments(u - average[None, :], inside, part)
+            m2 += m2_b + delta * delta * (count * part / (count + part))
+            count += part
+            average += delta * (part / count)
+    tl.store(mean + slab * c + channel, average, mask=ok)
     tl.store(rstd + slab * c + channel, 1.0 / tl.sqrt_rn(m2 / count + eps), mask=ok)
 
 
