@@ -93,8 +93,10 @@ def test_norms_of_half_precision_are_by_statistics_of_what_is_kept(
     )
     args = convert("gated_fusion", named, dtype, "contiguous", place.device)
     for backend in backends_for("gated_fusion", dtype, place):
-        if backend == "reference":  # its products round to half precision as eager's do, but keep
-            continue  # no map, and its out is compared in test_stages.py
+        # The library's products of equal pixels differ in one thread: the reference errs by 0.1 to
+        # 0.14 there, by 2e-3 and 2e-4 in two.
+        if backend == "reference":
+            continue
         with chosen(backend) as name:
             got = OPS["gated_fusion"](*args, backend=name)
         assert error(got[0], want[0]) <= tolerance(dtype)[0], backend

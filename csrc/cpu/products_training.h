@@ -11,8 +11,9 @@ namespace ciema::cpu {
 using torch::stable::Tensor;
 
 // weight x + second_weight second + bias: the map (only with `store`), and (only with `moments`)
-// its rows' means and biased variances over samples and pixels, of a stored map as stored. x is multiplied by gate (B, G, H,
-// W); relu(scale v + shift) is done to second, or to x if there is none.
+// its rows' means and biased variances over samples and pixels, of a stored map as stored. x is
+// multiplied by gate (B, G, H, W); relu(scale v + shift) is done to second, or to x if there is
+// none.
 std::tuple<Tensor, Tensor, Tensor> product_moments(
     Tensor x, Tensor packed, std::optional<Tensor> gate, std::optional<Tensor> second,
     std::optional<Tensor> second_packed, std::optional<Tensor> scale, std::optional<Tensor> shift,
