@@ -97,15 +97,15 @@ def tier(row: Row) -> int:
             return 9
         if not whole:
             return 7
-        return 1 if row.provider == COMPILED[0] else 3
+        return 1 if row.provider == COMPILED[0] else 4
     if row.provider == "reference" and whole:
         return 8
     if usual and contiguous:
         if whole:
-            return 0
-        return 2 if half and row.batch != 8 else 5
+            return 0 if half else 3
+        return 2 if half and row.batch != 8 else 6
     if usual and whole:
-        return 4
+        return 5
     return 6 if row.precision != "tf32" else 7
 
 

@@ -125,6 +125,9 @@ class Bench:
         if isinstance(trial, str):
             return {"status": SKIPPED, "reason": trial}
         trial.call()
+        if self.device == "cuda":  # what one process keeps, the others lack
+            del trial
+            torch.cuda.empty_cache()
         return {"status": OK}
 
     def _run(self, row: Row) -> Facts:

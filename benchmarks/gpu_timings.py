@@ -53,7 +53,7 @@ FORMAT = 1
 # Seconds that a row may take, the kernels' first compilation included; compiled forms need more.
 ROW_SECONDS, COMPILE_SECONDS = 90.0, 150.0
 # Rows up to this tier are worth compiling ahead.
-LAST_WARM_TIER = 5
+LAST_WARM_TIER = 4
 
 
 # ------------------------------------------------------------------------------------------- file

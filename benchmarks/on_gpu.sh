@@ -17,6 +17,8 @@ that fails or runs out of time is noted, and the rest goes on. Installs nothing.
   --choose     rewrite fused/backends/gpu_choice.json: what "auto" takes on this kind of GPU
   --seconds N  time for everything, default 540; what a step leaves over, the later ones get
 
+compute-sanitizer runs beside the tests; while the timings run, nothing else does.
+
 Environment: PYTHON (default python3; must have torch and pytest), WORKERS (test processes),
 TORCH_CUDA_ARCH_LIST (default: this GPU's), CUDA_HOME.
 
@@ -68,13 +70,17 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 unset FUSED_TRITON_INTERPRETER TRITON_INTERPRET FUSED_BACKEND
 
 CORES=$(env -u OMP_NUM_THREADS nproc) # nproc heeds that variable
-WORKERS=${WORKERS:-$((CORES < 16 ? CORES : 16))}
+# Half the cores: compilers and compute-sanitizer run beside the tests.
+HALF=$(((CORES + 1) / 2))
+WORKERS=${WORKERS:-$((HALF < 16 ? HALF : 16))}
 STEPS=$FOLDER/steps.jsonl
 LOG=$FOLDER/log.txt
 STEP_LOG=$(mktemp)
 JOB=
 WATCHER=
 WARM=
+BESIDE=()
+ALONE=1
 WRONG=0
 : >"$STEPS"
 : >"$LOG"
@@ -123,18 +129,22 @@ step() {
   fi
   echo "== $name ($limit s at most, $SECONDS s passed)" | tee -a "$LOG"
   local start=$SECONDS status code
-  tail -n +1 -f "$STEP_LOG" &
-  WATCHER=$!
+  if [ "$ALONE" = 1 ]; then
+    tail -n +1 -f "$STEP_LOG" &
+    WATCHER=$!
+  fi
   timeout --signal=INT --kill-after=10 "$limit" "${@//@SECONDS@/$((limit - 5))}" \
     >"$STEP_LOG" 2>&1 </dev/null &
   JOB=$!
   wait "$JOB" # in the background, because bash acts on a signal here and not in the foreground
   code=$?
   JOB=
-  sleep 0.2 # for the last lines to be shown
-  kill "$WATCHER" 2>/dev/null
-  wait "$WATCHER" 2>/dev/null
-  WATCHER=
+  if [ "$ALONE" = 1 ]; then
+    sleep 0.2 # for the last lines to be shown
+    kill "$WATCHER" 2>/dev/null
+    wait "$WATCHER" 2>/dev/null
+    WATCHER=
+  fi
   case $code in
     0) status=passed ;;
     124 | 137) status="ran out of time" ;;
@@ -152,6 +162,32 @@ step() {
   record "$name" "$status" $((SECONDS - start)) "$limit" "$@"
   cat "$STEP_LOG" >>"$LOG"
   echo "== $name: $status after $((SECONDS - start)) s" | tee -a "$LOG"
+  [ "$ALONE" = 0 ] || report
+}
+
+# The same as `step`, while later steps go on: their time limits must leave it its time.
+beside() {
+  if [ "$DRY" = 1 ]; then
+    step "$@"
+    return
+  fi
+  (
+    set -m
+    ALONE=0
+    WRONG=0
+    STEP_LOG=$(mktemp)
+    trap 'rm -f "$STEP_LOG"' EXIT
+    trap 'kill $JOB 2>/dev/null; exit 0' INT TERM
+    step "$@"
+    exit "$WRONG"
+  ) &
+  BESIDE+=($!)
+}
+
+together() {
+  local job
+  for job in "${BESIDE[@]}"; do wait "$job" || WRONG=1; done
+  BESIDE=()
   report
 }
 
@@ -175,7 +211,8 @@ warm_stop() {
 
 finish() {
   local job
-  for job in $JOB $WATCHER; do kill "$job" 2>/dev/null; done
+  for job in $JOB $WATCHER "${BESIDE[@]}"; do kill "$job" 2>/dev/null; done
+  for job in "${BESIDE[@]}"; do wait "$job" 2>/dev/null; done
   warm_stop
   rm -f "$STEP_LOG"
   report
@@ -224,17 +261,25 @@ step build info 120 330 env FUSED_BUILD=auto TORCH_CUDA_ARCH_LIST="$ARCHITECTURE
 step doctor info 40 320 "$PYTHON" -m fused.doctor
 step check correct 80 300 "$PYTHON" -m benchmarks.gpu_check --quick
 warm_start
-tests tests-reference 60 270 tests/test_stages.py -k gpu-reference
-tests tests-cuda 45 250 tests/test_stages.py -k gpu-cuda
-tests tests-triton 130 220 tests/test_stages.py -k "gpu-triton and not strided and not transposed"
-tests tests-modules 60 200 tests/test_golden.py tests/test_modules.py -k gpu
+for tool in memcheck racecheck; do
+  for backend in cuda triton; do
+    beside "$tool-$backend" tool 240 240 \
+      "$PYTHON" -m benchmarks.gpu_check --quick --backends "$backend" --tool "$tool"
+  done
+done
+STAGES=(tests/test_stages.py tests/test_evaluation_ops.py tests/test_spreadless_maps.py)
+tests tests-reference 60 330 "${STAGES[@]}" tests/test_stage_arguments.py -k gpu-reference
+tests tests-cuda 60 300 "${STAGES[@]}" tests/test_stage_arguments.py -k gpu-cuda
+tests tests-triton 150 250 "${STAGES[@]}" -k "gpu-triton and not strided and not transposed"
+tests tests-modules 60 240 tests/test_golden.py tests/test_modules.py tests/test_autocast.py \
+  tests/test_inference.py -k gpu
+together
 warm_stop
-step timings correct 330 150 "$PYTHON" -m benchmarks.gpu_timings --json "$FOLDER/timings.json" \
+step timings correct 330 20 "$PYTHON" -m benchmarks.gpu_timings --json "$FOLDER/timings.json" \
   --seconds @SECONDS@
-step choice info 15 150 "$PYTHON" -m benchmarks.gpu_choice "$FOLDER/timings.json" "${CHOOSE[@]}"
-step memcheck tool 70 80 "$PYTHON" -m benchmarks.gpu_check --quick --tool memcheck
-step racecheck tool 150 0 "$PYTHON" -m benchmarks.gpu_check --quick --tool racecheck
-tests tests-strides 600 0 tests/test_stages.py -k "gpu-triton and (strided or transposed)"
+step choice info 15 0 "$PYTHON" -m benchmarks.gpu_choice "$FOLDER/timings.json" "${CHOOSE[@]}"
+tests tests-strides 600 0 "${STAGES[@]}" tests/test_stage_arguments.py \
+  -k "gpu-triton and (strided or transposed)"
 tests tests-ops 600 0 tests/test_ops.py tests/test_backends.py
 
 report

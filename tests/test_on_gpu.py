@@ -23,8 +23,11 @@ if shutil.which("bash") is None or shutil.which("timeout") is None:
 
 STEPS = [
     *("machine", "build", "doctor", "check", "tests-reference", "tests-cuda", "tests-triton"),
-    *("tests-modules", "timings", "choice", "memcheck", "racecheck"),
-    *("tests-strides", "tests-ops"),
+    *("tests-modules", "timings", "choice", "tests-strides", "tests-ops"),
+]
+# These run while the tests do.
+BESIDE = [
+    f"{tool}-{backend}" for tool in ("memcheck", "racecheck") for backend in ("cuda", "triton")
 ]
 # A python that reports and notes down for real, says that there is a GPU, and does every other
 # step as the file SCENARIO tells: lines of a pattern, tab, and what the shell is to do.
@@ -71,7 +74,7 @@ def run_stubbed(
     """All steps, done by the stub; steps by name."""
     stub = prepare(folder, scenario)
     done, steps = run(folder, *arguments, "results", PYTHON=str(stub))
-    assert [step["step"] for step in steps] == STEPS
+    assert [step["step"] for step in steps if step["step"] not in BESIDE] == STEPS
     return done, {step["step"]: step for step in steps}
 
 
@@ -81,7 +84,8 @@ def run_stubbed(
 def test_a_dry_run_lists_the_steps_and_writes_an_empty_report(tmp_path: Path) -> None:
     done, steps = run(tmp_path, "--dry-run", "results")
     assert done.returncode == 0, done.stderr
-    assert [step["step"] for step in steps] == STEPS
+    planned = [*STEPS[:4], *BESIDE, *STEPS[4:]]
+    assert [step["step"] for step in steps] == planned
     assert {step["status"] for step in steps} == {"planned"}
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
         *("log.txt", "report.md", "steps.jsonl")
@@ -90,7 +94,7 @@ def test_a_dry_run_lists_the_steps_and_writes_an_empty_report(tmp_path: Path) ->
     assert "| timings | planned |" in report
     assert "Nothing was timed." in report
     listed = [line.split()[0] for line in done.stdout.splitlines() if " at most " in line]
-    assert listed == STEPS
+    assert listed == planned
     assert re.search(r"tests-triton .*-k gpu-triton and not strided", done.stdout)
 
 
@@ -159,7 +163,7 @@ def test_a_failed_step_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
         "setup.py": "echo no compiler; exit 3",
         "-k gpu-triton and not": "echo 'FAILED tests/test_stages.py'; echo '1 failed'; exit 1",
         "-k gpu-cuda": "exit 5",
-        "--tool memcheck": "echo compute-sanitizer is not on PATH; exit 2",
+        "cuda --tool memcheck": "echo compute-sanitizer is not on PATH; exit 2",
     }
     done, steps = run_stubbed(tmp_path, scenario)
     assert done.returncode == 1
@@ -168,7 +172,7 @@ def test_a_failed_step_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
         "build": "failed (3)",
         "tests-triton": "failed (1)",
         "tests-cuda": "nothing to run",
-        "memcheck": "could not run",
+        "memcheck-cuda": "could not run",
     }
     assert steps["build"]["told"] == "no compiler"
     assert "| tests-triton | failed (1) |" in done.stdout
@@ -178,9 +182,9 @@ def test_a_failed_step_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("step", ["timings", "memcheck"])
+@pytest.mark.parametrize("step", ["timings", "memcheck-triton"])
 def test_a_wrong_result_fails_the_run(step: str, tmp_path: Path) -> None:
-    pattern = "gpu_timings --json" if step == "timings" else "--tool memcheck"
+    pattern = "gpu_timings --json" if step == "timings" else "triton --tool memcheck"
     done, steps = run_stubbed(tmp_path, {pattern: "exit 1"})
     assert done.returncode == 1
     assert steps[step]["status"] == "failed (1)"
@@ -191,13 +195,13 @@ def test_a_wrong_result_fails_the_run(step: str, tmp_path: Path) -> None:
 def test_a_step_that_hangs_ends_at_its_limit(tmp_path: Path) -> None:
     scenario = {
         "gpu-reference": "sleep 100",
-        "--tool racecheck": "echo '========= Error: Race reported between'; sleep 100",
+        "cuda --tool racecheck": "echo '========= Error: Race reported between'; sleep 100",
     }
-    # A sixth of the 540 seconds: 10 for the reference's tests, 25 for racecheck.
+    # A sixth of the 540 seconds: 10 for the reference's tests, 40 for racecheck.
     done, steps = run_stubbed(tmp_path, scenario, "--seconds", "90")
     assert steps["tests-reference"]["status"] == "ran out of time"
     assert steps["tests-reference"]["seconds"] <= 15
-    assert steps["racecheck"]["status"] == "failed, then ran out of time"
+    assert steps["racecheck-cuda"]["status"] == "failed, then ran out of time"
     assert steps["tests-ops"]["status"] == "passed"
     assert done.returncode == 1
 
