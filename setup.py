@@ -207,13 +207,16 @@ def choose_architectures(nvcc: Path) -> list[str]:
         if not here:
             raise SystemExit("TORCH_CUDA_ARCH_LIST=native: torch sees no GPU from 8.0 on")
         asked = []
+    chosen = []
     for name in asked:
-        number = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", name)
+        number = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
         if number is None or int(number[1]) < 8:
             wanted = "numbers from 8.0 on, as '8.0 9.0+PTX'"
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST names {name!r}: must be {wanted}")
-    if asked:
-        return asked
+        # No kernel needs what 9.0a has above 9.0, whose code runs there too.
+        chosen.append(f"{number[1]}.{number[2]}{number[3] or ''}")
+    if chosen:
+        return list(dict.fromkeys(chosen))
     command = [str(nvcc), "--list-gpu-arch"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", told))

@@ -201,7 +201,7 @@ def test_unknown_mode_is_refused(tree):
     assert "FUSED_BUILD='gpu' is unknown, use one of auto, cpu, cuda, none" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["7.5", "Hopper", "9.0a", "8"])
+@pytest.mark.parametrize("name", ["7.5", "Hopper", "9.0b", "8"])
 def test_an_architecture_that_cannot_be_built_for_is_refused(tree, name):
     done = plan_of(tree, FUSED_BUILD="cuda", TORCH_CUDA_ARCH_LIST=f"8.6 {name}")
     if "FUSED_BUILD=cuda: " in done.stderr:
@@ -219,6 +219,7 @@ def test_an_architecture_that_cannot_be_built_for_is_refused(tree, name):
         ([(13, 0)], "", ["8.0", "9.0", "12.0+PTX"]),  # newer than nvcc
         ([(8, 6)], "native", ["8.6+PTX"]),
         ([(8, 6)], "8.9;9.0+PTX", ["8.9", "9.0+PTX"]),
+        ([(9, 0)], "9.0 9.0a 10.0f+PTX", ["9.0", "10.0+PTX"]),
     ],
 )
 def test_architectures_are_those_of_the_gpus_here(found, environment, want, monkeypatch, tmp_path):
