@@ -2,7 +2,8 @@
 
 A quick look whether a backend's kernels run on this GPU and are right, before anything longer.
 ``--tool memcheck`` (racecheck, initcheck, synccheck) does the same under NVIDIA's
-compute-sanitizer, which watches the kernels of this project and no others.
+compute-sanitizer, which watches the kernels of this project and no others, in a process for each
+stage: a tool that breaks in one says nothing of the others.
 
 Exit status: 0, or 1 if a stage is wrong or the tool found something, or 2 if nothing can run.
 """
@@ -29,12 +30,14 @@ PRECISIONS = ("fp32", "bf16")
 SCALE = "odd"
 
 
-def rows(backends: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> list[Row]:
+def rows(
+    backends: Iterable[str], layouts: Iterable[str] = LAYOUTS, stages: Iterable[str] = STAGES
+) -> list[Row]:
     """Every stage, both modes, single and half precision, batch 2."""
     return [
         Row(stage, mode, 2, precision, layout, f"fused-{backend}")
         for backend in backends
-        for stage in STAGES
+        for stage in stages
         for mode in MODES
         for precision in PRECISIONS
         for layout in layouts
@@ -103,9 +106,25 @@ def sanitized(tool: str, arguments: Sequence[str]) -> int:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         # Every tensor an allocation of its own, or a read past one would end in another's memory.
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "CUDA_LAUNCH_BLOCKING": "1",  # an error is told of at its own launch
     }
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
-    if done.returncode == FOUND:
+    done = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    broken = False
+    with done:
+        assert done.stdout is not None
+        for line in done.stdout:
+            print(line, end="", flush=True)
+            broken |= "Internal Sanitizer Error" in line
+    # Its own failure and the end of the process that follows have the exit status of a finding.
+    if done.returncode == FOUND and not broken:
         print(f"{tool} found something in the kernels of this project, see above", flush=True)
         return 1
     if done.returncode != 0:
@@ -123,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="which to check")
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which to check")
     add("--tool", choices=TOOLS, help="run under this tool of compute-sanitizer")
     add("--quick", action="store_true", help="contiguous maps only")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: Triton's interpreter")
@@ -137,10 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(kernel_names()))
         return 0
     if options.tool is not None:
-        inner = ["--device", options.device, "--backends", *options.backends]
-        return sanitized(options.tool, inner + (["--quick"] if options.quick else []))
+        inner = ["--device", options.device, *(["--quick"] if options.quick else [])]
+        inner += ["--backends", *options.backends, "--stages"]
+        statuses = [sanitized(options.tool, [*inner, stage]) for stage in options.stages]
+        return 1 if 1 in statuses else max(statuses)
     layouts = LAYOUTS[:1] if options.quick else LAYOUTS
-    return check(rows(options.backends, layouts), options.device)
+    return check(rows(options.backends, layouts, options.stages), options.device)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ step() {
     tail -n +1 -f "$STEP_LOG" &
     WATCHER=$!
   fi
-  timeout --signal=INT --kill-after=10 "$limit" "${@//@SECONDS@/$((limit - 5))}" \
+  timeout --signal=INT --kill-after=10 "$limit" "${@//@SECONDS@/$((limit * 14 / 15))}" \
     >"$STEP_LOG" 2>&1 </dev/null &
   JOB=$!
   wait "$JOB" # in the background, because bash acts on a signal here and not in the foreground
@@ -259,8 +259,8 @@ step machine info 30 400 bash -c '
 step build info 120 330 env FUSED_BUILD=auto TORCH_CUDA_ARCH_LIST="$ARCHITECTURE" \
   MAX_JOBS="$CORES" "$PYTHON" setup.py -q build_ext --inplace
 step doctor info 40 320 "$PYTHON" -m fused.doctor
-step check correct 80 300 "$PYTHON" -m benchmarks.gpu_check --quick
 warm_start
+beside check correct 240 240 "$PYTHON" -m benchmarks.gpu_check --quick
 for tool in memcheck racecheck; do
   for backend in cuda triton; do
     beside "$tool-$backend" tool 240 240 \
@@ -268,8 +268,8 @@ for tool in memcheck racecheck; do
   done
 done
 STAGES=(tests/test_stages.py tests/test_evaluation_ops.py tests/test_spreadless_maps.py)
-tests tests-reference 60 330 "${STAGES[@]}" tests/test_stage_arguments.py -k gpu-reference
-tests tests-cuda 60 300 "${STAGES[@]}" tests/test_stage_arguments.py -k gpu-cuda
+tests tests-reference 60 390 "${STAGES[@]}" tests/test_stage_arguments.py -k gpu-reference
+tests tests-cuda 60 360 "${STAGES[@]}" tests/test_stage_arguments.py -k gpu-cuda
 tests tests-triton 150 250 "${STAGES[@]}" -k "gpu-triton and not strided and not transposed"
 tests tests-modules 60 240 tests/test_golden.py tests/test_modules.py tests/test_autocast.py \
   tests/test_inference.py -k gpu

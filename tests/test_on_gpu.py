@@ -22,12 +22,12 @@ if shutil.which("bash") is None or shutil.which("timeout") is None:
     pytest.skip("bash and timeout are needed", allow_module_level=True)
 
 STEPS = [
-    *("machine", "build", "doctor", "check", "tests-reference", "tests-cuda", "tests-triton"),
+    *("machine", "build", "doctor", "tests-reference", "tests-cuda", "tests-triton"),
     *("tests-modules", "timings", "choice", "tests-strides", "tests-ops"),
 ]
 # These run while the tests do.
 BESIDE = [
-    f"{tool}-{backend}" for tool in ("memcheck", "racecheck") for backend in ("cuda", "triton")
+    *("check", "memcheck-cuda", "memcheck-triton", "racecheck-cuda", "racecheck-triton"),
 ]
 # A python that reports and notes down for real, says that there is a GPU, and does every other
 # step as the file SCENARIO tells: lines of a pattern, tab, and what the shell is to do.
@@ -84,7 +84,7 @@ def run_stubbed(
 def test_a_dry_run_lists_the_steps_and_writes_an_empty_report(tmp_path: Path) -> None:
     done, steps = run(tmp_path, "--dry-run", "results")
     assert done.returncode == 0, done.stderr
-    planned = [*STEPS[:4], *BESIDE, *STEPS[4:]]
+    planned = [*STEPS[:3], *BESIDE, *STEPS[3:]]
     assert [step["step"] for step in steps] == planned
     assert {step["status"] for step in steps} == {"planned"}
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
@@ -154,7 +154,7 @@ def test_all_steps_pass(tmp_path: Path) -> None:
     assert log.index("did -m benchmarks.gpu_check --quick") < log.index("== compiled ahead")
     # Less than the limit, so that the tables are written before it; 540 s leave it the most.
     command = next(line for line in log.splitlines() if "gpu_timings --json" in line)
-    assert command.split("--seconds ")[1] == "325"
+    assert command.split("--seconds ")[1] == "308"
     assert "FUSED_BUILD=auto TORCH_CUDA_ARCH_LIST=9.0" in steps["build"]["command"]
 
 
@@ -249,15 +249,24 @@ def test_the_sanitizer_watches_our_kernels_and_its_finding_fails(
     tool.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\nexit $CODE\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    arguments = ["--tool", "racecheck", "--backends", "triton", "--quick", "--stages"]
     for code, expected in (("0", 0), (str(gpu_check.FOUND), 1), ("255", 2)):
         monkeypatch.setenv("CODE", code)
-        arguments = ["--tool", "racecheck", "--backends", "triton", "--quick"]
-        assert gpu_check.main(arguments) == expected
+        assert gpu_check.main([*arguments, "msff"]) == expected
     told = capfd.readouterr().out.splitlines()
     assert told[told.index("--tool") + 1] == "racecheck"
     assert told[told.index("--kernel-regex") + 1] == "kns=" + "|".join(names)
-    inner = told[told.index("benchmarks.gpu_check") : told.index("--quick") + 1]
-    assert inner[1:] == ["--device", "cuda", "--backends", "triton", "--quick"]
+    inner = told[told.index("benchmarks.gpu_check") : told.index("msff") + 1]
+    assert inner[1:] == ["--device", "cuda", "--quick", "--backends", "triton", "--stages", "msff"]
+    # What breaks the tool in one stage is no finding, and the next stage is checked all the same.
+    tool.write_text(
+        '#!/usr/bin/env bash\n[[ "$*" != *msff ]] && exit $CODE\n'
+        'echo "========= Internal Sanitizer Error: no"; exit 99\n'
+    )
+    for code, expected in (("0", 2), (str(gpu_check.FOUND), 1)):
+        monkeypatch.setenv("CODE", code)
+        assert gpu_check.main([*arguments, "msff", "gated_fusion"]) == expected
+    assert "racecheck itself or the check under it failed" in capfd.readouterr().out
 
 
 def test_the_checker_says_when_nothing_can_run(capfd: pytest.CaptureFixture[str]) -> None:
