@@ -88,17 +88,38 @@ def test_command_notes_the_quicker_gpu_backend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "choice.json"
-    other = replace(ROW, capability="8.6")
-    file.write_text(json.dumps({"format": 1, "measured": [vars(ROW), vars(other)]}))
+    other, stays = replace(ROW, capability="8.6"), replace(ROW, stage="gated_fusion")
+    before = [vars(row) for row in (ROW, other, stays)]
+    file.write_text(json.dumps({"format": 1, "measured": before}))
     monkeypatch.setattr(command, "FILE", file)
     monkeypatch.setattr(command, "read", lambda: gpu_choice.read(file))
     assert command.main([str(timings(tmp_path)), "--write"]) == 0
     assert "msff forward float16 3136 pixels: cuda" in capsys.readouterr().out
     want = [
-        *(other, replace(ROW, quickest="cuda")),
+        *(other, stays, replace(ROW, quickest="cuda")),
         replace(ROW, pixels=100352, quickest="triton"),
     ]
     assert list(gpu_choice.read(file)) == want
+
+
+def test_msff_in_training_is_ranked_by_what_the_network_takes_beyond_ciema() -> None:
+    ms = {"ciema": {"cuda": 41.0, "triton": 68.0}, "network": {"cuda": 90.0, "triton": 88.0}}
+
+    def facts(subject: str, backend: str, ms: float, status: str = "ok") -> dict[str, Any]:
+        row = Row(subject, "training", 32, "bf16", "contiguous", f"fused-{backend}")
+        return row.facts() | {"status": status, "ms": ms, "size": "any"}
+
+    rows = [facts(s, backend, t) for s, times in ms.items() for backend, t in times.items()]
+    result = {"machine": {"gpu": "A GPU", "capability": "9.0"}, "scale": "paper"}
+    want = replace(ROW, backward=True, dtype="bfloat16", pixels=100352)
+    assert command.measured(result | {"rows": rows}) == [want]
+    # Timed itself, it counts itself; with a wrong row there is nothing to compare.
+    own = [*rows, facts("msff", "cuda", 1.0), facts("msff", "triton", 2.0)]
+    assert command.measured(result | {"rows": own}) == [replace(want, quickest="cuda")]
+    assert (
+        command.measured(result | {"rows": [*rows[:3], facts("network", "triton", 1, "wrong")]})
+        == []
+    )
 
 
 def test_command_refuses_what_is_no_gpu_timing(

@@ -10,6 +10,7 @@ import torch
 from stage_cases import (
     AWKWARD,
     LAYOUTS,
+    LIBRARY_SIGNS,
     OPS,
     PLACES,
     Place,
@@ -38,9 +39,6 @@ from fused.contract import memory_format
 # on a GPU, errs by up to 0.22 and Triton by up to 0.33. This bounds the draws below;
 # test_cancelling_gradients_err_no_more_than_the_librarys compares the two over many.
 FEW_CHANNELS = {torch.bfloat16: 0.2, torch.float16: 0.025}
-# On a GPU the reference's products are the library's, which rounds z to half precision before the
-# ReLU as eager PyTorch does: where that turns a sign, a pixel's gradient is lost or made up.
-LIBRARY_SIGNS = {torch.bfloat16: 0.15, torch.float16: 0.05}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
