@@ -172,7 +172,8 @@ def test_an_interruption_says_how_to_go_on(pictures: Path, tmp_path: Path, how: 
     assert "Traceback" not in errors
     state, rows = json.loads((out / "run.json").read_text()), RunFolder(out).read_rows()
     assert state["state"] == "interrupted"
-    assert state["epochs"] == len(rows) >= 1
+    # A row is written before last.ckpt, and the epoch counts after it: see RunWriter.
+    assert 1 <= state["epochs"] <= len(rows) <= state["epochs"] + 1
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"data": 3}', "null"])
