@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ("triton", "cuda")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 99  # compute-sanitizer's exit status when it found something
+# How a finding begins, which a tool that breaks later has told before.
+FINDINGS = ("========= Error: Race", "========= Invalid", "========= Uninitialized")
 # Training comes without a precision of its own: its maps are those of autocast.
 PRECISIONS = ("fp32", "bf16")
 SCALE = "odd"
@@ -117,14 +119,15 @@ def sanitized(tool: str, arguments: Sequence[str]) -> int:
         text=True,
         errors="replace",
     )
-    broken = False
+    broken = found = False
     with done:
         assert done.stdout is not None
         for line in done.stdout:
             print(line, end="", flush=True)
             broken |= "Internal Sanitizer Error" in line
+            found |= line.startswith(FINDINGS)
     # Its own failure and the end of the process that follows have the exit status of a finding.
-    if done.returncode == FOUND and not broken:
+    if done.returncode == FOUND and (found or not broken):
         print(f"{tool} found something in the kernels of this project, see above", flush=True)
         return 1
     if done.returncode != 0:

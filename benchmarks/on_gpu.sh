@@ -86,7 +86,7 @@ WRONG=0
 : >"$LOG"
 rm -f "$FOLDER"/timings.json "$FOLDER"/timings.md
 # What pytest and compute-sanitizer print of a failure, also when they are cut short.
-FAILURE='^FAILED |^ERROR |\b[1-9][0-9]* (failed|errors?)\b|^========= .*(Invalid|Race|hazard)'
+FAILURE='^FAILED |^ERROR |\b[1-9][0-9]* (failed|errors?)\b|^========= .*(Invalid|Race reported)'
 SECONDS=0
 
 # One line of steps.jsonl: name, status, seconds, limit, command; the last line of output is told.

@@ -266,6 +266,10 @@ def test_the_sanitizer_watches_our_kernels_and_its_finding_fails(
     for code, expected in (("0", 2), (str(gpu_check.FOUND), 1)):
         monkeypatch.setenv("CODE", code)
         assert gpu_check.main([*arguments, "msff", "gated_fusion"]) == expected
+    tool.write_text(
+        tool.read_text().replace("echo ", "echo '========= Error: Race here'; echo ", 1)
+    )
+    assert gpu_check.main([*arguments, "msff"]) == 1  # a race before it broke
     assert "racecheck itself or the check under it failed" in capfd.readouterr().out
 
 
